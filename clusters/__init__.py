@@ -1,0 +1,1 @@
+"""Where things run: job submission to Ray clusters."""

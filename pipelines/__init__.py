@@ -1,0 +1,1 @@
+"""The stages on Ray, tracked in MLflow: `python -m pipelines STAGE`."""

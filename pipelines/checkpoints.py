@@ -1,0 +1,44 @@
+"""Find a checkpoint on any storage and give it as a local folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines import storage
+from pipelines.config import UserError
+
+
+@contextmanager
+def local_checkpoint(path: str) -> Iterator[Path]:
+    """Give a checkpoint as a local folder: itself, or a copy that is deleted afterwards.
+
+    Args:
+        path: a checkpoint's folder, or the --out of a stage that made one (its best is taken).
+
+    Raises:
+        UserError: there is none.
+    """
+    path = storage.absolute(path)
+    if not storage.exists(path):
+        raise UserError(f"checkpoint is {path!r}: there is no such folder; give a checkpoint or the --out of a stage")
+    result = storage.join(path, "result.json")
+    if storage.exists(result):
+        found = storage.read_json(result).get("checkpoint")
+        if not found:
+            raise UserError(f"checkpoint is {path!r}: that stage made none; give the --out of pretrain or finetune")
+        path = found
+    elif not storage.exists(storage.join(path, "meta.json")):
+        raise UserError(f"checkpoint is {path!r}: neither a checkpoint nor the --out of a finished stage")
+    if not storage.is_uri(path):
+        yield Path(path)
+        return
+    target = Path(tempfile.mkdtemp(prefix="checkpoint_"))
+    try:
+        storage.download(path, target)
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)

@@ -1,0 +1,212 @@
+"""Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder's kNN accuracy and nearest clips.
+
+Replicas of the model are Ray actors; each reads its share of the videos through Ray Data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from pipelines import storage
+from pipelines.checkpoints import local_checkpoint
+from pipelines.clips import evaluation_batches
+from pipelines.cluster import decode_tasks, ensure_ray
+from pipelines.config import EvaluateConfig, UserError, unknown
+from pipelines.figures import Neighbours, draw_neighbours
+from pipelines.manifest import check_clips, drop_too_short, read_manifest, split_of
+from pipelines.stage import Stage, stage_run
+from s5 import inference, metrics
+from s5.checkpoint import CheckpointError, Meta, load_model, read_meta
+from s5.config import ClipConfig
+from s5.config import from_json as config_from_json
+from s5.inference import ClipOutputs
+
+# Training videos that the kNN classifier compares with, and rows of the picture of nearest clips.
+KNN_VIDEOS, SHOWN_QUERIES = 2048, 8
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate and return the stage's result.
+
+    Raises:
+        UserError: checkpoint, manifest and settings do not fit together; before any work.
+        StageError: too many videos could not be read.
+    """
+    manifest = read_manifest(config.manifest)
+    with local_checkpoint(config.checkpoint) as folder:
+        try:
+            meta = read_meta(folder)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+        clips = clips_of(meta)
+        videos = chosen(manifest, config, meta)
+        check_clips(videos, clips)
+        videos = drop_too_short(videos, clips)
+        with stage_run("evaluate", config) as stage:
+            stage.progress(
+                f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}"
+            )
+            found = outputs(config, folder, meta, clips, videos)
+            if meta.kind == "lsmcl":
+                pretrained(stage, config, folder, meta, clips, manifest, found)
+            else:
+                fine_tuned(stage, config, meta, found)
+            stage.counts |= {"videos": len(videos), "unreadable": len(found.failures)}
+            if found.failures:
+                stage.reject(found.failures)
+            storage.write_json(stage.path("metrics.json"), stage.metrics)
+    return stage.result
+
+
+def clips_of(meta: Meta) -> ClipConfig:
+    """Return the clips that a checkpoint was trained on."""
+    return config_from_json(ClipConfig, meta.settings["clips"])
+
+
+def chosen(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> pa.Table:
+    """Return the videos to evaluate: those of the split, with labels where the model gives any."""
+    videos = split_of(manifest, config.split)
+    if len(videos) == 0:
+        splits = tuple(sorted(set(manifest["split"].to_pylist())))
+        raise UserError(f"{unknown('split', config.split, splits)} (manifest {config.manifest!r})")
+    column = {"class": "label", "regression": "target"}.get(meta.kind)
+    if column and videos[column].null_count:
+        raise UserError(f"split is {config.split!r}: {videos[column].null_count} of its videos have no {column}")
+    if meta.kind == "class" and max(videos["label"].to_pylist()) >= len(meta.classes):
+        raise UserError(
+            f"manifest {config.manifest!r} has more classes than the checkpoint, which knows {meta.classes}"
+        )
+    return videos
+
+
+def outputs(
+    config: EvaluateConfig, folder: Path, meta: Meta, clips: ClipConfig, videos: pa.Table, per_video: int | None = None
+) -> ClipOutputs:
+    """Return what all replicas say of some videos' clips.
+
+    Raises:
+        StageError: more videos than data.max_failure_share could not be read.
+    """
+    ensure_ray()
+    world = min(config.scale.num_workers, len(videos))
+    tasks = max(1, decode_tasks(config.scale, config.data) // world)
+    replica: Any = ray.remote(Replica).options(
+        num_cpus=config.scale.cpus_per_worker, num_gpus=config.scale.gpus_per_worker
+    )
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "optimizer.safetensors"}
+    content = ray.put(files)
+    settings = {
+        "clips": clips,
+        "clips_per_video": per_video or config.clips_per_video,
+        "batch_size": config.batch_size,
+        "data": config.data,
+        "decode_tasks": tasks,
+        "world_size": world,
+    }
+    replicas = [replica.remote(content) for _ in range(world)]
+    parts = ray.get([actor.run.remote(videos, settings, rank) for rank, actor in enumerate(replicas)])
+    found = inference.merge(parts)
+    if len(found.failures) > config.data.max_failure_share * len(videos) and not found.video_ids:
+        first = found.failures[0]
+        raise UserError(f"none of {len(videos)} videos could be read, as {first.video_id!r}: {first.reason}")
+    return found
+
+
+class Replica:
+    """One copy of the model, as a Ray actor."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="checkpoint_") as name:
+            for file, content in files.items():
+                (Path(name) / file).write_bytes(content)
+            self.model, self.meta = load_model(Path(name))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device)
+
+    def run(self, videos: pa.Table, settings: dict[str, Any], rank: int) -> ClipOutputs:
+        """Return what the model says of this replica's share of the videos."""
+        pretrained = self.meta.kind == "lsmcl"
+        output = inference.features(self.model) if pretrained else inference.scores(self.model, self.meta.kind)
+        frame_size = self.model.config.backbone.frame_size
+        batches = evaluation_batches(manifest=videos, frame_size=frame_size, rank=rank, **settings)
+        return inference.run(output, batches, self.device, thumbnails=pretrained)
+
+
+def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutputs) -> None:
+    """Average each video's clips, then write predictions and metrics."""
+    names, values = metrics.per_video(found.values, found.video_ids)
+    first = [found.video_ids.index(name) for name in names]
+    split = config.split
+    table: dict[str, Any] = {"video_id": names}
+    if meta.kind == "class":
+        labels = found.labels[first]
+        predicted = values.argmax(1)
+        hits = int((predicted == labels).sum())
+        low, high = metrics.wilson_interval(hits, len(names))
+        chance = float(torch.bincount(labels).max()) / len(names)
+        stage.metrics |= {f"{split}/accuracy": hits / len(names), f"{split}/accuracy_low": low}
+        stage.metrics |= {f"{split}/accuracy_high": high, f"{split}/chance": chance, f"{split}/videos": len(names)}
+        table |= {"label": labels.tolist(), "prediction": predicted.tolist(), "scores": values.tolist()}
+        table |= {"predicted_class": [meta.classes[i] for i in predicted.tolist()]}
+        stage.progress(
+            f"{split} accuracy {hits / len(names):.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(names)} videos; "
+            f"always saying the commonest class gives {chance:.3f}"
+        )
+    else:
+        targets = found.targets[first]
+        mse = float((values[:, 0] - targets).square().mean())
+        constant = float((targets - targets.mean()).square().mean())
+        stage.metrics |= {f"{split}/mse": mse, f"{split}/mse_constant": constant, f"{split}/videos": len(names)}
+        table |= {"target": targets.tolist(), "prediction": values[:, 0].tolist()}
+        stage.progress(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
+    storage.write_table(stage.path("predictions.parquet"), pa.table(table))
+    stage.tracker.artifact(stage.path("predictions.parquet"))
+
+
+def pretrained(
+    stage: Stage,
+    config: EvaluateConfig,
+    folder: Path,
+    meta: Meta,
+    clips: ClipConfig,
+    manifest: pa.Table,
+    found: ClipOutputs,
+) -> None:
+    """Write kNN accuracy where labels exist, how often a clip's nearest one is of the same video, and a picture."""
+    names = list(dict.fromkeys(found.video_ids))
+    owner = torch.tensor([names.index(name) for name in found.video_ids])
+    clip = torch.arange(len(owner))
+    index, similarity = metrics.nearest(found.values, clip, config.neighbours)
+    if config.clips_per_video > 1 and len(names) > 1:
+        same = float((owner[index[:, 0]] == owner).float().mean())
+        chance = float(np.mean([((owner == o).sum().item() - 1) / (len(owner) - 1) for o in owner]))
+        stage.metrics |= {"retrieval/same_video": same, "retrieval/chance": chance, "retrieval/clips": len(owner)}
+        stage.progress(f"nearest clip of the same video: {same:.3f} of {len(owner)} clips (chance {chance:.3f})")
+    train = labelled(split_of(manifest, "train"))
+    known = found.labels >= 0
+    if config.split != "train" and bool(known.any()) and len(train):
+        reference = outputs(config, folder, meta, clips, drop_too_short(train, clips)[:KNN_VIDEOS], per_video=1)
+        top1 = metrics.knn_accuracy(reference.values, reference.labels, found.values[known], found.labels[known])
+        stage.metrics |= {"knn/top1": top1, "knn/videos": int(known.sum())}
+        stage.progress(f"kNN top-1 {top1:.3f} of {int(known.sum())} clips, {len(reference.labels)} training videos")
+    assert found.thumbnails is not None
+    queries = [found.video_ids.index(name) for name in names[:SHOWN_QUERIES]]
+    picture = Neighbours(found.thumbnails.numpy(), found.video_ids, queries, index.tolist(), similarity.tolist())
+    path = stage.path("neighbours.png")
+    storage.write_bytes(path, draw_neighbours(picture))
+    stage.tracker.artifact(path)
+    stage.details["neighbours"] = path
+    stage.progress(f"query clips and their nearest clips: {path}")
+
+
+def labelled(videos: pa.Table) -> pa.Table:
+    """Return the rows that have a label."""
+    return videos.filter(pa.compute.is_valid(videos["label"]))

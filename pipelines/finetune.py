@@ -1,0 +1,207 @@
+"""Fine-tune stage: a video model on labels, from a pretrained checkpoint or from scratch, with Ray Train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipelines import provenance
+from pipelines.checkpoints import local_checkpoint
+from pipelines.clips import evaluation_batches, train_batches
+from pipelines.config import FinetuneConfig, UserError, flatten
+from pipelines.manifest import check_for_training, classes, drop_too_short, read_manifest, split_of
+from pipelines.plan import ClipPlan
+from pipelines.stage import Stage, finished, progress, stage_run, to_json
+from pipelines.trainer import OnRow, RayContext, launch
+from s5 import checkpoint, inference, metrics
+from s5.checkpoint import CheckpointError, Meta
+from s5.finetune import Supervised
+from s5.loop import Fit
+from s5.model import VideoModel, check_model
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """What a training worker needs: settings, labelled videos, names of the classes and pretrained weights."""
+
+    config: FinetuneConfig
+    train: pa.Table
+    val: pa.Table
+    classes: list[str]
+    plan: ClipPlan
+    weights: dict[str, Tensor] | None
+    commit: str
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives."""
+        return len(self.classes) if self.config.task == "class" else 1
+
+
+def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = None) -> dict[str, Any]:
+    """Fine-tune until done and return the stage's result; the same --out resumes.
+
+    Args:
+        config: the settings.
+        parent_run: MLflow run to nest this one under.
+        on_row: called with the step and every row of metrics.
+
+    Raises:
+        UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
+        StageError: training failed, or was asked to stop.
+    """
+    if (result := finished("finetune", config)) is not None:
+        progress("finetune", f"{config.out} is finished already; give another --out to train anew")
+        return result
+    job = prepare(config)
+    best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
+    with stage_run("finetune", config, parent_run) as stage:
+        origin = f"from {config.checkpoint}" if job.weights else "from scratch"
+        stage.progress(
+            f"{len(job.train)} videos, {len(job.val)} for validation, {origin}, {config.clips.frames} frames a clip, "
+            f"{config.model.decoder.name}, {job.plan.total_steps} steps in {config.loop.epochs} epochs"
+        )
+        if len(job.val) == 0:
+            stage.progress(
+                "no video in split 'val': the last epoch is kept, not the best; index --val-share makes one"
+            )
+        outcome = launch(
+            stage,
+            build,
+            job,
+            scale=config.scale,
+            data=config.data,
+            loop=config.loop,
+            best=best if len(job.val) else None,
+            report=[report_line(stage, job), *filter(None, [on_row])],
+        )
+        stage.metrics |= outcome.fit.metrics
+        stage.metrics |= {"best/" + best[0]: outcome.best_score} if outcome.best_score is not None else {}
+        stage.counts |= {"videos": len(job.train), "val_videos": len(job.val), "steps": outcome.fit.step}
+        stage.counts |= {"classes": len(job.classes), "resumed_at": outcome.fit.started_at}
+        stage.details["checkpoint"] = outcome.best
+        stage.progress(f"checkpoint: {outcome.best}")
+    return stage.result
+
+
+def prepare(config: FinetuneConfig) -> FinetuneJob:
+    """Check everything that can be checked beforehand, and return what the workers need."""
+    manifest = read_manifest(config.manifest)
+    check_for_training(manifest, config.clips, config.loop.batch_size, labelled=True, task=config.task)
+    weights = None
+    try:
+        check_model(config.model)
+        if config.checkpoint:
+            with local_checkpoint(config.checkpoint) as folder:
+                checkpoint.check_architecture(folder, flatten(config.model))
+                weights = checkpoint.encoder_weights(folder)
+    except (CheckpointError, ValueError) as error:
+        raise UserError(str(error)) from None
+    train = drop_too_short(split_of(manifest, "train"), config.clips)
+    return FinetuneJob(
+        config=config,
+        train=train,
+        val=drop_too_short(split_of(manifest, "val"), config.clips),
+        classes=classes(manifest) if config.task == "class" else [],
+        plan=ClipPlan(len(train), config.loop.batch_size, config.loop.epochs, config.loop.seed),
+        weights=weights,
+        commit=provenance.commit(),
+    )
+
+
+def build(job: FinetuneJob, context: RayContext) -> Fit:
+    """Return the training loop of one worker."""
+    config = job.config
+    torch.manual_seed(config.loop.seed)
+    # Pretrained weights come with the job; the file that the backbone once started from is not needed again.
+    backbone = replace(config.model.backbone, weights="") if job.weights else config.model.backbone
+    model = VideoModel(replace(config.model, backbone=backbone), job.outputs)
+    if job.weights is not None:
+        model.load_pretrained(job.weights)
+    task = Supervised(model, config.task)
+
+    def meta(step: int, values: dict[str, float]) -> Meta:
+        return Meta(
+            kind=config.task,
+            step=step,
+            model=asdict(model.config),
+            classes=job.classes,
+            settings=to_json("finetune", config),
+            metrics=values,
+            commit=job.commit,
+        )
+
+    return Fit(
+        task=task,
+        batches=lambda start: train_batches(
+            manifest=job.train,
+            plan=job.plan,
+            clips=config.clips,
+            frame_size=config.model.backbone.frame_size,
+            seed=config.loop.seed,
+            pairs=False,
+            data=config.data,
+            decode_tasks=context.decode_tasks,
+            rank=context.rank,
+            world_size=context.world_size,
+            start_step=start,
+        ),
+        steps=job.plan.total_steps,
+        steps_per_epoch=job.plan.steps_per_epoch,
+        optim=config.optim,
+        loop=config.loop,
+        context=context,
+        meta=meta,
+        evaluate=(lambda: validate(job, model, context)) if len(job.val) else None,
+        max_failure_share=config.data.max_failure_share,
+    )
+
+
+def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[str, float]:
+    """Return the metrics of the validation split, on every worker."""
+    config = job.config
+    batches = evaluation_batches(
+        manifest=job.val,
+        clips=config.clips,
+        frame_size=config.model.backbone.frame_size,
+        clips_per_video=1,
+        batch_size=max(1, config.loop.batch_size // context.world_size),
+        data=config.data,
+        decode_tasks=context.decode_tasks,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+    found = inference.run_on_all(inference.scores(model, config.task), batches, context.device)
+    if not found.video_ids:
+        return {"val/videos": 0.0}
+    if config.task == "regression":
+        mse = float(F.mse_loss(found.values[:, 0], found.targets))
+        return {"val/mse": mse, "val/loss": mse, "val/videos": float(len(found.video_ids))}
+    loss = float(F.nll_loss(found.values.clamp_min(1e-12).log(), found.labels))
+    accuracy = metrics.accuracy(found.values, found.labels)
+    return {"val/accuracy": accuracy, "val/loss": loss, "val/videos": float(len(found.video_ids))}
+
+
+def report_line(stage: Stage, job: FinetuneJob) -> OnRow:
+    """Return the function that prints a row of metrics."""
+
+    def report(step: int, row: dict[str, float]) -> None:
+        if "val/loss" in row:
+            main = "val/accuracy" if "val/accuracy" in row else "val/mse"
+            stage.progress(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f}")
+            return
+        entropy = row.get("train/selection_entropy", math.nan)
+        hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""
+        chosen = f"mask generator's entropy {entropy:.3f}, " if math.isfinite(entropy) else ""
+        stage.progress(
+            f"step {step}/{job.plan.total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, {hits}"
+            f"{chosen}{row['train/clips_per_second']:.0f} clips/s, waiting for data {row['train/data_wait_share']:.0%}"
+        )
+
+    return report

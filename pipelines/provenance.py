@@ -1,0 +1,37 @@
+"""What made a result: versions of the packages and the commit of the code."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "timm", "ray", "mlflow", "decord", "av", "pyarrow", "numpy")
+COMMIT_VARIABLE = "S5_COMMIT"
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of each package that results depend on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def commit() -> str:
+    """Return the commit of the code, `+changes` behind it where the checkout has any, or `unknown`.
+
+    A job's code is shipped without `.git`; there the variable S5_COMMIT, set at submission, tells.
+    """
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
+    here = Path(__file__).parent
+    try:
+        revision = _git(here, "rev-parse", "HEAD")
+        return f"{revision}+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else revision
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,106 @@
+"""The space of a sweep as text: `key=1,2,3`, `key=uniform(a,b)`, `key=loguniform(a,b)`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, UserError, flatten, override, unknown
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Every one of some values."""
+
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number drawn between two bounds."""
+
+    low: float
+    high: float
+    log: bool
+
+
+Dimension = Choice | Range
+RANGE = re.compile(r"(uniform|loguniform)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
+
+
+def parse(config: SweepConfig) -> dict[str, Dimension]:
+    """Return the dimensions of a sweep by their keys.
+
+    Raises:
+        UserError: an entry that cannot be read, or a key that no swept stage has (names the closest).
+    """
+    dimensions: dict[str, Dimension] = {}
+    known = dict.fromkeys(
+        key for stage in stages(config) for key in (*_leaves(config, stage), *_leaves(config, stage, stage))
+    )
+    for entry in config.space:
+        key, _, text = entry.partition("=")
+        key = key.strip().replace("-", "_")
+        if not text.strip():
+            raise UserError(f"space is {entry!r}: write key=value,value or key=uniform(low,high)")
+        if key not in known:
+            raise UserError(f"space is {entry!r}: {unknown('setting', key, known)}")
+        dimensions[key] = _dimension(entry, text)
+    return dimensions
+
+
+def stages(config: SweepConfig) -> list[str]:
+    """Return the stages that a trial runs, in order."""
+    return config.stages.split("+")
+
+
+def _leaves(config: SweepConfig, stage: str, prefix: str = "") -> list[str]:
+    own: PretrainConfig | FinetuneConfig = getattr(config, stage)
+    return [f"{prefix}.{key}" if prefix else key for key in flatten(own)]
+
+
+def _dimension(entry: str, text: str) -> Dimension:
+    match = RANGE.fullmatch(text.strip())
+    if match is None:
+        return Choice(tuple(value.strip() for value in text.split(",") if value.strip()))
+    try:
+        low, high = float(match[2]), float(match[3])
+    except ValueError:
+        raise UserError(f"space is {entry!r}: the bounds of a range are numbers") from None
+    log = match[1] == "loguniform"
+    if not low < high or (log and low <= 0):
+        raise UserError(f"space is {entry!r}: give low < high{', both above 0' if log else ''}")
+    return Range(low, high, log)
+
+
+def combinations(dimensions: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the choices; a range stands at its two ends."""
+    values = [d.values if isinstance(d, Choice) else (d.low, d.high) for d in dimensions.values()]
+    for combination in itertools.product(*values):
+        yield dict(zip(dimensions, combination, strict=True))
+
+
+def configured(config: SweepConfig, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes that a trial's values make to one of its stages."""
+    own = _leaves(config, stage)
+    changes = {key: value for key, value in values.items() if key in own}
+    return changes | {key.removeprefix(f"{stage}."): v for key, v in values.items() if key.startswith(f"{stage}.")}
+
+
+def check(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> None:
+    """Apply every combination to its stages' settings; raise `UserError` for the first that is not valid."""
+    for values in combinations(dimensions):
+        for stage in stages(config):
+            override(getattr(config, stage), configured(config, stage, values))
+
+
+def name_of(values: Mapping[str, Any]) -> str:
+    """Return a trial's name, which is also its folder: `mask_ratio=0.5,frames=8`."""
+    parts = []
+    for key, value in values.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{key.rpartition('.')[2]}={re.sub(r'[^0-9A-Za-z.+-]', '_', text)}")
+    return ",".join(parts)

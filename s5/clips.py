@@ -1,0 +1,86 @@
+"""When the frames of a clip are: pure functions of a seed.
+
+Rules: a clip of T frames spans (T - 1) strides; it fits a video that is at least one frame longer than that, so that
+its last frame exists. A video that is too short raises `ValueError`, unless `too_short` is `shrink`: there the stride
+becomes the longest that fits. Long and short clips start at times drawn on their own, uniformly over all starts that
+fit (LSTCL, arXiv 2106.09212). Times are seconds after the video's first frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from s5.config import ClipConfig
+
+FloatArray = npt.NDArray[np.float64]
+
+# Lengths come from frame counts and rates that were rounded.
+TOLERANCE_S = 1e-3
+
+
+def clip_seed(seed: int, epoch: int, video_id: str) -> int:
+    """Return the seed of what is drawn for a video in an epoch, 0 <= seed < 2**63; the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{video_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def stride_s(config: ClipConfig, stride: float, fps: float) -> float:
+    """Return a stride in seconds; in the unit `frames` it counts frames of the video's own rate."""
+    return stride / fps if config.unit == "frames" else stride
+
+
+def longest_stride_s(config: ClipConfig, duration_s: float, fps: float) -> float:
+    """Return the longest stride in seconds that fits a stretch; infinite for clips of one frame."""
+    return max(0.0, duration_s - 1 / fps) / (config.frames - 1) if config.frames > 1 else float("inf")
+
+
+def fits(config: ClipConfig, duration_s: float, fps: float) -> bool:
+    """Return whether a stretch of a video holds a long clip without a shorter stride."""
+    span = (config.frames - 1) * stride_s(config, config.long_stride, fps)
+    return span <= duration_s - 1 / fps + TOLERANCE_S if config.frames > 1 else True
+
+
+def long_short_times(
+    config: ClipConfig, start_s: float, end_s: float, fps: float, seed: int
+) -> tuple[FloatArray, FloatArray]:
+    """Return the times (T,) of a long and of a short clip between `start_s` and `end_s`, ascending.
+
+    The long clip is drawn first: it is the same whether or not the short one is used.
+
+    Raises:
+        ValueError: the stretch is too short.
+    """
+    rng = np.random.default_rng(seed)
+    long_T = _clip(config, config.long_stride, start_s, end_s, fps, rng.random())
+    short_T = _clip(config, config.short_stride, start_s, end_s, fps, rng.random())
+    return long_T, short_T
+
+
+def evaluation_times(config: ClipConfig, start_s: float, end_s: float, fps: float, clips: int) -> FloatArray:
+    """Return the times (clips, T) of long clips spread evenly from the first start that fits to the last.
+
+    One clip is centred.
+
+    Raises:
+        ValueError: the stretch is too short.
+    """
+    places = np.linspace(0.0, 1.0, clips) if clips > 1 else np.array([0.5])
+    return np.stack([_clip(config, config.long_stride, start_s, end_s, fps, place) for place in places])
+
+
+def _clip(config: ClipConfig, stride: float, start_s: float, end_s: float, fps: float, place: float) -> FloatArray:
+    """Return the times of a clip; `place` from 0 (earliest start) to 1 (latest)."""
+    duration_s = end_s - start_s
+    stride = stride_s(config, stride, fps)
+    if config.too_short == "shrink" or fits(config, duration_s, fps):
+        stride = min(stride, longest_stride_s(config, duration_s, fps))
+    else:
+        raise ValueError(
+            f"clips.long_stride is {config.long_stride:g} {config.unit}: {config.frames} frames do not fit a video of "
+            f"{duration_s:.2f} s at {fps:g} fps; lower clips.long_stride or clips.frames, or set clips.too_short"
+        )
+    latest = max(0.0, duration_s - 1 / fps - (config.frames - 1) * stride)
+    return start_s + place * latest + stride * np.arange(config.frames, dtype=np.float64)

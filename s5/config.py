@@ -1,0 +1,279 @@
+"""Settings of the model, the clips, LSMCL, the optimiser and the loop, as frozen dataclasses.
+
+Every value is checked where it is made: a bad one raises `ValueError` with its name, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_type_hints
+
+Config = TypeVar("Config")
+
+DecoderName = Literal["s5", "vis4mer"]
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raise `ValueError` that names the setting, its value and the remedy unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}: {remedy}")
+
+
+def from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return a config of that class from nested values as JSON gives them.
+
+    Raises:
+        ValueError: a key that the class lacks, or a value out of range.
+    """
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        require(key in known, key, values[key], f"{cls.__name__} has no such setting")
+    built = {
+        key: from_json(hints[key], value)
+        if dataclasses.is_dataclass(hints[key])
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for key, value in values.items()
+    }
+    return cls(**built)
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise `ValueError` unless `low <= value <= high`; NaN fails."""
+    require(low <= value <= high, name, value, f"give a value from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Frame encoder: any Vision Transformer of timm."""
+
+    name: str = "vit_base_patch16_224"
+    """timm's name of the model."""
+    frame_size: int = 224
+    """Height and width of a frame in pixels; positional embeddings are made for (or interpolated to) it."""
+    weights: str = ""
+    """Where the weights come from: empty for random ones, `timm` for timm's own (cached or from the hub), or a file
+    (.safetensors, .pt) in timm's layout."""
+    frozen: bool = False
+    """Keep the backbone's weights as they are and run it without gradient."""
+    cls_token: bool = False
+    """Hand the class token on as one more token a frame."""
+    depth: int | None = None
+    """Number of transformer blocks, where it is to differ from timm's."""
+    embed_dim: int | None = None
+    """Width of the tokens, where it is to differ from timm's."""
+    num_heads: int | None = None
+    """Number of attention heads, where it is to differ from timm's."""
+    patch_size: int | None = None
+    """Height and width of a patch in pixels, where it is to differ from timm's."""
+
+    def __post_init__(self) -> None:
+        require(self.frame_size >= 8, "backbone.frame_size", self.frame_size, "give at least 8 pixels")
+        for name in ("depth", "embed_dim", "num_heads", "patch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"backbone.{name}", value, "give a positive number or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSMConfig:
+    """State-space layer (S4D: arXiv 2206.11893, S4: 2111.00396)."""
+
+    kind: Literal["s4d", "s4"] = "s4d"
+    """`s4d`: diagonal state matrix; `s4`: diagonal plus low rank (DPLR), as ViS4mer uses."""
+    state: int = 64
+    """State size S of one channel, in real numbers (S / 2 conjugate pairs)."""
+    init: Literal["legs", "lin", "inv"] = "legs"
+    """Initial eigenvalues of S4D: LegS (diagonal of HiPPO-LegS), Lin or Inv. S4 always starts from LegS."""
+    discretization: Literal["zoh", "bilinear"] = "zoh"
+    """Discretisation of S4D. S4 is always bilinear."""
+    dt_min: float = 1e-3
+    """Smallest initial time step (log-uniform)."""
+    dt_max: float = 1e-1
+    """Largest initial time step (log-uniform)."""
+    bidirectional: bool = False
+    """Add a second kernel that runs backwards in time."""
+    lr: float = 1e-3
+    """Upper bound of the learning rate of A, B and dt, which have an optimiser group without weight decay."""
+
+    def __post_init__(self) -> None:
+        require(self.state >= 2 and self.state % 2 == 0, "ssm.state", self.state, "give an even number of at least 2")
+        require(0 < self.dt_min <= self.dt_max, "ssm.dt_min", self.dt_min, "give 0 < dt_min <= dt_max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Token selection of S5 (arXiv 2303.14526, section 3)."""
+
+    keep_ratio: tuple[float, ...] = (0.5,)
+    """Share of tokens that each block keeps, first block first; blocks beyond the end keep all. That only the first
+    block selects, and 0.5, are recollections of the paper's text, not checked against it."""
+    generator: Literal["linear", "transformer", "random", "none"] = "linear"
+    """Mask generator: one linear layer, one transformer layer, random tokens, or none (all tokens kept)."""
+    features: Literal["s4", "backbone"] = "s4"
+    """What the mask generator sees: momentum S4 features or the block's own input tokens."""
+    temperature: float = 1.0
+    """Gumbel-softmax temperature rho at the start of training."""
+    temperature_end: float = 1.0
+    """Gumbel-softmax temperature rho at the end of training; exponential in between."""
+    momentum: float = 0.99
+    """Momentum of the moving average that makes the momentum S4."""
+
+    def __post_init__(self) -> None:
+        for ratio in self.keep_ratio:
+            require(0 < ratio <= 1, "selection.keep_ratio", ratio, "give values in (0, 1]")
+        require(self.temperature > 0, "selection.temperature", self.temperature, "give a positive number")
+        require(self.temperature_end > 0, "selection.temperature_end", self.temperature_end, "give a positive number")
+        require_range("selection.momentum", self.momentum, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Temporal pyramid over the tokens of a clip (ViS4mer, arXiv 2204.01692): each block halves length and width."""
+
+    name: DecoderName = "s5"
+    """`s5`: S4 on selected tokens; `vis4mer`: S4 on all tokens."""
+    width: int | None = None
+    """Width D of the first block; where it is not the backbone's, a linear layer stands in between."""
+    blocks: int = 3
+    """Number of blocks."""
+    dropout: float = 0.2
+    """Share of channels dropped after each S4 layer; one draw for the whole sequence of a clip."""
+    ssm: SSMConfig = field(default_factory=SSMConfig)
+    """State-space layer."""
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    """Token selection; `s5` only."""
+
+    def __post_init__(self) -> None:
+        require(self.blocks >= 1, "decoder.blocks", self.blocks, "give at least 1")
+        require(0 <= self.dropout < 1, "decoder.dropout", self.dropout, "give a value in [0, 1)")
+        ratios = self.selection.keep_ratio
+        require(len(ratios) <= self.blocks, "selection.keep_ratio", ratios, f"there are only {self.blocks} blocks")
+        if self.width is not None:
+            divisor = 2**self.blocks
+            require(
+                self.width > 0 and self.width % divisor == 0,
+                "decoder.width",
+                self.width,
+                f"give a multiple of {divisor}, since each of {self.blocks} blocks halves it",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Video model: backbone, temporal pyramid, and a head when it is fine-tuned."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Frame encoder."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Temporal pyramid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Which frames of a video make a long and a short clip (LSTCL, arXiv 2106.09212)."""
+
+    frames: int = 16
+    """Frames T of a clip, long or short."""
+    long_stride: float = 2.0
+    """Time between two frames of a long clip, in `unit`."""
+    short_stride: float = 0.5
+    """Time between two frames of a short clip, in `unit`."""
+    unit: Literal["seconds", "frames"] = "seconds"
+    """Unit of the strides; frames are those of the video's own frame rate."""
+    too_short: Literal["error", "drop", "shrink"] = "error"
+    """What to do with a video shorter than its clip: refuse to start, leave it out, or shrink the stride to fit."""
+
+    def __post_init__(self) -> None:
+        require(self.frames >= 1, "clips.frames", self.frames, "give at least 1")
+        require(self.short_stride > 0, "clips.short_stride", self.short_stride, "give a positive number")
+        require(
+            math.isfinite(self.long_stride) and self.long_stride >= self.short_stride,
+            "clips.long_stride",
+            self.long_stride,
+            f"give at least the short stride, {self.short_stride:g}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSMCLConfig:
+    """Long-short masked contrastive pretraining (arXiv 2303.14526); where it is silent, MoCo v3 (2104.02057)."""
+
+    mask_ratio: float = 0.5
+    """Masking ratio eta: share of the patches of every frame, long and short, that the encoder does not see."""
+    temperature: float = 0.2
+    """Temperature rho of InfoNCE."""
+    momentum: float = 0.99
+    """Momentum of the momentum encoder at the start; it rises to 1 along a cosine."""
+    hidden: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+    dim: int = 256
+    """Width of the embeddings that are compared."""
+    jitter: float = 0.4
+    """Strength of the colour jitter, drawn for each clip of a pair; 0 for none."""
+    freeze_patches: bool = True
+    """Keep the patch projection at its initial weights, which MoCo v3 found to be stabler."""
+    collapse_spread: float = 0.1
+    """Alarm when the embedding spread (1 for independent random directions, 0 for one point) falls below this."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.mask_ratio < 1, "lsmcl.mask_ratio", self.mask_ratio, "give a value in [0, 1)")
+        require(self.temperature > 0, "lsmcl.temperature", self.temperature, "give a positive number")
+        require_range("lsmcl.momentum", self.momentum, 0, 1)
+        require_range("lsmcl.jitter", self.jitter, 0, 1)
+        require(self.hidden >= 1, "lsmcl.hidden", self.hidden, "give at least 1")
+        require(self.dim >= 2, "lsmcl.dim", self.dim, "give at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine."""
+
+    lr: float = 1.5e-4
+    """Peak learning rate for the whole (global) batch."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms, biases and state-space parameters have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
+    warmup: float = 0.1
+    """Share of the training that the learning rate rises linearly for."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0 for no limit."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "give a positive number")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "give 0 or more")
+        require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "give a value in [0, 1)")
+        require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Length and rhythm of a training run."""
+
+    epochs: int = 10
+    """Passes over the training videos."""
+    batch_size: int = 32
+    """Videos in the global batch, all workers together."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the videos, the clips, the masks and all noise."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast; state-space parameters, FFT and losses stay in fp32."""
+    log_every: int = 10
+    """Steps between two rows of logged metrics."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 for one after each epoch."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept: the last ones, and the best where there is a validation metric."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations on the validation split (in pretraining: kNN probes); 0 for only the last."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "give at least 1")
+        for name in ("checkpoint_every", "evaluate_every"):
+            require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "give 0 or more")

@@ -1,0 +1,308 @@
+"""The one training loop. It sees a small context instead of Ray, so that the same lines run alone and on a cluster."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from s5 import checkpoint, distributed, optim
+from s5.batch import ClipBatch, Failure
+from s5.config import LoopConfig, OptimConfig
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class Task(Protocol):
+    """What is trained: a module that owns the model and the loss."""
+
+    def __call__(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return `loss` and other scalars of this worker's share of a batch."""
+
+    def before_step(self, progress: float) -> None:
+        """Set what follows a schedule, for a share of the training from 0 to 1."""
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        """Update what is not trained by gradient; return what is to be logged of it."""
+
+
+class WorkerContext(Protocol):
+    """The surroundings of one training process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module whose backward pass averages gradients over the workers."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand on a row of metrics; called on rank 0."""
+
+    def reject(self, failures: list[Failure]) -> None:
+        """Hand on videos that could not be read; called on the rank that met them."""
+
+    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
+        """Keep a checkpoint; called on every rank at the same step, with a folder on rank 0 alone."""
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the folder of the checkpoint to resume from, if any."""
+
+    def stop_requested(self) -> bool:
+        """Return whether this process has been asked to stop."""
+
+
+@dataclass
+class SoloContext:
+    """One process without Ray: tests, a single machine, and the baseline that Ray's overhead is measured against."""
+
+    folder: Path | None = None
+    """Where checkpoints go, one folder a step; None keeps none."""
+    keep: int = 2
+    """Checkpoints kept."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world_size: int = 1
+    rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """All rows logged, with their steps."""
+    rejects: list[Failure] = field(default_factory=list)
+    """Videos that could not be read."""
+    stop_at: int | None = None
+    """Step after which a stop is requested."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the module itself."""
+        return module
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append a row."""
+        self.rows.append((step, dict(metrics)))
+
+    def reject(self, failures: list[Failure]) -> None:
+        """Append videos that could not be read."""
+        self.rejects += failures
+
+    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
+        """Move the checkpoint to its place and drop the oldest ones."""
+        if self.folder is None or folder is None:
+            return
+        target = self.folder / f"step_{checkpoint.read_meta(folder).step:08d}"
+        shutil.rmtree(target, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, target)
+        for old in self._saved()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the last complete checkpoint."""
+        return next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None)
+
+    def stop_requested(self) -> bool:
+        """Return whether the step to stop at has been logged."""
+        return self.stop_at is not None and bool(self.rows) and self.rows[-1][0] >= self.stop_at
+
+    def _saved(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*")) if self.folder and self.folder.is_dir() else []
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How training ended."""
+
+    step: int
+    """Optimiser steps taken in all."""
+    started_at: int
+    """Step that this call resumed from, 0 from the start."""
+    metrics: dict[str, float]
+    """Last value of every metric."""
+    stopped: bool
+    """Whether it ended early because it was asked to."""
+
+
+class Window:
+    """Means of metrics, throughput and the share of time spent waiting for data, between two rows of the log."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.videos = self.failures = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, scalars: Mapping[str, Tensor], batch: ClipBatch, waited: float) -> None:
+        """Take up one step, without waiting for the device."""
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value.detach())) + value.detach()
+        self.steps += 1
+        self.videos += len(batch.video_ids)
+        self.failures += len(batch.failures)
+        self.waited += waited
+
+    def row(self, clips_per_video: int) -> dict[str, float]:
+        """Return the means over steps and workers; every worker has to call it."""
+        means = distributed.mean(torch.stack([value.float() for value in self.sums.values()]) / self.steps)
+        row = {f"train/{name}": float(value) for name, value in zip(self.sums, means, strict=True)}
+        seconds = time.perf_counter() - self.started
+        shares = torch.tensor([self.waited / seconds, self.failures], device=means.device)
+        waited, failures = distributed.mean(shares).tolist()
+        return row | {
+            "train/clips_per_second": self.steps * self.batch_size * clips_per_video / seconds,
+            "train/step_seconds": seconds / self.steps,
+            "train/data_wait_share": waited,
+            "data/failures": failures * distributed.world_size(),
+        }
+
+
+@dataclass
+class Fit:
+    """One training run: what `fit` is asked to do and where it stands."""
+
+    task: nn.Module
+    batches: Callable[[int], Generator[ClipBatch]]
+    steps: int
+    steps_per_epoch: int
+    optim: OptimConfig
+    loop: LoopConfig
+    context: WorkerContext
+    meta: Callable[[int, dict[str, float]], checkpoint.Meta]
+    evaluate: Callable[[], dict[str, float]] | None = None
+    max_failure_share: float = 1.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    failures: int = 0
+
+    def run(self) -> FitResult:
+        """Train from the latest checkpoint to the end, or until a stop is requested; a stop leaves a checkpoint.
+
+        Raises:
+            TrainingError: the loss is not finite, or too many videos failed to decode.
+            CheckpointError: the checkpoint to resume from does not fit.
+        """
+        torch.manual_seed(self.loop.seed)
+        self.task.to(self.context.device)
+        self.optimizer = optim.build_optimizer(self.task, self.optim)
+        latest = self.context.latest_checkpoint()
+        start = 0
+        if latest is not None:
+            meta = checkpoint.restore(latest, self.task, self.optimizer)
+            start, self.metrics = meta.step, dict(meta.metrics)
+            self.failures = int(self.metrics.get("data/failures_total", 0))
+        stopped = False
+        step = start
+        if start < self.steps:
+            step, stopped = self._train(start)
+        return FitResult(step, start, self.metrics, stopped)
+
+    def _train(self, start: int) -> tuple[int, bool]:
+        with closing(self.batches(start)) as batches:
+            return self._train_on(batches, start)
+
+    def _train_on(self, batches: Iterator[ClipBatch], start: int) -> tuple[int, bool]:
+        model = self.context.wrap(self.task)
+        model.train()
+        window = Window(self.loop.batch_size)
+        stopped = False
+        for step in range(start + 1, self.steps + 1):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            scalars = self._step(model, batch.to(self.context.device), step)
+            window.add(scalars, batch, waited)
+            if batch.failures:
+                self.context.reject(batch.failures)
+            if step % self.loop.log_every == 0 or step in (start + 1, self.steps):
+                self._log(window, step, clips_per_video=1 if batch.short is None else 2)
+                stopped = distributed.any_worker(self.context.stop_requested(), self.context.device)
+            if self._is_due(step) or stopped:
+                paused = time.perf_counter()
+                self._checkpoint(step, evaluated=not stopped)
+                window.started += time.perf_counter() - paused
+            if stopped:
+                break
+        return step, stopped and step < self.steps
+
+    def _step(self, model: nn.Module, batch: ClipBatch, step: int) -> dict[str, Tensor]:
+        """Take one optimiser step; the schedules depend on the step alone."""
+        task = cast(Task, self.task)
+        share = optim.schedule((step - 1) / self.steps, self.optim.warmup) if step > 1 else self._first_share()
+        rate = optim.set_learning_rate(self.optimizer, share)
+        task.before_step((step - 1) / self.steps)
+        with torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.loop.precision == "bf16"):
+            scalars: dict[str, Tensor] = model(batch)
+        scalars["loss"].backward()  # type: ignore[no-untyped-call]
+        limit = self.optim.clip_norm or math.inf
+        norm = nn.utils.clip_grad_norm_([p for p in self.task.parameters() if p.requires_grad], limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        extra = task.after_step(step / self.steps) | {"learning_rate": rate}
+        device = scalars["loss"].device
+        return scalars | {"gradient_norm": norm} | {k: torch.tensor(v, device=device) for k, v in extra.items()}
+
+    def _first_share(self) -> float:
+        """Let the first step of a warm-up do something."""
+        return min(1.0, 1 / max(1.0, self.steps * self.optim.warmup))
+
+    def _log(self, window: Window, step: int, clips_per_video: int) -> None:
+        row = window.row(clips_per_video)
+        self.failures += int(row["data/failures"])
+        row |= {"data/failures_total": self.failures, "train/epoch": step / self.steps_per_epoch}
+        self.metrics |= row
+        window.reset()
+        if self.context.rank == 0:
+            self.context.log(row, step)
+        if not math.isfinite(row["train/loss"]):
+            raise TrainingError(
+                f"train/loss is {row['train/loss']} at step {step}: lower optim.lr, or raise optim.warmup or clip it "
+                "with optim.clip_norm; the last checkpoint is kept"
+            )
+        seen = step * self.loop.batch_size
+        if self.failures > self.max_failure_share * seen and self.failures > 1:
+            raise TrainingError(
+                f"{self.failures} of {seen} videos could not be decoded, more than data.max_failure_share, "
+                f"{self.max_failure_share:g}, allows: index the videos anew, or raise it"
+            )
+
+    def _is_due(self, step: int) -> bool:
+        every = self.loop.checkpoint_every or self.steps_per_epoch
+        return step % every == 0 or step == self.steps or self._is_evaluated(step)
+
+    def _is_evaluated(self, step: int) -> bool:
+        if self.evaluate is None:
+            return False
+        every = self.loop.evaluate_every * self.steps_per_epoch
+        return step == self.steps or (every > 0 and step % every == 0)
+
+    def _checkpoint(self, step: int, evaluated: bool) -> None:
+        """Evaluate where it is due, then save; all workers take part."""
+        found: dict[str, float] = {}
+        if self.evaluate is not None and evaluated and self._is_evaluated(step):
+            self.task.eval()
+            with torch.no_grad():
+                found = self.evaluate()
+            self.task.train()
+            self.metrics |= found
+            if self.context.rank == 0:
+                self.context.log(found, step)
+        if self.context.rank != 0:
+            self.context.save(None, found)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
+        try:
+            checkpoint.save(folder, self.task, self.optimizer, self.meta(step, dict(self.metrics)))
+            self.context.save(folder, found)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

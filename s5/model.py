@@ -1,0 +1,103 @@
+"""The video model: frame encoder, temporal pyramid and, for a labelled task, a head. It is built from its config alone.
+
+Shapes: B batch, T frames, L tokens of a clip, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from s5.backbone import Backbone
+from s5.config import ModelConfig
+from s5.decoders import DecoderOutput, Pyramid
+
+# Weights that pretraining does not make: it runs without selection and without a head.
+NOT_PRETRAINED = ("selection.", "head.")
+
+
+class Prediction(NamedTuple):
+    """What a video model says of a batch of clips."""
+
+    logits_BC: Tensor
+    """Scores, one a class, or one number in regression."""
+    features_BD: Tensor
+    """What the head saw."""
+    kept: list[Tensor]
+    """Indices of the tokens kept by each selecting block, (B, K)."""
+    entropy: Tensor | None
+    """Entropy of the mask generator over that of the uniform distribution, 0 to 1."""
+
+
+class VideoModel(nn.Module):
+    """Clips of frames to features, and to predictions where there is a head."""
+
+    def __init__(self, config: ModelConfig, outputs: int | None = None) -> None:
+        """Build the model.
+
+        Args:
+            config: its settings.
+            outputs: numbers that the head gives: classes, or 1 for regression; None for no head.
+        """
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone)
+        width = config.decoder.width or self.backbone.width
+        self.projection = nn.Identity() if width == self.backbone.width else nn.Linear(self.backbone.width, width)
+        self.decoder = Pyramid(config.decoder, width)
+        self.head = nn.Linear(self.decoder.out_width, outputs) if outputs else None
+
+    def encode(
+        self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None, keep_BTK: Tensor | None = None
+    ) -> DecoderOutput:
+        """Return the features of clips, with what the selection kept.
+
+        Args:
+            frames_BTHWC: frames, 0 to 255.
+            seeds_B: seeds of dropout and Gumbel noise, one a clip; None draws from torch's generator.
+            keep_BTK: patches that masking leaves, None for all.
+        """
+        tokens_BLD = self.projection(self.backbone(frames_BTHWC, keep_BTK))
+        return cast(DecoderOutput, self.decoder(tokens_BLD, seeds_B))
+
+    def forward(self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None) -> Prediction:
+        """Return predictions for clips of frames, 0 to 255.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if self.head is None:
+            raise ValueError("the model has no head: it was built for pretraining; fine-tune it, or call encode")
+        out = self.encode(frames_BTHWC, seeds_B)
+        return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.entropy)
+
+    def load_pretrained(self, state: dict[str, Tensor]) -> None:
+        """Load an encoder's weights; mask generator and head stay as they are, the momentum S4 starts as a copy.
+
+        Raises:
+            ValueError: the weights are those of another architecture.
+        """
+        own = {key: value for key, value in self.state_dict().items() if not any(n in key for n in NOT_PRETRAINED)}
+        wrong = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+        if wrong:
+            raise ValueError(f"the checkpoint is of another architecture: {wrong[0]!r} is missing or of another shape")
+        self.load_state_dict({key: state[key] for key in own}, strict=False)
+        self.decoder.reset_momentum()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of trained weights."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Build a model without memory for its weights, to find settings that do not fit together.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    with torch.device("meta"):
+        VideoModel(replace(config, backbone=replace(config.backbone, weights="")))

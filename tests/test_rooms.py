@@ -1,0 +1,132 @@
+"""The rooms rule: who may import whom, read from the source of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("s5", "pipelines", "clusters")
+STAGES = ("sample", "index", "pretrain", "finetune", "evaluate", "sweep", "predict", "report")
+FORBIDDEN = {"s5": ("ray", "mlflow", "pipelines", "clusters"), "pipelines": ("clusters",)}
+ONE_FILE = {
+    "mlflow": "pipelines/tracking.py",
+    "ray.train": "pipelines/trainer.py",
+    "ray.tune": "pipelines/sweep.py",
+    "tyro": "pipelines/__main__.py",
+}
+S5_NEEDS = ("torch", "timm", "einops", "numpy", "safetensors", "torchvision")
+BLOCKED = ("ray", "mlflow", "decord", "av", "pyarrow", "tyro", "pydantic", "sklearn", "pipelines", "clusters")
+
+
+def imports(tree: ast.Module, package: str) -> set[str]:
+    """Return the dotted names that a file imports or reaches through `ray.`, those inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ray":
+            names.add(f"ray.{node.attr}")
+    return names
+
+
+def holds(names: set[str], module: str) -> bool:
+    """Return whether a module or a part of it is among imported names."""
+    return any(name == module or name.startswith(f"{module}.") for name in names)
+
+
+def breaches(path: str, source: str) -> Iterator[str]:
+    """Yield what a file, given by its path below the root, does against the rooms rule."""
+    tree = ast.parse(source, path)
+    *folders, file = path.removesuffix(".py").split("/")
+    names = imports(tree, ".".join(folders))
+    for module in FORBIDDEN.get(folders[0], ()):
+        if holds(names, module):
+            yield f"{path} imports {module}"
+    for module, home in ONE_FILE.items():
+        if path != home and holds(names, module):
+            yield f"{path} imports {module}, which belongs in {home}"
+    if file == "utils" or "utils" in folders:
+        yield f"{path} is named utils"
+    if folders == ["pipelines"] and file in STAGES:
+        for later in STAGES[STAGES.index(file) + 1 :]:
+            if holds(names, f"pipelines.{later}"):
+                yield f"{path} imports the later stage {later}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Module") for base in node.bases):
+                yield f"{path} defines the nn.Module {node.name}"
+
+
+def files() -> list[str]:
+    """Return every Python file of the rooms, by its path below the root."""
+    return [path.relative_to(ROOT).as_posix() for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", files())
+def test_file_keeps_to_its_room(path: str) -> None:
+    assert not list(breaches(path, (ROOT / path).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "breach"),
+    [
+        ("s5/a.py", "import ray", "imports ray"),
+        ("s5/a.py", "def f():\n    from mlflow.entities import Run", "imports mlflow"),
+        ("s5/a.py", "if TYPE_CHECKING:\n    from pipelines import stage", "imports pipelines"),
+        ("s5/deep/a.py", "from ... import clusters", None),
+        ("pipelines/a.py", "from clusters.submit import run", "imports clusters"),
+        ("pipelines/a.py", "from ray import train", "imports ray.train"),
+        ("pipelines/a.py", "import ray\nray.train.report({})", "imports ray.train"),
+        ("pipelines/a.py", "from ray.tune.integration.ray_train import TuneReportCallback", "imports ray.tune"),
+        ("pipelines/sweep.py", "from ray.tune.integration.ray_train import TuneReportCallback", None),
+        ("pipelines/a.py", "import tyro", "imports tyro"),
+        ("pipelines/pretrain.py", "from pipelines import finetune", "later stage finetune"),
+        ("pipelines/pretrain.py", "from .sweep import run", "later stage sweep"),
+        ("pipelines/sweep.py", "from pipelines import finetune, pretrain", None),
+        ("pipelines/index.py", "class Head(nn.Module):\n    pass", "nn.Module Head"),
+        ("pipelines/heads.py", "class Head(nn.Module):\n    pass", None),
+        ("clusters/utils.py", "", "named utils"),
+        ("s5/a.py", "import raytracer\nfrom s5 import ssm", None),
+    ],
+)
+def test_rule_finds_what_breaks_it(path: str, source: str, breach: str | None) -> None:
+    found = list(breaches(path, source))
+    assert bool(found) == bool(breach), found
+    assert breach is None or breach in found[0]
+
+
+def test_s5_needs_few_packages_at_import() -> None:
+    known = {*sys.stdlib_module_names, *S5_NEEDS, "s5"}
+    for path in files():
+        if path.startswith("s5/"):
+            tree = ast.parse((ROOT / path).read_text())
+            top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+            roots = {name.partition(".")[0] for name in imports(top, "s5")}
+            assert roots <= known, f"{path} needs {sorted(roots - known)} to be imported"
+
+
+def test_s5_imports_without_the_rest() -> None:
+    code = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({BLOCKED!r}))
+try:
+    import ray
+except ImportError:
+    pass
+else:
+    raise SystemExit("the block does not hold")
+import s5
+for module in pkgutil.walk_packages(s5.__path__, "s5."):
+    importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
