@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -52,7 +52,7 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch]:
     """Yield this worker's batch of every step from `start_step` to the plan's end.
 
     Call it inside the training worker, where Ray runs. The clips of a video depend on (seed, epoch, video_id) alone.
@@ -77,7 +77,7 @@ def train_batches(
     reading = Reading(clips, frame_size, pairs)
     segment_steps = max(1, SEGMENT_ROWS // share)
 
-    def segment(first: int) -> Iterator[ClipBatch]:
+    def segment(first: int) -> Generator[ClipBatch]:
         rows = plan.rows(first, min(first + segment_steps, plan.total_steps), rank, world_size)
         return _decoded(_training_rows(manifest, rows, seed), reading, data, decode_tasks, share)
 
@@ -109,7 +109,7 @@ def _candidates(videos: pa.Table, seeds: list[int], offsets: npt.NDArray[np.int6
     return pa.table({"candidates": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs)})
 
 
-def _chained(segments: list[Callable[[], Iterator[ClipBatch]]], ahead: int, length: int) -> Iterator[ClipBatch]:
+def _chained(segments: list[Callable[[], Iterator[ClipBatch]]], ahead: int, length: int) -> Generator[ClipBatch]:
     """Yield the batches of all segments; each starts in the background `ahead` batches before the one before ends."""
     with ThreadPoolExecutor(1, thread_name_prefix="clips") as pool:
         coming: Future[tuple[ClipBatch | None, Iterator[ClipBatch]]] | None = None
@@ -156,7 +156,7 @@ def evaluation_batches(
     decode_tasks: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch]:
     """Yield evenly spread long clips of this worker's videos (rows rank, rank + world_size, ...), in manifest order.
 
     The clips of a video follow each other, perhaps across two batches. A video that fails is listed in `failures` and
@@ -190,7 +190,7 @@ def _without_failed(batch: ClipBatch) -> ClipBatch:
 
 def _decoded(
     rows: pa.Table, reading: Reading, data: DataConfig, decode_tasks: int, batch_size: int
-) -> Iterator[ClipBatch]:
+) -> Generator[ClipBatch]:
     """Run one Ray Data execution over rows of candidates and yield its batches in order."""
     chunk = data.clips_per_task
     dataset = in_chunks(rows, chunk)

@@ -18,8 +18,8 @@ from pipelines.checkpoints import local_checkpoint
 from pipelines.clips import evaluation_batches
 from pipelines.cluster import decode_tasks, ensure_ray
 from pipelines.config import EvaluateConfig, UserError, unknown
-from pipelines.figures import Neighbours, draw_neighbours
 from pipelines.manifest import check_clips, drop_too_short, read_manifest, split_of
+from pipelines.pictures import Neighbours, draw_neighbours
 from pipelines.stage import Stage, stage_run
 from s5 import inference, metrics
 from s5.checkpoint import CheckpointError, Meta, load_model, read_meta

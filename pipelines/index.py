@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -281,17 +282,17 @@ def manifest_of(rows: list[dict[str, Any]], names: list[str], config: IndexConfi
         name = row["class_name"]
         row |= {"dataset": dataset, "label": None if name is None else labels[name]}
         row |= {"start_s": row["start_s"] or 0.0, "end_s": min(row["end_s"] or row["duration_s"], row["duration_s"])}
-    for split, share in (("val", config.val_share), ("test", config.test_share)):
-        if not any(row["split"] == split for row in rows):
-            hold_out(rows, split, share, config.seed)
+    shares = {"val": config.val_share, "test": config.test_share}
+    present = {row["split"] for row in rows}
+    hold_out(rows, {split: share for split, share in shares.items() if split not in present}, config.seed)
     for row in rows:
         row["split"] = row["split"] or "train"
     metadata = {CLASSES: json.dumps(names).encode()}
     return pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata))
 
 
-def hold_out(rows: list[dict[str, Any]], split: str, share: float, seed: int) -> None:
-    """Move a share of each class's training videos to another split, chosen by hash; one stays for training."""
+def hold_out(rows: list[dict[str, Any]], shares: dict[str, float], seed: int) -> None:
+    """Move shares of each class's training videos to other splits, chosen by hash; one stays for training."""
 
     def place(row: dict[str, Any]) -> bytes:
         return hashlib.blake2b(f"{seed}/{row['video_id']}".encode()).digest()
@@ -301,6 +302,7 @@ def hold_out(rows: list[dict[str, Any]], split: str, share: float, seed: int) ->
         if row["split"] in ("", "train"):
             by_class.setdefault(row["class_name"], []).append(row)
     for members in by_class.values():
-        count = min(round(len(members) * share), len(members) - 1)
-        for row in sorted(members, key=place)[:count]:
-            row["split"] = split
+        spread = iter(sorted(members, key=place)[:-1])
+        for split, share in shares.items():
+            for row in islice(spread, round(len(members) * share)):
+                row["split"] = split

@@ -187,8 +187,8 @@ def _go_together(a: Row | Call, b: Row | Call) -> bool:
 def reason(error: Exception) -> str:
     """Return what is wrong in a few words, of the many that a failed request says."""
     text = str(error)
-    system = re.search(r"\[Errno -?\d+\] ([\w ]+)", text)
-    return system[1] if system else (text.splitlines() or [type(error).__name__])[0][:200]
+    system = re.search(r"\[Errno -?\d+\] ([\w ]+)|(?:[Rr]ead|[Cc]onnection to \S+) timed out", text)
+    return (system[1] or "timed out") if system else (text.splitlines() or [type(error).__name__])[0][:200]
 
 
 def say(message: str) -> None:

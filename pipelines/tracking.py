@@ -181,7 +181,7 @@ def _allowed(key: str) -> str:
 
 
 def _placed(client: MlflowClient, run_id: str, rows: list[Row]) -> list[Row]:
-    """Give final results the step of their metric's last value, and a later time: at step 0 they would bend its curve."""
+    """Give final results the step of their metric's last value, and a later time: step 0 would bend its curve."""
     if rows[0].step is not None:  # the outbox does not mix the two
         return rows
     known = client.get_run(run_id).data.metrics

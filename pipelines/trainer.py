@@ -22,6 +22,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
+from pipelines import storage
 from pipelines.cluster import decode_tasks, ensure_ray
 from pipelines.config import DataConfig, ScaleConfig, UserError
 from pipelines.stage import Stage, StageError, StoppedError
@@ -111,10 +112,15 @@ class RayContext:
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
         ray.train.report(dict(metrics), checkpoint=checkpoint)
 
-    def latest_checkpoint(self) -> Path | None:
-        """Return a local copy of the checkpoint that Ray Train hands on, if any."""
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """Give the checkpoint that Ray Train hands on, if any, as a local folder."""
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory())
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
 
     def stop_requested(self) -> bool:
         """Ask the driver's mailbox; rank 0 alone, the loop tells the others."""
@@ -193,6 +199,8 @@ def launch(
             ),
         ),
     )
+    if storage.exists(stage.path(CHECKPOINTS)):
+        stage.progress("resuming from the last checkpoint")
     stage.progress(
         f"starting {scale.num_workers} training worker{'s' * (scale.num_workers > 1)} and up to {tasks} decode tasks"
     )

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Numbers in a tile: what a CPU's cache holds; what fills a GPU without adding much to its peak memory.
 _CPU_TILE = 1 << 19
-_GPU_TILE = 1 << 26
+_GPU_TILE = 1 << 24
 
 
 def good_fft_size(at_least: int) -> int:
@@ -100,35 +101,6 @@ def _convolve_backward(
     return grad_x_BLD, grad_kernel_DM
 
 
-@torch.library.custom_op("s5::convolve_project", mutates_args=())
-def _convolve_project(x_BLD: Tensor, kernel_DM: Tensor, weight_D: Tensor, size: int) -> Tensor:
-    batch, length, _ = x_BLD.shape
-    total = x_BLD.new_zeros(batch, size // 2 + 1, dtype=kernel_DM.dtype.to_complex())
-    for channels in _channel_tiles(x_BLD, size):
-        response = torch.fft.rfft(kernel_DM[channels] * weight_D[channels, None], n=size)
-        for samples in _sample_tiles(x_BLD, size):
-            spectrum = _spectrum(x_BLD[samples, :, channels], size, kernel_DM.dtype)
-            total[samples] += torch.einsum("bdf,df->bf", spectrum, response)
-    projected_BL: Tensor = torch.fft.irfft(total, n=size)[:, :length].contiguous()
-    return projected_BL
-
-
-@torch.library.custom_op("s5::convolve_project_backward", mutates_args=())
-def _convolve_project_backward(grad_BL: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
-    grad_weight_D = kernel_DM.new_empty(kernel_DM.shape[0])
-    grad_spectrum = torch.fft.rfft(grad_BL.to(kernel_DM.dtype), n=size).conj_physical_()
-    # Parseval for real signals: all but the first and the last frequency stand for two.
-    grad_spectrum[:, 1:-1] *= 2
-    for channels in _channel_tiles(x_BLD, size):
-        response = torch.fft.rfft(kernel_DM[channels], n=size)
-        correlation = torch.zeros_like(response)
-        for samples in _sample_tiles(x_BLD, size):
-            spectrum = _spectrum(x_BLD[samples, :, channels], size, kernel_DM.dtype)
-            correlation += torch.einsum("bdf,bf->df", spectrum, grad_spectrum[samples])
-        grad_weight_D[channels] = (response * correlation).real.sum(1) / size
-    return grad_weight_D
-
-
 @_convolve.register_fake
 def _(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
     return torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
@@ -140,16 +112,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     grad_x_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format) if needs_x else x_BLD.new_empty(0)
     return grad_x_BLD, torch.empty_like(kernel_DM) if needs_kernel else kernel_DM.new_empty(0)
-
-
-@_convolve_project.register_fake
-def _(x_BLD: Tensor, kernel_DM: Tensor, weight_D: Tensor, size: int) -> Tensor:
-    return x_BLD.new_empty(x_BLD.shape[:2], dtype=kernel_DM.dtype)
-
-
-@_convolve_project_backward.register_fake
-def _(grad_BL: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
-    return kernel_DM.new_empty(kernel_DM.shape[0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,13 +126,7 @@ def _convolve_gradient(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, Tenso
     return grad_x_BLD if needs_x else None, grad_kernel_DM if needs_kernel else None, None
 
 
-def _project_gradient(ctx: Any, grad_BL: Tensor) -> tuple[None, None, Tensor, None]:
-    x_BLD, kernel_DM = ctx.saved_tensors
-    return None, None, _convolve_project_backward(grad_BL, x_BLD, kernel_DM, ctx.size), None
-
-
 _convolve.register_autograd(_convolve_gradient, setup_context=_keep)
-_convolve_project.register_autograd(_project_gradient, setup_context=_keep)
 
 
 def circular_kernel(length: int, causal_DM: Tensor, anticausal_DM: Tensor | None) -> tuple[Tensor, int]:
@@ -190,13 +146,6 @@ def circular_kernel(length: int, causal_DM: Tensor, anticausal_DM: Tensor | None
     return torch.cat([causal_DM, gap, anticausal_DM.flip(1)], dim=1), size
 
 
-def _check(x_BLD: Tensor, causal_DM: Tensor) -> None:
-    if x_BLD.dim() != 3 or x_BLD.shape[2] != causal_DM.shape[0] or x_BLD.shape[1] < 1:
-        raise ValueError(
-            f"x has shape {tuple(x_BLD.shape)}: give (batch, length >= 1, {causal_DM.shape[0]}), the kernel's width"
-        )
-
-
 def fft_conv(x_BLD: Tensor, causal_DM: Tensor, anticausal_DM: Tensor | None = None) -> Tensor:
     """Convolve every channel with its own kernel: y[l] = sum_{m <= l} causal[l - m] x[m].
 
@@ -213,34 +162,13 @@ def fft_conv(x_BLD: Tensor, causal_DM: Tensor, anticausal_DM: Tensor | None = No
     Raises:
         ValueError: x does not have the kernel's width, or is empty.
     """
-    _check(x_BLD, causal_DM)
+    if x_BLD.dim() != 3 or x_BLD.shape[2] != causal_DM.shape[0] or x_BLD.shape[1] < 1:
+        raise ValueError(
+            f"x has shape {tuple(x_BLD.shape)}: give (batch, length >= 1, {causal_DM.shape[0]}), the kernel's width"
+        )
     kernel_DM, size = circular_kernel(x_BLD.shape[1], causal_DM, anticausal_DM)
     y_BLD: Tensor = _convolve(x_BLD, kernel_DM, size)
     return y_BLD
-
-
-def fft_conv_project(x_BLD: Tensor, causal_DM: Tensor, weight_D: Tensor, anticausal_DM: Tensor | None = None) -> Tensor:
-    """Convolve every channel, then weight and sum the channels: `fft_conv(...) @ weight_D`.
-
-    The sum commutes with the inverse FFT, so that one a sample does, and the channels' outputs are never held. There
-    is a gradient for the weights only: x and the kernels count as constants.
-
-    Args:
-        x_BLD: (B, L, D), any floating point type.
-        causal_DM: (D, M), float32 or float64.
-        weight_D: (D,), of the kernel's type.
-        anticausal_DM: (D, M') or None.
-
-    Returns:
-        (B, L), in the type of the kernel.
-
-    Raises:
-        ValueError: x does not have the kernel's width, or is empty.
-    """
-    _check(x_BLD, causal_DM)
-    kernel_DM, size = circular_kernel(x_BLD.shape[1], causal_DM, anticausal_DM)
-    projected_BL: Tensor = _convolve_project(x_BLD.detach(), kernel_DM.detach(), weight_D, size)
-    return projected_BL
 
 
 def fft_conv_reference(x_BLD: Tensor, causal_DM: Tensor, anticausal_DM: Tensor | None = None) -> Tensor:

@@ -155,10 +155,10 @@ def _krylov(A_bar: Tensor, B_bar: Tensor, C_real: Tensor, length: int) -> Tensor
 def s4_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """Kernel of S4 with state matrix diag(A) - P P*, bilinear discretisation (arXiv 2111.00396, section 3).
 
-    The paper evaluates a Cauchy matrix (see `s4_kernel_reference`), with C~ = C (I - Abar^L) as parameter, which ties
-    the parameter to one length. Here C itself is the parameter. For the small S in use, log2(L) squarings of the real
-    (S, S) matrix are faster than the Cauchy matrix, and hold for any length. Memory is O(H S^2 log L), only held while
-    the kernel or its gradient is computed.
+    The paper evaluates a Cauchy matrix (see `s4_kernel_reference`) with C~ = C (I - Abar^L) as parameter, which ties
+    it to one length. Here C itself is the parameter and any length will do. C~ would cost log2(L) squarings of a
+    dense (S, S) matrix, and for the small S in use these squarings alone already give the kernel, without the Cauchy
+    matrix. Memory is O(H S^2 log L), only held while the kernel or its gradient is computed.
 
     Args:
         dt: (H,) time steps.

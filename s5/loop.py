@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -56,8 +56,8 @@ class WorkerContext(Protocol):
     def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
         """Keep a checkpoint; called on every rank at the same step, with a folder on rank 0 alone."""
 
-    def latest_checkpoint(self) -> Path | None:
-        """Return the folder of the checkpoint to resume from, if any."""
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """Give the folder of the checkpoint to resume from, if any; it may be gone afterwards."""
 
     def stop_requested(self) -> bool:
         """Return whether this process has been asked to stop."""
@@ -104,9 +104,9 @@ class SoloContext:
         for old in self._saved()[: -self.keep]:
             shutil.rmtree(old)
 
-    def latest_checkpoint(self) -> Path | None:
-        """Return the last complete checkpoint."""
-        return next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None)
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """Give the last complete checkpoint."""
+        return nullcontext(next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None))
 
     def stop_requested(self) -> bool:
         """Return whether the step to stop at has been logged."""
@@ -195,12 +195,12 @@ class Fit:
         torch.manual_seed(self.loop.seed)
         self.task.to(self.context.device)
         self.optimizer = optim.build_optimizer(self.task, self.optim)
-        latest = self.context.latest_checkpoint()
         start = 0
-        if latest is not None:
-            meta = checkpoint.restore(latest, self.task, self.optimizer)
-            start, self.metrics = meta.step, dict(meta.metrics)
-            self.failures = int(self.metrics.get("data/failures_total", 0))
+        with self.context.latest_checkpoint() as latest:
+            if latest is not None:
+                meta = checkpoint.restore(latest, self.task, self.optimizer)
+                start, self.metrics = meta.step, dict(meta.metrics)
+                self.failures = int(self.metrics.get("data/failures_total", 0))
         stopped = False
         step = start
         if start < self.steps:

@@ -34,9 +34,10 @@ def _vote(similarity_VN: Tensor, train_labels_N: Tensor, labels_V: Tensor, k: in
 def nearest(features_ND: Tensor, groups_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k nearest other examples of each by cosine, with the similarities; equal `groups` mark one example.
 
-    An example is never its own neighbour. Returns indices (N, k) and similarities (N, k), best first.
+    An example is never its own neighbour. Features are centred first: an offset that all share would bring every
+    cosine near 1. Returns indices (N, k) and similarities (N, k), best first.
     """
-    normalised = F.normalize(features_ND, dim=-1)
+    normalised = F.normalize(features_ND - features_ND.mean(0), dim=-1)
     similarity = normalised @ normalised.T
     same = groups_N[:, None] == groups_N[None, :]
     top = similarity.masked_fill(same, -torch.inf).topk(min(k, len(groups_N) - 1))

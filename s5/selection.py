@@ -175,9 +175,12 @@ class MomentumSSM(nn.Module):
         """Linear state-space output (B, L, D) for tokens (B, L, D), without gradient."""
         return self.average.convolve(x_BLD)
 
-    def project(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
-        """`forward(x_BLD) @ weight_D`, (B, L), without holding the (B, L, D) output; gradient for the weights only."""
-        return self.average.project(x_BLD, weight_D)
+
+def _score(features_BLD: Tensor, linear: nn.Linear) -> Tensor:
+    """Logits (B, L) of a linear layer, in its own type under autocast too: bf16 would round them to ties."""
+    weight_D = linear.weight[0]
+    with torch.autocast(weight_D.device.type, enabled=False):
+        return features_BLD.to(weight_D.dtype) @ weight_D
 
 
 class TransformerGenerator(nn.Module):
@@ -193,7 +196,7 @@ class TransformerGenerator(nn.Module):
 
     def forward(self, features_BLD: Tensor) -> Tensor:
         """Logits (B, L)."""
-        return torch.squeeze(self.score(self.layer(features_BLD)), 2)
+        return _score(self.layer(features_BLD), self.score)
 
 
 class Selected(NamedTuple):
@@ -255,14 +258,9 @@ class Selection(nn.Module):
         tokens_BLD = tokens_BLD.detach()
         if self.generator is None:
             return tokens_BLD.new_zeros(tokens_BLD.shape[:2], dtype=torch.float32)
-        if self.momentum is not None and isinstance(self.generator, nn.Linear):
-            return self.momentum.project(tokens_BLD, self.generator.weight[0])
         features_BLD = tokens_BLD if self.momentum is None else self.momentum(tokens_BLD)
         if isinstance(self.generator, nn.Linear):
-            # Not rounded to bf16, which would make ties.
-            with torch.autocast(tokens_BLD.device.type, enabled=False):
-                weight_D = self.generator.weight[0]
-                return features_BLD.to(weight_D.dtype) @ weight_D
+            return _score(features_BLD, self.generator)
         logits_BL: Tensor = self.generator(features_BLD)
         return logits_BL
 

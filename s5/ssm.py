@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s5.config import SSMConfig
-from s5.convolution import fft_conv, fft_conv_project
+from s5.convolution import fft_conv
 from s5.hippo import diagonal_eigenvalues, nplr_legs
 from s5.kernels import discretize_diagonal, discretize_dplr, real_output, s4_kernel, s4d_kernel
 
@@ -30,7 +30,7 @@ class OptimHints(TypedDict, total=False):
 def register_hint(
     parameter: nn.Parameter, *, lr: float | None = None, weight_decay: float | None = None
 ) -> nn.Parameter:
-    """Attach optimiser settings to a parameter as its attribute `optim_hints`, and return it."""
+    """Attach optimiser settings to a parameter as its attribute `optim_hints`, and return it. Deep copies lose it."""
     hints: OptimHints = {}
     if lr is not None:
         hints["lr"] = lr
@@ -121,17 +121,6 @@ class LinearSSM(nn.Module, ABC):
         with torch.autocast(x_BLD.device.type, enabled=False):
             causal_DL, anticausal_DL = self._kernels(x_BLD.shape[1])
             return fft_conv(x_BLD, causal_DL, anticausal_DL)
-
-    def project(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
-        """`convolve(x_BLD) @ weight_D`, (B, L), with one inverse FFT a sample and a gradient for the weights only.
-
-        Raises:
-            ValueError: x does not have the layer's width, or is empty.
-        """
-        with torch.autocast(x_BLD.device.type, enabled=False):
-            with torch.no_grad():
-                causal_DL, anticausal_DL = self._kernels(x_BLD.shape[1])
-            return fft_conv_project(x_BLD, causal_DL, weight_D.to(causal_DL.dtype), anticausal_DL)
 
     def step(self, x_BD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         """One step of the recurrence that equals `convolve`: (B, D) and a state -> (B, D) and the next state.

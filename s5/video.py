@@ -51,7 +51,7 @@ def probe(path: str) -> VideoFacts:
     """
     codec = _codec(path)
     reader = _open(path, codec)
-    starts_N = frame_times(reader)
+    starts_N, _ = frame_times(reader, path)
     num_frames = len(starts_N)
     height, width = (_frame(reader, 0, "first").shape)[:2]
     _frame(reader, num_frames // 2, "middle")
@@ -93,15 +93,23 @@ def read_clips(
         display_size = int(width), int(height)
     width, height = scaled(display_size, size)
     reader = _open(path, "", width, height)
-    indices = [frame_indices(frame_times(reader), times_T) for times_T in clips]
+    starts_N, seekable = frame_times(reader, path)
+    indices = [frame_indices(starts_N, times_T) for times_T in clips]
     union_U = np.unique(np.concatenate(indices))
     try:
-        frames_UHWC: FrameArray = reader.get_batch(union_U).asnumpy()
+        frames_UHWC = reader.get_batch(union_U).asnumpy() if seekable else _in_sequence(reader, union_U)
     except _decode_errors() as error:
         raise VideoError(f"frames {union_U[0]} to {union_U[-1]} fail to decode{_telling(error)}") from None
     top, left = (height - size) // 2, (width - size) // 2
     square_USSC = frames_UHWC[:, top : top + size, left : left + size]
     return [square_USSC[np.searchsorted(union_U, indices_T)] for indices_T in indices]
+
+
+def _in_sequence(reader: Any, indices_U: IntArray) -> FrameArray:
+    """Return frames (U, H, W, 3) of ascending indices, decoding all from the first on: skipping misses some too."""
+    wanted = set(indices_U.tolist())
+    frames = ((index, reader.next()) for index in range(int(indices_U[-1]) + 1))
+    return np.stack([frame.asnumpy() for index, frame in frames if index in wanted])
 
 
 def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
@@ -114,17 +122,43 @@ def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
     return (scaled_width | 1 if scaled_width < SAFE_WIDTH else scaled_width), scaled_height
 
 
-def frame_times(reader: Any) -> FloatArray:
-    """Return when each frame of an open video comes on screen, (N,) seconds after the first, ascending.
+def frame_times(reader: Any, path: str) -> tuple[FloatArray, bool]:
+    """Return when each frame of an open video comes on screen, and whether decord can seek in it.
 
-    Some AVI files store no such times: there the frames are a constant rate apart.
+    Where decord has no times (Matroska of a variable rate, MPEG programme streams, some AVI files), they are those of
+    the packets or, where these have none, at a constant rate; decord's seeking misses frames in such files.
+
+    Returns:
+        Ascending times (N,) in seconds after the first frame, and whether seeking finds the right frame.
     """
     num_frames = len(reader)
     starts_N = np.asarray(reader.get_frame_timestamp(np.arange(num_frames)), dtype=np.float64)[:, 0]
-    starts_N = starts_N - starts_N[0]
-    if num_frames > 1 and not (np.all(np.diff(starts_N) >= 0) and 0 < starts_N[-1] < 1e9):
+    if _are_times(starts_N):
+        return starts_N - starts_N[0], True
+    starts_N = _packet_times(path)
+    if len(starts_N) != num_frames or not _are_times(starts_N):
         starts_N = np.arange(num_frames) / _rate(reader)
-    return starts_N
+    return starts_N - starts_N[0], False
+
+
+def _are_times(starts_N: FloatArray) -> bool:
+    # Unset times come out as millions of years.
+    return len(starts_N) > 0 and bool(np.all(np.diff(starts_N) >= 0) and np.all(np.abs(starts_N) < 1e6))
+
+
+def _packet_times(path: str) -> FloatArray:
+    """Return the times (N,) of the packets of the first video stream in seconds, sorted; empty where one has none."""
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            times = [packet.pts for packet in container.demux(stream) if packet.size]
+    except av.FFmpegError as error:
+        raise VideoError(f"not a video file, or a truncated one ({error.strerror})") from None
+    if any(pts is None for pts in times):
+        return np.empty(0)
+    return np.sort(np.array(times, dtype=np.float64)) * float(stream.time_base or 0)
 
 
 def frame_indices(starts_N: FloatArray, times_T: FloatArray) -> IntArray:
@@ -191,7 +225,7 @@ def _decode_errors() -> tuple[type[Exception], ...]:
     """Return what decord raises; most of its native errors are DECORDError, which is no RuntimeError."""
     import decord
 
-    return decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError, OSError
+    return decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError, StopIteration, OSError
 
 
 def _telling(error: Exception) -> str:

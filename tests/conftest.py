@@ -6,6 +6,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH", "MLFL
 for name in FOREIGN:
     os.environ.pop(name, None)
 os.environ.update(ENVIRONMENT)
+# A time limit ends pytest with SIGTERM: fixtures are to be torn down then too.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

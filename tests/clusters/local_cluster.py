@@ -6,6 +6,7 @@ and the user's own token are neither needed nor touched.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
@@ -25,6 +26,7 @@ from pathlib import Path
 
 MARK = "S5_LOCAL_CLUSTER"
 OBJECT_STORE_BYTES = 200_000_000
+PR_SET_PDEATHSIG = 1
 START_SECONDS = 120
 STOP_SECONDS = 20
 
@@ -121,6 +123,7 @@ class LocalCluster:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self.nodes.append(node)
         return node
@@ -170,6 +173,11 @@ def _clean(environ: os._Environ[str]) -> dict[str, str]:
     kept = {key: value for key, value in environ.items() if key not in drop}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     return kept | {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when the one that started it is gone, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _marked(mark: str) -> set[int]:

@@ -283,7 +283,7 @@ def test_ray_job_submit_of_a_checkout_ships_code_alone(cluster: LocalCluster, tm
     run = {"stage": "sample", "out": str(out), "videos": 4, "seconds": 10, "tracking": {"uri": "off"}}
     (tree / "run.json").write_text(json.dumps(run))
     command = ["ray", "job", "submit", "--address", cluster.address, "--working-dir", str(tree), "--"]
-    command += ["python", "-m", "pipelines", "sample", "--config", "run.json", "&&", "ls", "-A", ".", "s5"]
+    command += ["sh", "-c", "ls -A . s5 && python -m pipelines sample --config run.json"]
     environment = client_environment(cluster)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -322,7 +322,7 @@ def test_pretraining_on_two_nodes(cluster: LocalCluster, tmp_path: Path) -> None
         "data.cpus_per_decode": 0.5,
     }
     settings = [text for key, value in small.items() for text in (f"--{key}", str(value))]
-    done = submitted(cluster, "pretrain", "--manifest", index, "--out", out, *settings, timeout=500)
+    done = submitted(cluster, "pretrain", "--manifest", index, "--out", out, *settings)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     result = json.loads(Path(out, "result.json").read_text())
     assert result["counts"]["steps"] > 0

@@ -11,9 +11,7 @@ from s5.config import DecoderConfig, DecoderName, SelectionConfig, SSMConfig
 from s5.decoders import Block, Pyramid, drop_channels, pool_pairs
 
 
-def pyramid(
-    name: DecoderName = "s5", width: int = 16, selection: SelectionConfig | None = None, **settings: int | float
-) -> Pyramid:
+def pyramid(name: DecoderName = "s5", width: int = 16, selection: SelectionConfig | None = None) -> Pyramid:
     torch.manual_seed(0)
     config = DecoderConfig(
         name=name, ssm=SSMConfig(state=8), selection=selection or SelectionConfig(), blocks=2, dropout=0.2
@@ -220,6 +218,7 @@ def gauss(seeds_B: Tensor, *shape: int) -> Tensor:
     return torch.special.ndtri(noise.uniform(seeds_B, "gauss", *shape).clamp(1e-6, 1 - 1e-6))
 
 
+@pytest.mark.slow
 def test_selection_learns_to_keep_the_one_token_that_matters() -> None:
     torch.manual_seed(0)
     selection = SelectionConfig(keep_ratio=(4 / 64,), momentum=0.9)

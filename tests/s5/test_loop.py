@@ -63,7 +63,8 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
     lsmcl_fit(SoloContext(tmp_path, keep=2)).run()
     before, last = saved(tmp_path)
     (last / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes()[:1000])
-    assert SoloContext(tmp_path).latest_checkpoint() == before
+    with SoloContext(tmp_path).latest_checkpoint() as latest:
+        assert latest == before
 
 
 def test_evaluation_runs_on_its_epochs_and_at_the_end() -> None:

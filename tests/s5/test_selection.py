@@ -154,18 +154,6 @@ def test_generators(generator: Literal["linear", "transformer", "random"], featu
     assert (selection.momentum is not None) == (features == "s4" and generator != "random")
 
 
-def test_linear_on_momentum_features_is_a_weighted_sum_of_them() -> None:
-    selection = Selection(SelectionConfig(), online()).double()
-    assert selection.momentum is not None
-    assert isinstance(selection.generator, torch.nn.Linear)
-    weight = selection.generator.weight
-    slow = selection.generator(selection.momentum(tokens()))[..., 0]
-    fast = selection.logits(tokens())
-    torch.testing.assert_close(fast, slow)
-    grads = [torch.autograd.grad(logits.pow(3).sum(), weight)[0] for logits in (fast, slow)]
-    torch.testing.assert_close(*grads)
-
-
 def test_evaluation_is_plain_top_k() -> None:
     selection = Selection(SelectionConfig(), online()).double().eval()
     x = tokens()

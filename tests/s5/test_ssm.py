@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from s5.config import SSMConfig
-from s5.convolution import fft_conv, fft_conv_project, fft_conv_reference, good_fft_size
+from s5.convolution import fft_conv, fft_conv_reference, good_fft_size
 from s5.hippo import diagonal_eigenvalues, hippo_legs, nplr_legs
 from s5.kernels import (
     discretize_dplr,
@@ -242,27 +242,11 @@ def test_fft_conv_over_several_tiles() -> None:
     assert fft_conv(x.transpose(0, 1).contiguous().transpose(0, 1), kernel).equal(whole)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 40])
-@pytest.mark.parametrize("two_sided", [False, True])
-def test_fft_conv_project(length: int, two_sided: bool) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, length, 70, dtype=torch.float64)
-    weight = torch.randn(70, dtype=torch.float64, requires_grad=True)
-    causal, anticausal = torch.randn(2, 70, length, dtype=torch.float64)
-    other = anticausal if two_sided else None
-    assert_same_gradients(
-        lambda: fft_conv_project(x, causal, weight, other), lambda: fft_conv(x, causal, other) @ weight, [weight]
-    )
-
-
 def test_fft_operators_fit_torch() -> None:
     x = torch.randn(2, 5, 3, requires_grad=True)
-    kernel, weight = torch.randn(3, 5, requires_grad=True), torch.randn(3, requires_grad=True)
+    kernel = torch.randn(3, 5, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.s5.convolve.default, (x, kernel, 16), test_utils=checks)
-    torch.library.opcheck(
-        torch.ops.s5.convolve_project.default, (x.detach(), kernel.detach(), weight, 16), test_utils=checks
-    )
 
 
 def test_fft_conv_refuses_wrong_shapes() -> None:
@@ -305,15 +289,6 @@ def test_length_may_change(kind: Literal["s4d", "s4"]) -> None:
     s4 = layer(kind)
     x = torch.randn(2, 50, 6, dtype=torch.float64)
     torch.testing.assert_close(s4(x[:, :17]), s4(x)[:, :17])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_project_is_convolve_and_weigh(kind: Literal["s4d", "s4"], bidirectional: bool) -> None:
-    ssm = layer(kind, bidirectional).ssm.requires_grad_(False)
-    x = torch.randn(2, 33, 6, dtype=torch.float64)
-    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    assert_same_gradients(lambda: ssm.project(x, weight), lambda: ssm.convolve(x) @ weight, [weight])
 
 
 @pytest.mark.parametrize("kind", KINDS)

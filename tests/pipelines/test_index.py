@@ -1,0 +1,301 @@
+"""Stage `index` on real files, and the checks of its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import index
+from pipelines.config import DataConfig, IndexConfig, TrackingConfig, UserError
+from pipelines.manifest import (
+    SCHEMA,
+    check_clips,
+    check_for_training,
+    classes,
+    drop_too_short,
+    read_manifest,
+    split_of,
+    splits,
+)
+from s5.config import ClipConfig
+from tests.s5.videos import truncate, write_audio, write_video
+
+CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.25)
+in_ray = pytest.mark.usefixtures("ray_local")
+
+
+def _config(tmp_path: Path, **changes: Any) -> IndexConfig:
+    settings: dict[str, Any] = {"out": str(tmp_path / "out"), "videos": str(tmp_path / "videos")}
+    return IndexConfig(
+        **(settings | changes), tracking=TrackingConfig(uri="off"), data=DataConfig(clips_per_task=3, cpus_per_decode=1)
+    )
+
+
+def _rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
+    return {row["video_id"]: row for row in read_manifest(str(tmp_path / "out")).to_pylist()}
+
+
+def _rejects(tmp_path: Path) -> dict[str, str]:
+    rows = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    return {row["video_id"]: row["reason"] for row in rows}
+
+
+def _touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def _csv(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "labels.csv"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- the stage ------------------------------------------------------------------------------------------------------
+
+
+@in_ray
+def test_a_folder_of_splits_and_classes(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    write_video(videos / "train/cook/v1.mp4", 16, width=96)
+    write_video(videos / "train/bake/v 2.avi", 24, codec="mpeg4")
+    write_video(videos / "val/cook/v3.mp4", 8)
+    write_video(videos / "train/bake/deeper/Ünï.mp4", 8)
+    write_video(videos / ".hidden/v.mp4", 8)
+    write_video(videos / "train/eat/none.mp4", 8)
+    truncate(str(videos / "train/eat/none.mp4"))
+    (videos / "train/cook/empty.mp4").touch()
+    (videos / "train/cook/text.mkv").write_text("no video")
+    write_audio(videos / "train/cook/sound.mp4")
+    (videos / "readme.txt").write_text("x")
+    result = index.run(_config(tmp_path, dataset="kitchen"))
+
+    rows = _rows(tmp_path)
+    assert list(rows) == ["train/bake/deeper/Ünï", "train/bake/v 2", "train/cook/v1", "val/cook/v3"]
+    row = rows["train/cook/v1"]
+    assert row["uri"] == str(videos / "train/cook/v1.mp4")
+    assert (row["dataset"], row["split"], row["label"], row["class_name"]) == ("kitchen", "train", 1, "cook")
+    assert (row["start_s"], row["end_s"], row["duration_s"], row["num_frames"]) == (0, 2, 2, 16)
+    assert (row["width"], row["height"], row["codec"], row["target"]) == (96, 64, "h264", None)
+    assert rows["train/bake/deeper/Ünï"]["class_name"] == "bake"
+    assert rows["val/cook/v3"]["split"] == "val"
+    # A class all of whose videos are broken keeps its place.
+    assert classes(read_manifest(str(tmp_path / "out"))) == ["bake", "cook", "eat"]
+
+    rejects = _rejects(tmp_path)
+    assert list(rejects) == ["train/cook/empty", "train/cook/sound", "train/cook/text", "train/eat/none"]
+    assert "empty" in rejects["train/cook/empty"]
+    assert "no video stream" in rejects["train/cook/sound"]
+    assert result["counts"] == {"videos": 4, "rejects": 4, "ignored": 1, "train": 3, "val": 1}
+    assert result["metrics"]["index/rejects"] == 4
+    assert result["metrics"]["index/hours"] == pytest.approx((2 + 3 + 1 + 1) / 3600)
+
+
+@in_ray
+def test_a_csv_says_what_there_is(tmp_path: Path) -> None:
+    write_video(tmp_path / "videos/a/v1.mp4", 80)
+    write_video(tmp_path / "videos/v2.mp4", 16)
+    write_video(tmp_path / "videos/unlisted.mp4", 16)
+    text = """video,label,target,split,start_s,end_s
+a/v1.mp4,2,0.5,train,0,4
+a/v1.mp4,0,,test,4,99
+v2.mp4,2,-1e-1,,,
+v2.mp4,2,,,9,
+gone.mp4,2,,,,
+"""
+    result = index.run(_config(tmp_path, annotations=_csv(tmp_path, text)))
+    rows = _rows(tmp_path)
+    assert list(rows) == ["a/v1@0-4", "a/v1@4-99", "v2"]
+    assert (rows["a/v1@0-4"]["end_s"], rows["a/v1@0-4"]["target"], rows["a/v1@0-4"]["split"]) == (4, 0.5, "train")
+    assert (rows["a/v1@4-99"]["start_s"], rows["a/v1@4-99"]["end_s"], rows["a/v1@4-99"]["split"]) == (4, 10, "test")
+    assert (rows["v2"]["target"], rows["v2"]["split"], rows["v2"]["label"]) == (-0.1, "train", 2)
+    # Labels that are numbers stay what they are, and one that no video has keeps its place.
+    assert classes(read_manifest(str(tmp_path / "out"))) == ["0", "1", "2"]
+    assert _rejects(tmp_path)["gone.mp4"] == "file not found"
+    assert "beyond the end" in _rejects(tmp_path)["v2@9-"]
+    assert result["counts"]["ignored"] == 1
+
+
+@in_ray
+def test_nothing_that_can_be_read_leaves_rejects_and_no_manifest(tmp_path: Path) -> None:
+    _touch(tmp_path / "videos", "a.mp4", "b.mp4")
+    _touch(tmp_path / "out", "manifest.parquet")
+    with pytest.raises(UserError, match=r"none of the 2 videos can be read \('a': .*rejects.parquet"):
+        index.run(_config(tmp_path))
+    assert list(_rejects(tmp_path)) == ["a", "b"]
+    assert not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+@in_ray
+def test_a_decode_task_larger_than_the_cluster_is_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "videos", "a.mp4")
+    config = IndexConfig(
+        out=str(tmp_path / "out"),
+        videos=str(tmp_path / "videos"),
+        data=DataConfig(cpus_per_decode=64),
+        tracking=TrackingConfig(uri="off"),
+    )
+    with pytest.raises(UserError, match=r"data.cpus_per_decode is 64: the cluster has 2 CPUs"):
+        index.run(config)
+
+
+# --- listing --------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_names_without_endings_where_no_two_are_the_same(tmp_path: Path) -> None:
+    _touch(tmp_path / "videos", "a.mp4", "a.avi", "b.MP4", "c/b.mp4", "c/notes.txt", "d.x/e.mp4")
+    listed, ignored = index.list_videos(_config(tmp_path))
+    assert [video.video_id for video in listed] == ["a.avi", "a.mp4", "b", "c/b", "d.x/e"]
+    assert [video.class_name for video in listed] == [None, None, None, "c", "d.x"]
+    assert ignored == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("video,lable\nv.mp4,x\n", "unknown column 'lable': did you mean label"),
+        ("label\nx\n", "column video is missing"),
+        ("", "column video is missing"),
+        ("video,target\nv.mp4,high\n", "line 2 has target 'high'"),
+        ("video,start_s\nv.mp4,-1\n", "line 2 has start_s '-1'"),
+        ("video,target\nv.mp4,nan\n", "line 2 has target 'nan'"),
+        ("video,split\nv.mp4,valid\n", "line 2 has the split 'valid'; give train, val, test"),
+        ("video,label\nv.mp4\n", "line 2 has not as many fields"),
+        ("video,label\n,x\n", "line 2 names no video"),
+        ("video,label\nv.mp4,x\nv.mp4,x\n", r"line 3 lists 'v.mp4' again \(line 2\)"),
+        ("video,label\n", "it lists no videos"),
+    ],
+)
+def test_a_wrong_csv_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    _touch(tmp_path / "videos", "v.mp4")
+    with pytest.raises(UserError, match=message):
+        index.list_videos(_config(tmp_path, annotations=_csv(tmp_path, text)))
+
+
+def test_missing_places_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"videos is '.*videos': there is no such folder"):
+        index.list_videos(_config(tmp_path))
+    _touch(tmp_path / "videos", "notes.txt")
+    with pytest.raises(UserError, match=r"no videos below it; looked for files that end in mp4, avi"):
+        index.list_videos(_config(tmp_path))
+    with pytest.raises(UserError, match=r"annotations is 'nowhere.csv': there is no such file"):
+        index.list_videos(_config(tmp_path, annotations="nowhere.csv"))
+
+
+# --- holding out ----------------------------------------------------------------------------------------------------
+
+
+def _held_out(seed: int) -> list[tuple[str, str]]:
+    rows = [{"video_id": f"{name}{i}", "class_name": name, "split": ""} for name in "ab" for i in range(20)]
+    index.hold_out(rows, {"val": 0.2, "test": 0.3}, seed)
+    return [(row["class_name"], row["split"]) for row in rows]
+
+
+def test_hold_out_takes_the_share_of_each_class_by_seed() -> None:
+    held = _held_out(0)
+    for name in "ab":
+        assert held.count((name, "val")) == 4
+        assert held.count((name, "test")) == 6
+    assert held == _held_out(0)
+    assert held != _held_out(1)
+
+
+def test_hold_out_leaves_a_video_of_each_class_for_training() -> None:
+    rows = [{"video_id": "a", "class_name": "a", "split": ""}]
+    index.hold_out(rows, {"val": 0.9}, 0)
+    assert rows[0]["split"] == ""
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------
+
+
+def _manifest(count: int = 4, seconds: float = 10.0, **columns: list[Any]) -> pa.Table:
+    row = {"dataset": "d", "split": "train", "label": 0, "class_name": "a", "target": 1.0, "start_s": 0.0, "fps": 8.0}
+    row |= {"end_s": seconds, "duration_s": seconds, "num_frames": 80, "width": 64, "height": 64, "codec": "h264"}
+    rows = [row | {"video_id": f"v{i}", "uri": f"/v{i}.mp4"} for i in range(count)]
+    for name, values in columns.items():
+        for item, value in zip(rows, values, strict=True):
+            item[name] = value
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def test_a_manifest_that_is_not_one_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.parquet"
+    with pytest.raises(UserError, match=r"no such file; run `python -m pipelines index`"):
+        read_manifest(str(path))
+    path.write_text("x")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        read_manifest(str(path))
+    with pytest.raises(UserError, match=r"did you mean .*/manifest.parquet"):
+        read_manifest(str(tmp_path / "manfest.parquet"))
+    pq.write_table(_manifest().drop_columns(["fps", "uri"]), path)
+    with pytest.raises(UserError, match="the columns uri, fps are missing"):
+        read_manifest(str(tmp_path))
+    pq.write_table(_manifest(0), path)
+    with pytest.raises(UserError, match="it has no videos"):
+        read_manifest(str(path))
+    pq.write_table(_manifest(3, split=["train", "test", "train"]), path)
+    table = read_manifest(str(tmp_path))
+    assert splits(table) == {"train": 2, "test": 1}
+    assert split_of(table, "test")["video_id"].to_pylist() == ["v1"]
+    assert classes(table) == ["a"]
+
+
+def _check(table: pa.Table, clips: ClipConfig = CLIPS, batch_size: int = 2, labelled: bool = True, **task: Any) -> None:
+    check_for_training(table, clips, batch_size, labelled=labelled, **task)
+
+
+def test_a_sound_manifest_passes() -> None:
+    _check(_manifest())
+    _check(_manifest(label=[None] * 4, target=[None] * 4), labelled=False)
+    _check(_manifest(label=[None] * 4), task="regression")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (_manifest(split=["val"] * 4), r"no videos in split train, only in val \(4\)"),
+        (_manifest(1, class_name=[None]), "loop.batch_size is 2: split train has 1 videos; give at most 1"),
+        (_manifest(label=[0, None, 0, None]), "2 of 4 videos of split train have no label, such as 'v1'"),
+        (_manifest(class_name=["a", "a", "a", "b"]), "class 'b' has a single video, v3"),
+        (
+            _manifest(end_s=[10, 2, 10, 1]),
+            r"2 of 4 videos of split train are shorter than 4 frames at that stride, such as 'v1' with 2.00 s; "
+            r"give at most 0.291, lower clips.frames, or set clips.too_short to drop or shrink",
+        ),
+        (_manifest(end_s=[10, 10, 10, 2], split=["train"] * 3 + ["val"]), "1 of 1 videos of split val are shorter"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(table: pa.Table, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _check(table)
+
+
+def test_missing_targets_are_refused() -> None:
+    with pytest.raises(UserError, match="have no target"):
+        _check(_manifest(target=[None, 1, 1, 1]), task="regression")
+
+
+def test_short_videos_are_dropped_or_kept_as_told() -> None:
+    table = _manifest(end_s=[10, 2, 10, 1])
+    drop = ClipConfig(frames=4, long_stride=1.0, too_short="drop")
+    assert drop_too_short(table, drop)["video_id"].to_pylist() == ["v0", "v2"]
+    with pytest.raises(UserError, match=r"has 2 videos \(and 2 that are too short\); give at most 2"):
+        _check(table, drop, batch_size=3)
+    shrink = ClipConfig(frames=4, long_stride=1.0, too_short="shrink")
+    assert len(drop_too_short(table, shrink)) == 4
+    check_clips(table, shrink)
+    with pytest.raises(UserError, match=r"set clips.too_short to shrink"):
+        check_clips(table.slice(1, 1), drop)
+    check_clips(table.slice(0, 0), drop)
+
+
+def test_the_stride_in_the_remedy_is_in_the_unit_that_was_given() -> None:
+    frames = ClipConfig(frames=4, long_stride=8, short_stride=1, unit="frames")
+    with pytest.raises(UserError, match=r"long_stride is 8 frames: .* give at most 5,"):
+        check_clips(_manifest(seconds=2.0), frames)

@@ -1,0 +1,72 @@
+"""When the frames of a clip are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from s5.clips import clip_seed, evaluation_times, fits, long_short_times, longest_stride_s
+from s5.config import ClipConfig
+
+CLIPS = ClipConfig(frames=8, long_stride=1.0, short_stride=0.25)
+
+
+def test_seeds_are_stable_and_differ_by_all_that_they_depend_on() -> None:
+    # A fixed value: a seed must be the same on every machine and in every later version.
+    assert clip_seed(0, 0, "a") == 5050641589276093629
+    seeds = {clip_seed(seed, epoch, name) for seed in range(3) for epoch in range(3) for name in ("a", "ä", "a/b")}
+    assert len(seeds) == 27
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_clips_lie_within_the_stretch(seed: int) -> None:
+    long_T, short_T = long_short_times(CLIPS, 3.0, 12.0, 8.0, seed)
+    for times, stride in ((long_T, 1.0), (short_T, 0.25)):
+        assert times[0] >= 3.0
+        assert times[-1] <= 12.0 - 1 / 8 + 1e-9
+        np.testing.assert_allclose(np.diff(times), stride)
+
+
+def test_times_are_a_function_of_the_seed() -> None:
+    first, again, other = (long_short_times(CLIPS, 0, 30, 8, seed)[0] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert first[0] != other[0]
+
+
+def test_starts_are_uniform_and_drawn_on_their_own() -> None:
+    starts = np.array([[times[0] for times in long_short_times(CLIPS, 0, 27.125, 8, seed)] for seed in range(4000)])
+    # Longest starts: 27.125 - 1/8 - 7 strides.
+    np.testing.assert_allclose(starts.mean(0), [10.0, 12.625], atol=0.4)
+    np.testing.assert_allclose(starts.max(0), [20.0, 25.25], atol=0.1)
+    assert abs(np.corrcoef(starts.T)[0, 1]) < 0.05
+
+
+def test_frames_as_unit_count_the_videos_own_frames() -> None:
+    clips = ClipConfig(frames=4, long_stride=10, short_stride=2, unit="frames")
+    long_T, short_T = long_short_times(clips, 0, 10, 25.0, 0)
+    np.testing.assert_allclose(np.diff(long_T), 0.4)
+    np.testing.assert_allclose(np.diff(short_T), 0.08)
+
+
+def test_fits_leaves_room_for_the_last_frame() -> None:
+    assert fits(CLIPS, 7.125, 8)
+    assert not fits(CLIPS, 7.0, 8)
+    assert fits(ClipConfig(frames=1), 0.1, 8)
+    assert longest_stride_s(CLIPS, 7.125, 8) == pytest.approx(1.0)
+
+
+def test_a_short_video_raises_or_shrinks() -> None:
+    with pytest.raises(ValueError, match=r"clips.long_stride is 1 seconds.*3.00 s"):
+        long_short_times(CLIPS, 0, 3, 8, 0)
+    shrink = ClipConfig(frames=8, long_stride=1.0, short_stride=0.25, too_short="shrink")
+    long_T, short_T = long_short_times(shrink, 0, 3, 8, 0)
+    np.testing.assert_allclose(long_T, np.linspace(0, 2.875, 8))
+    np.testing.assert_allclose(np.diff(short_T), 0.25)
+    np.testing.assert_array_equal(long_short_times(shrink, 0, 0.1, 8, 0)[0], np.zeros(8))
+
+
+def test_evaluation_clips_are_spread_evenly_and_one_is_centred() -> None:
+    times = evaluation_times(CLIPS, 0, 17.125, 8, 3)
+    np.testing.assert_allclose(times[:, 0], [0, 5, 10])
+    np.testing.assert_allclose(evaluation_times(CLIPS, 0, 17.125, 8, 1)[:, 0], [5])
