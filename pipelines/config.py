@@ -173,7 +173,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_divisible(self.loop.batch_size, self.scale.num_workers)
-        require(self.loop.batch_size >= 2, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
+        require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,10 +369,8 @@ def _convert(hint: Any, key: str, value: Any) -> Any:
 def unknown(what: str, name: str, valid: Mapping[str, Any] | tuple[str, ...]) -> str:
     """Return the sentence for a name that does not exist, with the closest valid one."""
     names = list(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not close:
-        last = name.rpartition(".")[2]
-        close = [n for n in names if n.rpartition(".")[2] == last][:1]
+    same_leaf = [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same_leaf or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names[:20])}"
     return f"unknown {what} {name!r}: {hint}"
 

@@ -16,7 +16,7 @@ from pipelines.checkpoints import local_checkpoint
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.config import FinetuneConfig, UserError, flatten
 from pipelines.manifest import check_for_training, classes, drop_too_short, read_manifest, split_of
-from pipelines.plan import ClipPlan
+from pipelines.plan import ClipPlan, plan_of, with_batch_size
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
 from s5 import checkpoint, inference, metrics
@@ -56,21 +56,20 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
         UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
         StageError: training failed, or was asked to stop.
     """
+    job = prepare(config)
+    config = job.config
     if (result := finished("finetune", config)) is not None:
         progress("finetune", f"{config.out} is finished already; give another --out to train anew")
         return result
-    job = prepare(config)
     best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
     with stage_run("finetune", config, parent_run) as stage:
         origin = f"from {config.checkpoint}" if job.weights else "from scratch"
         stage.progress(
             f"{len(job.train)} videos, {len(job.val)} for validation, {origin}, {config.clips.frames} frames a clip, "
-            f"{config.model.decoder.name}, {job.plan.total_steps} steps in {config.loop.epochs} epochs"
+            f"{config.model.decoder.name}, {job.plan.total_steps} steps of {config.loop.batch_size} videos"
         )
         if len(job.val) == 0:
-            stage.progress(
-                "no video in split 'val': the last epoch is kept, not the best; index --val-share makes one"
-            )
+            stage.progress("no video in split 'val': the last epoch is kept, not the best; index --val-share makes one")
         outcome = launch(
             stage,
             build,
@@ -93,6 +92,8 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
 def prepare(config: FinetuneConfig) -> FinetuneJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
+    train = drop_too_short(split_of(manifest, "train"), config.clips)
+    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=True, task=config.task)
     weights = None
     try:
@@ -103,13 +104,12 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
                 weights = checkpoint.encoder_weights(folder)
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from None
-    train = drop_too_short(split_of(manifest, "train"), config.clips)
     return FinetuneJob(
         config=config,
         train=train,
         val=drop_too_short(split_of(manifest, "val"), config.clips),
         classes=classes(manifest) if config.task == "class" else [],
-        plan=ClipPlan(len(train), config.loop.batch_size, config.loop.epochs, config.loop.seed),
+        plan=plan_of(config.loop, len(train)),
         weights=weights,
         commit=provenance.commit(),
     )

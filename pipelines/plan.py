@@ -7,13 +7,17 @@ workers with nothing trained twice and nothing left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from s5.config import LoopConfig
+
 IntArray = npt.NDArray[np.int64]
 
+AUTOMATIC_BATCH = 32
+"""Largest global batch where none is given."""
 SPARES = 2
 """Substitutes planned for each video."""
 
@@ -46,6 +50,8 @@ class ClipPlan:
     """Epochs of the run."""
     seed: int
     """Seed of the permutations."""
+    steps: int = 0
+    """Steps of the run instead of `epochs`; 0 to go by `epochs`."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_videos < self.batch_size:
@@ -59,7 +65,7 @@ class ClipPlan:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.steps_per_epoch * self.epochs
+        return self.steps or self.steps_per_epoch * self.epochs
 
     def order(self, epoch: int) -> IntArray:
         """Return the permutation (num_videos,) of an epoch."""
@@ -113,3 +119,16 @@ class ClipPlan:
             shift = column * (size if len(pool) >= SPARES * size else len(pool) // SPARES)
             spares[:, column] = pool[(row + shift) % len(pool)]
         return spares
+
+
+def with_batch_size(loop: LoopConfig, num_videos: int, num_workers: int) -> LoopConfig:
+    """Return the settings with a global batch in place of 0: as many videos as there are, evenly shared, up to 32."""
+    if loop.batch_size:
+        return loop
+    fit = min(num_videos, AUTOMATIC_BATCH) // num_workers * num_workers
+    return replace(loop, batch_size=max(fit, num_workers, 2))
+
+
+def plan_of(loop: LoopConfig, num_videos: int) -> ClipPlan:
+    """Return the plan of a run over so many videos."""
+    return ClipPlan(num_videos, loop.batch_size, loop.epochs, loop.seed, loop.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from pipelines import provenance
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.config import PretrainConfig, UserError
 from pipelines.manifest import check_for_training, drop_too_short, read_manifest, split_of
-from pipelines.plan import ClipPlan
+from pipelines.plan import ClipPlan, plan_of, with_batch_size
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
 from s5 import inference
@@ -48,14 +48,15 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
         UserError: the manifest, the settings and the cluster do not fit together; before any work.
         StageError: training failed, or was asked to stop.
     """
+    job = prepare(config)
+    config = job.config
     if (result := finished("pretrain", config)) is not None:
         progress("pretrain", f"{config.out} is finished already; give another --out to train anew")
         return result
-    job = prepare(config)
     with stage_run("pretrain", config, parent_run) as stage:
         stage.progress(
             f"{len(job.train)} videos, {config.clips.frames} frames a clip, masking ratio {config.lsmcl.mask_ratio:g}, "
-            f"{job.plan.total_steps} steps in {config.loop.epochs} epochs"
+            f"{job.plan.total_steps} steps of {config.loop.batch_size} videos"
         )
         outcome = launch(
             stage,
@@ -76,12 +77,13 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
 def prepare(config: PretrainConfig) -> PretrainJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
+    train = drop_too_short(split_of(manifest, "train"), config.clips)
+    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=False)
     try:
         check_model(config.model)
     except ValueError as error:
         raise UserError(str(error)) from None
-    train = drop_too_short(split_of(manifest, "train"), config.clips)
     val = drop_too_short(split_of(manifest, "val"), config.clips)
     labelled = train.filter(pa.compute.is_valid(train["label"]))
     # Every n-th video, so that the probe sees all classes of a manifest that is sorted by class.
@@ -92,7 +94,7 @@ def prepare(config: PretrainConfig) -> PretrainJob:
         train=train,
         probe_train=probe,
         probe_val=val.filter(pa.compute.is_valid(val["label"])),
-        plan=ClipPlan(len(train), config.loop.batch_size, config.loop.epochs, config.loop.seed),
+        plan=plan_of(config.loop, len(train)),
         commit=provenance.commit(),
     )
 

@@ -30,7 +30,7 @@ Frames = NDArray[np.uint8]
 # between runs (1 % of the videos of 64 pixels) and between processors. One thread, or it depends on the cores too.
 ENCODER = {"preset": "ultrafast", "crf": "28", "threads": "1"}
 
-LOOK = 1
+LOOK = 2
 """Part of every digest: raise it when a change of the drawing makes older files stale."""
 
 STEP_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven")
@@ -47,6 +47,9 @@ STEP_COLOURS = (
     (250, 250, 250),
 )
 """RGB of each step where the difficulty is `easy`."""
+
+OBJECT_SIDES = {"easy": (0.36, 0.52), "hard": (0.28, 0.42)}
+"""Smallest and largest side of an object, as a share of the frame's."""
 
 # Digits that a split may show, by their index modulo 5: a test video shows no handwriting that was trained on.
 HANDWRITING = {"train": (0, 1, 2), "val": (3,), "test": (4,)}
@@ -179,7 +182,8 @@ class Scene:
     def draw(cls, plan: VideoPlan, rng: np.random.Generator) -> Scene:
         """Draw a plain grey (`easy`) or a part of a photograph (`hard`)."""
         if plan.difficulty == "easy":
-            grey = rng.integers(20, 80) + rng.integers(-8, 9, size=3)
+            # Near the mean that frame encoders subtract: the background is about zero to them, and objects stand out.
+            grey = rng.integers(95, 140) + rng.integers(-8, 9, size=3)
             picture = np.broadcast_to(grey.astype(np.uint8), (plan.size, plan.size, 3))
             return cls(picture, Path1D(0, 0, 0), Path1D(0, 0, 0))
         margin = plan.size // 2
@@ -204,7 +208,7 @@ def draw_stretch(plan: VideoPlan, scene: Scene, stretch: Stretch, rng: np.random
     times = np.arange(stretch.start, stretch.end)
     frames = scene.view(times, plan.size)
     for _ in range(rng.integers(2, 4)):
-        side = round(plan.size * rng.uniform(0.28, 0.42))
+        side = round(plan.size * rng.uniform(*OBJECT_SIDES[plan.difficulty]))
         mask = distractor(side, rng) if stretch.step is None else digit(stretch.step, plan.split, side, rng)
         speed = (0.04 * plan.size / plan.fps, 0.25 * plan.size / plan.fps)
         y, x = (Path1D.draw(plan.size - side, speed, rng).at(times) for _ in range(2))
@@ -235,7 +239,7 @@ def object_colour(
         rgb: Any = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 1), rng.uniform(0.6, 1))
         return np.float32(255) * np.asarray(rgb, np.float32)
     if step is None:
-        return np.full(3, rng.integers(90, 150), np.float32)
+        return np.full(3, rng.choice([50, 185]), np.float32)
     return np.asarray(STEP_COLOURS[step], np.float32)
 
 

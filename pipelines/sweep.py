@@ -131,7 +131,7 @@ def tune_all(stage: Stage, config: SweepConfig, dimensions: dict[str, Dimension]
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=stage.out, callbacks=[Lines(stage, metric(config), trials)], verbose=0
+            name="tune", storage_path=stage.out, callbacks=[Lines(metric(config), trials)], verbose=0
         ),
     )
     return tuner.fit()
@@ -150,25 +150,27 @@ def _trial_name(trial: Trial) -> str:
 class Lines(tune.Callback):
     """A line in the terminal when a trial starts and ends."""
 
-    def __init__(self, stage: Stage, metric: str, trials: int) -> None:
-        self._say, self._metric, self._trials = stage.progress, metric, trials
+    def __init__(self, metric: str, trials: int) -> None:
+        self._metric, self._trials = metric, trials
         self._ended = 0
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say that a trial starts."""
-        self._say(f"trial {name_of(trial.config)} starts")
+        progress("sweep", f"trial {name_of(trial.config)} starts")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say what a trial has reached."""
         self._ended += 1
         value = trial.last_result.get(self._metric)
         reached = f"{self._metric} {value:.3f}" if isinstance(value, float) else f"no {self._metric}"
-        self._say(f"trial {name_of(trial.config)} done ({self._ended} of {self._trials}): {reached}")
+        progress("sweep", f"trial {name_of(trial.config)} done ({self._ended} of {self._trials}): {reached}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say that a trial has failed."""
         self._ended += 1
-        self._say(f"trial {name_of(trial.config)} failed ({self._ended} of {self._trials}), see {trial.error_file}")
+        progress(
+            "sweep", f"trial {name_of(trial.config)} failed ({self._ended} of {self._trials}), see {trial.error_file}"
+        )
 
 
 def trial(values: dict[str, Any], config: SweepConfig, parent: str) -> None:

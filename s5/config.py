@@ -257,8 +257,10 @@ class LoopConfig:
 
     epochs: int = 10
     """Passes over the training videos."""
+    steps: int = 0
+    """Length of the run in optimiser steps, instead of `epochs`; 0 to go by `epochs`."""
     batch_size: int = 32
-    """Videos in the global batch, all workers together."""
+    """Videos in the global batch, all workers together; 0 for as many as there are, up to 32."""
     seed: int = 0
     """Seed of the initial weights, the order of the videos, the clips, the masks and all noise."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -273,7 +275,7 @@ class LoopConfig:
     """Epochs between two evaluations on the validation split (in pretraining: kNN probes); 0 for only the last."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_every", "keep_checkpoints"):
+        for name in ("epochs", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "give at least 1")
-        for name in ("checkpoint_every", "evaluate_every"):
+        for name in ("steps", "batch_size", "checkpoint_every", "evaluate_every"):
             require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "give 0 or more")

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ OBJECT_STORE_BYTES = 200_000_000
 PR_SET_PDEATHSIG = 1
 START_SECONDS = 120
 STOP_SECONDS = 20
+DRAIN_SECONDS = 60
 
 
 @dataclass
@@ -53,10 +53,10 @@ class LocalCluster:
         node.wait(STOP_SECONDS)
 
     def drain_node(self, index: int) -> None:
-        """Ask a node to stop, as a pre-emption notice does; the head is number 0."""
+        """Ask a node to stop, as a pre-emption notice does (it drains for 30 seconds); the head is number 0."""
         node = self.nodes.pop(index)
         node.send_signal(signal.SIGTERM)
-        node.wait(STOP_SECONDS)
+        node.wait(DRAIN_SECONDS)
 
     def alive(self) -> int:
         """Return how many nodes are alive."""
@@ -89,20 +89,20 @@ class LocalCluster:
 
     def leftovers(self) -> set[int]:
         """Return the processes of this cluster that still run."""
-        return _marked(self.mark) | _descendants({node.pid for node in self.nodes})
+        running = {node.pid for node in self.nodes if node.poll() is None}
+        return _marked(self.mark) | running | _descendants(running)
 
     def stop(self) -> None:
         """End every process of this cluster and no other; raise `RuntimeError` if one resists."""
-        ours = self.leftovers() | {node.pid for node in self.nodes if node.poll() is None}
-        for node in reversed(self.nodes):
-            node.terminate()
-        # Nodes pass the signal on; what outlives them (drivers and watchers lead sessions of their own) is killed.
-        _wait_gone(ours, [*self.nodes], STOP_SECONDS / 2)
-        ours |= _marked(self.mark)
-        _kill(ours, signal.SIGKILL)
-        if left := _wait_gone(ours | _marked(self.mark), self.nodes, STOP_SECONDS):
-            raise RuntimeError(f"processes of the cluster are left: {sorted(left)}")
-        self.nodes.clear()
+        # At once and without mercy: a node that is asked politely first waits for its work, up to 30 seconds.
+        left = self.leftovers()
+        for _ in range(STOP_SECONDS):
+            _kill(left, signal.SIGKILL)
+            left = _wait_gone(left, self.nodes, seconds=1) | _marked(self.mark)
+            if not left:
+                self.nodes.clear()
+                return
+        raise RuntimeError(f"processes of the cluster are left: {sorted(left)}")
 
     def _start(self, arguments: list[str], cpus: float) -> subprocess.Popen[bytes]:
         place = self.folder / f"n{len(list(self.folder.glob('n*')))}"

@@ -1,0 +1,207 @@
+"""The line from manifest to evaluation, on a real Ray cluster and a real MLflow database."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import evaluate, finetune, index, pretrain, sample, storage, sweep
+from pipelines.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    IndexConfig,
+    PretrainConfig,
+    SampleConfig,
+    SweepConfig,
+    TrackingConfig,
+    UserError,
+    override,
+)
+from pipelines.runs import metric_history, read_runs
+from pipelines.stage import StoppedError
+from s5.checkpoint import load_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_local")]
+
+MODEL = {
+    "model.backbone.name": "vit_tiny_patch16_224",
+    "model.backbone.frame_size": 32,
+    "model.backbone.depth": 1,
+    "model.backbone.embed_dim": 16,
+    "model.backbone.num_heads": 2,
+    "model.backbone.patch_size": 8,
+    "model.decoder.blocks": 2,
+    "model.decoder.ssm.state": 8,
+    "clips.frames": 4,
+    "clips.long_stride": 2.0,
+    "clips.short_stride": 0.5,
+    "scale.cpus_per_worker": 0.5,
+    "data.cpus_per_decode": 0.5,
+    "data.clips_per_task": 4,
+    "loop.batch_size": 8,
+    "loop.epochs": 3,
+    "loop.log_every": 1,
+    "optim.lr": 1e-3,
+}
+TASK = {"lsmcl.hidden": 32, "lsmcl.dim": 16, "loop.evaluate_every": 0}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Index 40 small rendered videos of ten activities: 20 for training, 10 for validation, 10 for testing."""
+    folder = tmp_path_factory.mktemp("data")
+    off = TrackingConfig(uri="off")
+    videos = str(folder / "videos")
+    sample.run(
+        SampleConfig(out=videos, videos=40, seconds=12, fps=4, size=32, val_share=0.25, test_share=0.25, tracking=off)
+    )
+    out = str(folder / "index")
+    result = index.run(IndexConfig(videos=videos, out=out, tracking=off))
+    assert result["counts"] | {"train": 20, "val": 10, "test": 10, "rejects": 0} == result["counts"]
+    return out
+
+
+def pretraining(manifest: str, out: Path, **changes: Any) -> PretrainConfig:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return override(PretrainConfig(), MODEL | TASK | {"manifest": manifest, "out": str(out)} | dotted)
+
+
+def losses(config: PretrainConfig | FinetuneConfig) -> list[float]:
+    """Return the loss of every step as MLflow has it."""
+    uri = f"sqlite:///{Path(config.out).parent}/mlflow.db"
+    run = next(run for run in read_runs(uri, "s5") if run.out == config.out)
+    history = metric_history(uri, run.run_id, "train/loss")
+    assert [step for step, _ in history] == list(range(1, len(history) + 1))
+    return [value for _, value in history]
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    """Pretrain without a break on one worker."""
+    config = pretraining(manifest, tmp_path_factory.mktemp("straight") / "pretrain")
+    result = pretrain.run(config)
+    assert result["counts"]["steps"] == 6
+    assert {"train/loss", "train/top1", "train/embedding_spread", "knn/top1", "data/failures"} <= result[
+        "metrics"
+    ].keys()
+    return config
+
+
+def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path: Path) -> None:
+    again = replace(straight, out=str(tmp_path / "again"))
+    pretrain.run(again)
+    assert losses(again) == losses(straight)
+    two = override(straight, {"out": str(tmp_path / "two"), "scale.num_workers": 2})
+    pretrain.run(two)
+    assert losses(two) == pytest.approx(losses(straight), rel=2e-3)
+    assert losses(two)[0] == pytest.approx(losses(straight)[0], rel=1e-6)
+
+
+def test_a_stopped_run_resumes_where_it_was(straight: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(straight, out=str(tmp_path / "pretrain"))
+
+    def stop(step: int, row: dict[str, float]) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="the checkpoint is kept, and the same command resumes") as stopped:
+        pretrain.run(config, on_row=stop)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not storage.exists(str(tmp_path / "pretrain" / "result.json"))
+    with pytest.raises(UserError, match=r"holds a run with optim.lr 0.001, not 0.002: give another --out"):
+        pretrain.run(override(config, {"optim.lr": 2e-3}))
+
+    result = pretrain.run(config)
+    assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 6
+    assert losses(config) == losses(straight)
+    resumed, uninterrupted = (load_model(checkpoint_of(c))[0].state_dict() for c in (config, straight))
+    assert all((resumed[name] == value).all() for name, value in uninterrupted.items())
+    assert pretrain.run(config) == result
+
+
+def checkpoint_of(config: PretrainConfig | FinetuneConfig) -> Path:
+    return Path(storage.read_json(storage.join(config.out, "result.json"))["checkpoint"])
+
+
+def test_fine_tuning_and_evaluation(straight: PretrainConfig, manifest: str, tmp_path: Path) -> None:
+    table = pq.read_table(Path(manifest) / "manifest.parquet")
+    # One training video is gone since the index was made: its spare is trained on, and the loss of it is listed.
+    gone = table.filter([split == "train" for split in table["split"].to_pylist()])["uri"].to_pylist()[0]
+    moved = Path(gone).rename(f"{gone}.gone")
+    try:
+        config = override(
+            FinetuneConfig(),
+            MODEL
+            | {
+                "manifest": manifest,
+                "out": str(tmp_path / "finetune"),
+                "checkpoint": straight.out,
+                "data.max_failure_share": 0.5,
+                "scale.num_workers": 2,
+            },
+        )
+        result = finetune.run(config)
+    finally:
+        moved.rename(gone)
+    assert result["metrics"]["data/failures_total"] >= 1
+    assert {"val/accuracy", "best/val/accuracy", "train/selection_entropy"} <= result["metrics"].keys()
+    rejects = pq.read_table(tmp_path / "finetune" / "rejects.parquet").to_pylist()
+    assert {(row["uri"], row["reason"]) for row in rejects} == {(gone, "file not found")}
+
+    found = evaluate.run(
+        EvaluateConfig(
+            out=str(tmp_path / "evaluate"),
+            checkpoint=config.out,
+            manifest=manifest,
+            clips_per_video=2,
+            data=config.data,
+        )
+    )
+    predictions = pq.read_table(tmp_path / "evaluate" / "predictions.parquet").to_pylist()
+    assert len(predictions) == found["metrics"]["test/videos"] == 10
+    hits = sum(row["label"] == row["prediction"] for row in predictions)
+    assert found["metrics"]["test/accuracy"] == pytest.approx(hits / 10)
+    assert found["metrics"]["test/chance"] == pytest.approx(0.1)
+
+    near = evaluate.run(
+        EvaluateConfig(
+            out=str(tmp_path / "near"), checkpoint=straight.out, manifest=manifest, clips_per_video=2, data=config.data
+        )
+    )
+    assert (tmp_path / "near" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
+    assert {"knn/top1", "retrieval/same_video"} <= near["metrics"].keys()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    straight: PretrainConfig, manifest: str, tmp_path: Path
+) -> None:
+    changes = {"manifest": manifest, "out": str(tmp_path / "finetune"), "checkpoint": straight.out}
+    config = override(FinetuneConfig(), MODEL | changes | {"model.backbone.depth": 2})
+    with pytest.raises(UserError, match=r"model.backbone.depth is 1 there and 2 here"):
+        finetune.run(config)
+    assert not (tmp_path / "finetune").exists()
+
+
+def test_a_sweep_compares_its_trials_and_resumes(manifest: str, tmp_path: Path) -> None:
+    config = SweepConfig(
+        out=str(tmp_path / "sweep"),
+        space=("lsmcl.mask_ratio=0.25,0.75",),
+        stages="pretrain",
+        pretrain=pretraining(manifest, tmp_path / "unused", loop__epochs=1),
+    )
+    result = sweep.run(config)
+    assert result["counts"] == {"trials": 2, "failed": 0}
+    assert {row["trial"] for row in result["trials"]} == {"mask_ratio=0.25", "mask_ratio=0.75"}
+    runs = read_runs(f"sqlite:///{tmp_path}/mlflow.db", "s5")
+    parent = next(run for run in runs if run.stage == "sweep")
+    trials = [run for run in runs if run.parent_run == parent.run_id]
+    assert {run.params["trial.lsmcl.mask_ratio"] for run in trials} == {"0.25", "0.75"}
+    assert all("knn/top1" in run.metrics for run in trials)
+    assert {run.parent_run for run in runs if run.stage == "pretrain"} == {run.run_id for run in trials}
+    assert sweep.run(config) == result
