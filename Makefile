@@ -9,8 +9,9 @@ READY := .venv/.ready
 BASE ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 NEW_ENOUGH := 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
-OUT ?= out/quickstart
 VIDEOS ?=
+OUT ?= $(if $(VIDEOS),out/videos,out/quickstart)
+RUN := $(PYTHON) -m pipelines
 TESTS ?=
 ARGS ?=
 
@@ -40,15 +41,26 @@ check: $(READY)  ## Lint, formatting, types and the rooms rule
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q tests/test_rooms.py
 
-quickstart: $(READY)  ## The whole pipeline on rendered videos; VIDEOS=folder for your own
 ifeq ($(VIDEOS),)
-	$(PYTHON) -m pipelines sample --preset quickstart --out $(OUT)/videos
+quickstart: $(READY)  ## The whole line on rendered videos, about 6 minutes; VIDEOS=folder for your own
+	$(RUN) sample   --preset quickstart --out $(OUT)/videos
+	$(RUN) index    --preset quickstart --out $(OUT)/index --videos $(OUT)/videos
+	$(RUN) pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index
+	$(RUN) finetune --preset quickstart --out $(OUT)/finetune --manifest $(OUT)/index --checkpoint $(OUT)/pretrain
+	$(RUN) evaluate --preset quickstart --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/finetune
+	$(RUN) sweep    --preset quickstart --out $(OUT)/sweep --pretrain.manifest $(OUT)/index --finetune.manifest $(OUT)/index
+	$(RUN) report   --preset quickstart --out $(OUT)/report --runs $(OUT)
+else
+quickstart: $(READY)
+	$(RUN) index    --preset videos --out $(OUT)/index --videos "$(VIDEOS)"
+	$(RUN) pretrain --preset videos --out $(OUT)/pretrain --manifest $(OUT)/index
+	$(RUN) evaluate --preset videos --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/pretrain
+	$(RUN) report   --preset videos --out $(OUT)/report --runs $(OUT)
 endif
-	$(PYTHON) -m pipelines index --preset quickstart --videos $(or $(VIDEOS),$(OUT)/videos) --out $(OUT)/index
 
 bench-%: $(READY)  ## A benchmark: bench-NAME runs tests/bench/NAME.py, ARGS="--its options"
 	$(PYTHON) -m tests.bench.$* $(ARGS)
 
 clean:  ## Remove what quickstart and the tools made; your runs and .venv stay
-	rm -rf out/quickstart .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf out/quickstart out/videos .mypy_cache .ruff_cache .pytest_cache *.egg-info
 	find s5 pipelines clusters tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ def ensure_ray() -> None:
     try:
         ray.init(
             address=address,
-            log_to_driver=bool(int(os.environ.get("RAY_LOG_TO_DRIVER", "0"))),
+            log_to_driver=os.environ.get("RAY_LOG_TO_DRIVER", "0").lower() in ("1", "true"),
             logging_level=logging.ERROR,
             runtime_env=runtime_env,
         )

@@ -30,7 +30,10 @@ Frames = NDArray[np.uint8]
 # between runs (1 % of the videos of 64 pixels) and between processors. One thread, or it depends on the cores too.
 ENCODER = {"preset": "ultrafast", "crf": "28", "threads": "1"}
 
-LOOK = 2
+GOP_SECONDS = 8
+"""Distance of key frames: seeking costs more than it saves in videos this small, and key frames are large."""
+
+LOOK = 3
 """Part of every digest: raise it when a change of the drawing makes older files stale."""
 
 STEP_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven")
@@ -124,7 +127,7 @@ def render_video(plan: VideoPlan) -> bytes:
             stream = container.add_stream("libx264", rate=plan.fps, options=ENCODER)
             stream.width = stream.height = plan.size
             stream.pix_fmt = "yuv420p"
-            stream.codec_context.gop_size = plan.fps
+            stream.codec_context.gop_size = GOP_SECONDS * plan.fps
             for stretch in plan.stretches:
                 for frame in draw_stretch(plan, scene, stretch, rng):
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

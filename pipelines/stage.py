@@ -90,7 +90,7 @@ def stage_run(name: str, config: StageConfig, parent_run: str = "") -> Iterator[
     stage = Stage(name, out, tracker)
     try:
         yield stage
-    except (KeyboardInterrupt, StoppedError):
+    except (KeyboardInterrupt, SystemExit, StoppedError):
         tracker.finish("KILLED")
         raise
     except BaseException:

@@ -6,6 +6,7 @@ workers and decode tasks go anywhere in the cluster.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -20,7 +21,8 @@ from pipelines.config import FinetuneConfig, PretrainConfig, ScaleConfig, SweepC
 from pipelines.space import Choice, Dimension, check, configured, name_of, parse, stages
 from pipelines.stage import Stage, StageError, finished, progress, stage_run
 
-TRIAL_CPUS = 0.001
+# A trial's driver holds no CPU, only its place.
+NEXT_TO_NOTHING = 0.001
 
 
 def run(config: SweepConfig) -> dict[str, Any]:
@@ -115,8 +117,12 @@ def _share(config: Any, total: float, concurrent: int) -> Any:
 
 def tune_all(stage: Stage, config: SweepConfig, dimensions: dict[str, Dimension], trials: int) -> tune.ResultGrid:
     """Run Tune over the space."""
-    where = {own_node(): TRIAL_CPUS, "CPU": TRIAL_CPUS}
-    trainable = tune.with_parameters(trial, config=replace(config, out=stage.out), parent=stage.tracker.run_id or "")
+    where = {own_node(): NEXT_TO_NOTHING}
+    # A trial lies in another folder: left to itself it would take the database beside that.
+    config = replace(config, out=stage.out, tracking=replace(config.tracking, uri=stage.tracker.uri))
+    trainable = tune.with_parameters(trial, config=config, parent=stage.tracker.run_id or "")
+    # Tune's own table of the experiment says less than the lines of this stage.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     scheduler = ASHAScheduler(time_attr="epoch", max_t=10_000) if config.early_stopping else None
     tuner = tune.Tuner(
         tune.with_resources(trainable, where),
@@ -168,9 +174,7 @@ class Lines(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say that a trial has failed."""
         self._ended += 1
-        progress(
-            "sweep", f"trial {name_of(trial.config)} failed ({self._ended} of {self._trials}), see {trial.error_file}"
-        )
+        progress("sweep", f"trial {name_of(trial.config)} failed ({self._ended} of {self._trials}): {trial.error_file}")
 
 
 def trial(values: dict[str, Any], config: SweepConfig, parent: str) -> None:
@@ -207,7 +211,7 @@ def trial(values: dict[str, Any], config: SweepConfig, parent: str) -> None:
 def trial_config(config: SweepConfig, stage: str, values: dict[str, Any], out: str) -> PretrainConfig | FinetuneConfig:
     """Return the settings of one stage of a trial."""
     changes = configured(config, stage, values)
-    changes |= {"out": storage.join(out, stage), "tracking.uri": config.tracking.uri or "", "tracking.run_name": stage}
+    changes |= {"out": storage.join(out, stage), "tracking.uri": config.tracking.uri, "tracking.run_name": stage}
     changes |= {"tracking.experiment": config.tracking.experiment}
     if stage == "finetune" and "pretrain" in stages(config):
         changes["checkpoint"] = storage.join(out, "pretrain")
