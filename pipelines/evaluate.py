@@ -19,7 +19,7 @@ from pipelines.clips import evaluation_batches
 from pipelines.cluster import decode_tasks, ensure_ray
 from pipelines.config import EvaluateConfig, UserError, unknown
 from pipelines.manifest import check_clips, drop_too_short, read_manifest, split_of
-from pipelines.pictures import Neighbours, draw_neighbours
+from pipelines.pictures import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.stage import Stage, stage_run
 from s5 import inference, metrics
 from s5.checkpoint import CheckpointError, Meta, load_model, read_meta
@@ -200,7 +200,7 @@ def pretrained(
     assert found.thumbnails is not None
     queries = [found.video_ids.index(name) for name in names[:SHOWN_QUERIES]]
     picture = Neighbours(found.thumbnails.numpy(), found.video_ids, queries, index.tolist(), similarity.tolist())
-    path = stage.path("neighbours.png")
+    path = stage.path(NEIGHBOURS)
     storage.write_bytes(path, draw_neighbours(picture))
     stage.tracker.artifact(path)
     stage.details["neighbours"] = path

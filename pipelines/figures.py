@@ -63,7 +63,7 @@ class Panel:
 
 PANELS = {
     "pretrain": (
-        Panel("Contrastive loss (nats)", ("train/loss",)),
+        Panel("Contrastive loss", ("train/loss",)),
         Panel("Top-1 accuracy", ("knn/top1", "train/top1"), True),
     ),
     "finetune": (

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+NEIGHBOURS = "neighbours.png"
+"""Name of the picture of nearest clips below an evaluation's --out."""
 CELL_INCHES = 1.7
 NAME_CHARACTERS = 24
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,6 +14,7 @@ from typing import Any
 
 from pipelines import figures, storage
 from pipelines.config import STAGES, ReportConfig, UserError
+from pipelines.pictures import NEIGHBOURS
 from pipelines.runs import Run, metric_history, read_runs
 from pipelines.stage import Stage, stage_run
 from pipelines.tracking_uri import OFF, resolve_uri
@@ -86,7 +89,24 @@ def run(config: ReportConfig) -> dict[str, Any]:
         stage.progress(f"wrote {stage.path(REPORT)}")
         for path in stage.details["figures"]:
             stage.progress(f"wrote {path}")
+        for picture in pictures(runs):
+            stage.progress(f"query clips and their nearest clips: {picture}")
+        stage.progress(f"results, checkpoints and logs lie below {storage.absolute(config.runs or config.out)}")
+        stage.progress(f"to open the runs in MLflow: {opening(uri)}")
         return dict(stage.details)
+
+
+def pictures(runs: Sequence[Run]) -> list[str]:
+    """Return the pictures of nearest clips that evaluations of pretrained checkpoints have left."""
+    paths = [storage.join(run.out, NEIGHBOURS) for run in runs if run.stage == "evaluate"]
+    return [path for path in dict.fromkeys(paths) if storage.exists(path)]
+
+
+def opening(uri: str) -> str:
+    """Return how a person opens a tracking store: its address, or the command that serves a database."""
+    if uri.startswith("http"):
+        return uri
+    return f"{os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {uri}   # http://127.0.0.1:5000"
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
