@@ -70,6 +70,25 @@ def check_paths(config: StageConfig) -> None:
             )
 
 
+def check_tracking(config: StageConfig) -> None:
+    """Refuse a tracking database that a job would make in a folder of its own.
+
+    Raises:
+        UserError: `tracking.uri` is a relative name.
+    """
+    uri = config.tracking.uri
+    name = uri.removeprefix("sqlite:///")
+    if (
+        uri not in ("", "off")
+        and not uri.startswith(("http", "databricks"))
+        and not os.path.isabs(name)
+        and (uri.startswith("sqlite:///") or not storage.is_uri(uri))
+    ):
+        raise UserError(
+            f"--tracking.uri is {uri!r}: a job runs in another folder; give an address, or sqlite:////an/absolute/path"
+        )
+
+
 def _is_unused(config: StageConfig, group: str, leaf: str) -> bool:
     """Return whether a sweep, which gives each trial its own --out, never reads that path."""
     if not isinstance(config, SweepConfig) or not group:
@@ -244,6 +263,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--stop-wait is {options.stop_wait}: give at least 1 second")
     name, config = parse(options.stage)
     check_paths(config)
+    check_tracking(config)
     submission = Submission(name, config, tuple(options.env), options.cpus, options.stop_wait)
     environment(submission)
     client = connection.connect(options.address)

@@ -36,9 +36,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _say(f"the disk is full ({error.filename or '--out'}): make room, then run the same command again", 1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _say(f"the disk is full ({error.filename or '--out'}): make room and run the same command again", 1)
+        return _say(f"{error.filename or 'storage'}: {error.strerror or error}", 1)
     return 0
 
 
@@ -87,12 +87,14 @@ def _saved(name: str, config: StageConfig, path: str) -> StageConfig:
     """Return the settings that a run.json holds."""
     try:
         values: Any = storage.read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"--config is {path!r}: there is no such file; give the run.json of an earlier run") from None
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise UserError(f"--config is {path!r}: {reason}; give the run.json of an earlier run") from None
     except ValueError as error:
         raise UserError(f"--config is {path!r}: not JSON: {error}") from None
     if not isinstance(values, dict) or values.pop("stage", name) != name:
         raise UserError(f"--config is {path!r}: it is not of stage {name!r}; give a run.json of that stage")
+    values.pop(stage.INPUTS, None)
     return override(config, stage.from_json(values))
 
 

@@ -26,10 +26,10 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from pipelines.config import DataConfig
 from pipelines.decode import CANDIDATE, Reading, decode_chunk
 from pipelines.plan import ClipPlan, PlanRows
-from s5.batch import ClipBatch, Failure
+from s5.batch import ClipBatch
 from s5.clips import clip_seed
 from s5.config import ClipConfig
-from s5.video import VideoError
+from s5.video import Failure, VideoError
 
 SEGMENT_ROWS = 4096
 """Videos of one Ray Data execution: its first batch takes a second or two, and its rows are all built beforehand."""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import ray
+import ray.exceptions
 
 from pipelines.config import DataConfig, ScaleConfig, UserError
 
@@ -36,8 +41,18 @@ def ensure_ray() -> None:
             logging_level=logging.ERROR,
             runtime_env=runtime_env,
         )
-    except ConnectionError as error:
-        raise UserError(f"RAY_ADDRESS is {address!r}: no cluster answers there ({error})") from None
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if address == "local":
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"RAY_ADDRESS is {address!r}: the cluster there cannot be joined ({reason})") from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends the process with status 15, which reads as a failure.
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def resources() -> dict[str, float]:
@@ -81,3 +96,13 @@ def decode_tasks(scale: ScaleConfig, data: DataConfig) -> int:
             f"decoding, which is fewer than one decode task each; lower it or scale.cpus_per_worker"
         )
     return min(fit, data.decode_tasks) if data.decode_tasks else fit
+
+
+def check_cluster(scale: ScaleConfig, data: DataConfig) -> int:
+    """Start or join Ray and return how many decode tasks fit beside the workers; call it before anything is written.
+
+    Raises:
+        UserError: workers and decoding do not fit the cluster.
+    """
+    ensure_ray()
+    return decode_tasks(scale, data)

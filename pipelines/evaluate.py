@@ -16,13 +16,13 @@ import torch
 from pipelines import storage
 from pipelines.checkpoints import local_checkpoint
 from pipelines.clips import evaluation_batches
-from pipelines.cluster import decode_tasks, ensure_ray
+from pipelines.cluster import check_cluster, decode_tasks
 from pipelines.config import EvaluateConfig, UserError, unknown
-from pipelines.manifest import check_clips, drop_too_short, read_manifest, split_of
+from pipelines.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.pictures import NEIGHBOURS, Neighbours, draw_neighbours
-from pipelines.stage import Stage, stage_run
+from pipelines.stage import REJECTS, Stage, StageError, stage_run
 from s5 import inference, metrics
-from s5.checkpoint import CheckpointError, Meta, load_model, read_meta
+from s5.checkpoint import CheckpointError, Meta, encoder_weights, load_model, read_meta
 from s5.config import ClipConfig
 from s5.config import from_json as config_from_json
 from s5.inference import ClipOutputs
@@ -42,12 +42,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with local_checkpoint(config.checkpoint) as folder:
         try:
             meta = read_meta(folder)
+            encoder_weights(folder)
         except CheckpointError as error:
             raise UserError(str(error)) from None
         clips = clips_of(meta)
         videos = chosen(manifest, config, meta)
         check_clips(videos, clips)
         videos = drop_too_short(videos, clips)
+        check_cluster(config.scale, config.data)
         with stage_run("evaluate", config) as stage:
             stage.progress(
                 f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}"
@@ -58,8 +60,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             else:
                 fine_tuned(stage, config, meta, found)
             stage.counts |= {"videos": len(videos), "unreadable": len(found.failures)}
-            if found.failures:
-                stage.reject(found.failures)
+            storage.remove(stage.path(REJECTS))
+            stage.reject(found.failures)
             storage.write_json(stage.path("metrics.json"), stage.metrics)
     return stage.result
 
@@ -78,9 +80,10 @@ def chosen(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> pa.Table:
     column = {"class": "label", "regression": "target"}.get(meta.kind)
     if column and videos[column].null_count:
         raise UserError(f"split is {config.split!r}: {videos[column].null_count} of its videos have no {column}")
-    if meta.kind == "class" and max(videos["label"].to_pylist()) >= len(meta.classes):
+    if meta.kind == "class" and classes(manifest) != meta.classes:
         raise UserError(
-            f"manifest {config.manifest!r} has more classes than the checkpoint, which knows {meta.classes}"
+            f"manifest {config.manifest!r} has the classes {', '.join(classes(manifest))}, the checkpoint "
+            f"{', '.join(meta.classes)}: evaluate on a manifest of the same classes"
         )
     return videos
 
@@ -93,7 +96,6 @@ def outputs(
     Raises:
         StageError: more videos than data.max_failure_share could not be read.
     """
-    ensure_ray()
     world = min(config.scale.num_workers, len(videos))
     tasks = max(1, decode_tasks(config.scale, config.data) // world)
     replica: Any = ray.remote(Replica).options(
@@ -112,9 +114,12 @@ def outputs(
     replicas = [replica.remote(content) for _ in range(world)]
     parts = ray.get([actor.run.remote(videos, settings, rank) for rank, actor in enumerate(replicas)])
     found = inference.merge(parts)
-    if len(found.failures) > config.data.max_failure_share * len(videos) and not found.video_ids:
+    if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
         first = found.failures[0]
-        raise UserError(f"none of {len(videos)} videos could be read, as {first.video_id!r}: {first.reason}")
+        raise StageError(
+            f"{len(found.failures)} of {len(videos)} videos cannot be read, more than data.max_failure_share, "
+            f"{config.data.max_failure_share:g}, allows, as {first.video_id!r}: {first.reason}"
+        )
     return found
 
 

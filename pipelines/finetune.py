@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from pipelines import provenance
 from pipelines.checkpoints import local_checkpoint
 from pipelines.clips import evaluation_batches, train_batches
+from pipelines.cluster import check_cluster
 from pipelines.config import FinetuneConfig, UserError, flatten
-from pipelines.manifest import check_for_training, classes, drop_too_short, read_manifest, split_of
+from pipelines.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.plan import ClipPlan, plan_of, with_batch_size
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
@@ -24,6 +25,7 @@ from s5.checkpoint import CheckpointError, Meta
 from s5.finetune import Supervised
 from s5.loop import Fit
 from s5.model import VideoModel, check_model
+from s5.video import VideoError
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class FinetuneJob:
     val: pa.Table
     classes: list[str]
     plan: ClipPlan
+    inputs: dict[str, str]
     weights: dict[str, Tensor] | None
     commit: str
 
@@ -58,11 +61,13 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
     """
     job = prepare(config)
     config = job.config
-    if (result := finished("finetune", config)) is not None:
+    inputs = job.inputs
+    if (result := finished("finetune", config, inputs)) is not None:
         progress("finetune", f"{config.out} is finished already; give another --out to train anew")
         return result
     best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
-    with stage_run("finetune", config, parent_run) as stage:
+    check_cluster(config.scale, config.data)
+    with stage_run("finetune", config, parent_run, inputs) as stage:
         origin = f"from {config.checkpoint}" if job.weights else "from scratch"
         stage.progress(
             f"{len(job.train)} videos, {len(job.val)} for validation, {origin}, {config.clips.frames} frames a clip, "
@@ -96,12 +101,14 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=True, task=config.task)
     weights = None
+    inputs = {"manifest": digest(manifest)}
     try:
         check_model(config.model)
         if config.checkpoint:
             with local_checkpoint(config.checkpoint) as folder:
                 checkpoint.check_architecture(folder, flatten(config.model))
                 weights = checkpoint.encoder_weights(folder)
+                inputs["checkpoint"] = checkpoint.digest(folder)
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from None
     return FinetuneJob(
@@ -110,6 +117,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         val=drop_too_short(split_of(manifest, "val"), config.clips),
         classes=classes(manifest) if config.task == "class" else [],
         plan=plan_of(config.loop, len(train)),
+        inputs=inputs,
         weights=weights,
         commit=provenance.commit(),
     )
@@ -178,8 +186,10 @@ def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[s
         world_size=context.world_size,
     )
     found = inference.run_on_all(inference.scores(model, config.task), batches, context.device)
+    if context.rank == 0:
+        context.reject(found.failures)
     if not found.video_ids:
-        return {"val/videos": 0.0}
+        raise VideoError(f"none of the {len(job.val)} videos of split val can be read; index the videos anew")
     if config.task == "regression":
         mse = float(F.mse_loss(found.values[:, 0], found.targets))
         return {"val/mse": mse, "val/loss": mse, "val/videos": float(len(found.video_ids))}

@@ -28,7 +28,7 @@ from pipelines.config import DataConfig, IndexConfig, UserError, unknown
 from pipelines.decode import probe_chunk
 from pipelines.manifest import CLASSES, MANIFEST, SCHEMA, SPLITS, splits
 from pipelines.stage import REJECTS, Stage, stage_run
-from s5.batch import Failure
+from s5.video import Failure
 
 EXTENSIONS = ("mp4", "avi", "mkv", "mov", "webm", "m4v", "mpg", "mpeg", "ts", "wmv", "flv", "ogv", "3gp")
 """Endings of the files that are taken for videos."""
@@ -69,11 +69,12 @@ def run(config: IndexConfig) -> dict[str, Any]:
         UserError: there are no videos, none can be read, or the csv is wrong.
     """
     listed, ignored = list_videos(config)
+    ensure_ray()
     with stage_run("index", config) as stage:
         names = class_names(listed, numbered=bool(config.annotations))
         stage.progress(f"{len(listed)} videos in {len(names)} classes below {config.videos}; {ignored} other files")
-        ensure_ray()
         rows, rejects = probe_all(listed, config.data, stage)
+        storage.remove(stage.path(REJECTS))
         stage.reject(rejects)
         if not rows:
             storage.remove(stage.path(MANIFEST))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -70,6 +71,15 @@ def read_manifest(path: str) -> pa.Table:
         raise UserError(f"manifest is {path!r}: a column has the wrong type ({error}); write it with `index`") from None
 
 
+def digest(table: pa.Table) -> str:
+    """Return what identifies a manifest's content: another order, label or stretch gives another digest."""
+    sink = hashlib.blake2b(digest_size=12)
+    for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
+        sink.update(batch.serialize())
+    sink.update(json.dumps(classes(table)).encode())
+    return sink.hexdigest()
+
+
 def splits(table: pa.Table) -> dict[str, int]:
     """Return the number of videos of each split that has any."""
     counts = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(table["split"]).to_pylist()}
@@ -127,6 +137,8 @@ def check_for_training(
     if labelled and task == "class":
         _check_classes(table)
     usable = len(drop_too_short(train, clips))
+    if usable < 2 and not labelled:
+        raise UserError(f"split train has {usable} videos: contrast needs at least 2; index more videos")
     if usable < batch_size:
         dropped = f" (and {len(train) - usable} that are too short)" if usable < len(train) else ""
         raise UserError(

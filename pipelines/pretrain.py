@@ -11,8 +11,9 @@ import torch
 
 from pipelines import provenance
 from pipelines.clips import evaluation_batches, train_batches
+from pipelines.cluster import check_cluster
 from pipelines.config import PretrainConfig, UserError
-from pipelines.manifest import check_for_training, drop_too_short, read_manifest, split_of
+from pipelines.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
 from pipelines.plan import ClipPlan, plan_of, with_batch_size
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
@@ -33,6 +34,7 @@ class PretrainJob:
     probe_train: pa.Table
     probe_val: pa.Table
     plan: ClipPlan
+    inputs: dict[str, str]
     commit: str
 
 
@@ -50,10 +52,12 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
     """
     job = prepare(config)
     config = job.config
-    if (result := finished("pretrain", config)) is not None:
+    inputs = job.inputs
+    if (result := finished("pretrain", config, inputs)) is not None:
         progress("pretrain", f"{config.out} is finished already; give another --out to train anew")
         return result
-    with stage_run("pretrain", config, parent_run) as stage:
+    check_cluster(config.scale, config.data)
+    with stage_run("pretrain", config, parent_run, inputs) as stage:
         stage.progress(
             f"{len(job.train)} videos, {config.clips.frames} frames a clip, masking ratio {config.lsmcl.mask_ratio:g}, "
             f"{job.plan.total_steps} steps of {config.loop.batch_size} videos"
@@ -86,17 +90,21 @@ def prepare(config: PretrainConfig) -> PretrainJob:
         raise UserError(str(error)) from None
     val = drop_too_short(split_of(manifest, "val"), config.clips)
     labelled = train.filter(pa.compute.is_valid(train["label"]))
-    # Every n-th video, so that the probe sees all classes of a manifest that is sorted by class.
-    step = max(1, len(labelled) // max(1, config.probe_videos))
-    probe = labelled.take(pa.array(np.arange(0, len(labelled), step)[: config.probe_videos], pa.int64()))
     return PretrainJob(
         config=config,
         train=train,
-        probe_train=probe,
-        probe_val=val.filter(pa.compute.is_valid(val["label"])),
+        probe_train=spread(labelled, config.probe_videos),
+        probe_val=spread(val.filter(pa.compute.is_valid(val["label"])), config.probe_videos),
         plan=plan_of(config.loop, len(train)),
+        inputs={"manifest": digest(manifest)},
         commit=provenance.commit(),
     )
+
+
+def spread(videos: pa.Table, most: int) -> pa.Table:
+    """Return at most so many videos, every n-th of them: a manifest is sorted by class, and all are to be seen."""
+    step = max(1, -(-len(videos) // max(1, most)))
+    return videos.take(pa.array(np.arange(0, len(videos), step), pa.int64()))
 
 
 def build(job: PretrainJob, context: RayContext) -> Fit:
@@ -141,8 +149,12 @@ def probe(job: PretrainJob, task: LSMCL, context: RayContext) -> dict[str, float
     output = inference.features(task.encoder)
     train = inference.run_on_all(output, probe_clips(job, job.probe_train, context), context.device)
     if len(job.probe_val) == 0:
+        if context.rank == 0:
+            context.reject(train.failures)
         return {"knn/top1": knn_leave_one_out(train.values, train.labels), "knn/videos": float(len(train.labels))}
     val = inference.run_on_all(output, probe_clips(job, job.probe_val, context), context.device)
+    if context.rank == 0:
+        context.reject(train.failures + val.failures)
     top1 = knn_accuracy(train.values, train.labels, val.values, val.labels)
     return {"knn/top1": top1, "knn/videos": float(len(val.labels))}
 

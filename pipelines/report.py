@@ -21,7 +21,7 @@ from pipelines.tracking_uri import OFF, resolve_uri
 
 REPORT = "report.md"
 KEY_METRICS: dict[str, tuple[str, ...]] = {
-    "sample": ("sample/videos",),
+    "sample": ("video_seconds",),
     "index": ("index/videos", "index/rejects"),
     "pretrain": (
         "knn/top1",
@@ -30,7 +30,7 @@ KEY_METRICS: dict[str, tuple[str, ...]] = {
         "train/embedding_spread",
         "train/clips_per_second",
         "train/data_wait_share",
-        "data/failures",
+        "data/failures_total",
     ),
     "finetune": ("val/accuracy", "val/mse", "val/loss", "train/accuracy", "train/loss", "train/keep_ratio"),
     "evaluate": ("test/accuracy", "test/chance", "test/mse", "test/videos", "knn/top1", "retrieval/same_video"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,11 +12,15 @@ import pyarrow as pa
 
 from pipelines import provenance, storage, tracking
 from pipelines.config import StageConfig, UserError, flatten
-from s5.batch import Failure
+from s5.video import Failure
 
 RESULT = "result.json"
 RUN = "run.json"
 REJECTS = "rejects.parquet"
+# Ray Train's own folder below --out: checkpoints and the snapshot that a resumed run starts from; and a sweep's trials.
+CHECKPOINTS, TRIALS = "checkpoints", "trials"
+# Key of run.json with the digests of what a stage reads.
+INPUTS = "inputs"
 REJECTS_SCHEMA = pa.schema([("video_id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 SHOWN_REJECTS = 5
 # These say where and how fast a stage runs, not what it computes: they may change when it resumes.
@@ -45,7 +49,7 @@ class Stage:
     metrics: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
-    rejects: list[Failure] = field(default_factory=list)
+    rejects: dict[Failure, None] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, message: str) -> None:
@@ -54,11 +58,19 @@ class Stage:
 
     def reject(self, failures: list[Failure]) -> None:
         """List videos that could not be read in rejects.parquet, and tell of the first ones."""
-        for failure in failures[: max(0, SHOWN_REJECTS - len(self.rejects))]:
+        new = [failure for failure in dict.fromkeys(failures) if failure not in self.rejects]
+        for failure in new[: max(0, SHOWN_REJECTS - len(self.rejects))]:
             self.progress(f"cannot read {failure.video_id!r}: {failure.reason}")
-        self.rejects += failures
-        rows = [asdict(failure) for failure in self.rejects]
-        storage.write_table(self.path(REJECTS), pa.Table.from_pylist(rows, REJECTS_SCHEMA))
+        self.rejects |= dict.fromkeys(new)
+        if new or not storage.exists(self.path(REJECTS)):
+            rows = [asdict(failure) for failure in self.rejects]
+            storage.write_table(self.path(REJECTS), pa.Table.from_pylist(rows, REJECTS_SCHEMA))
+
+    def recall_rejects(self) -> None:
+        """Take up the list that an earlier part of a resumed run has left."""
+        if storage.exists(self.path(REJECTS)):
+            rows = storage.read_table(self.path(REJECTS)).to_pylist()
+            self.rejects |= dict.fromkeys(Failure(**row) for row in rows)
 
     def path(self, *parts: str) -> str:
         """Return a name below --out."""
@@ -71,64 +83,92 @@ def progress(name: str, message: str) -> None:
 
 
 @contextmanager
-def stage_run(name: str, config: StageConfig, parent_run: str = "") -> Iterator[Stage]:
+def stage_run(
+    name: str, config: StageConfig, parent_run: str = "", inputs: Mapping[str, str] | None = None
+) -> Iterator[Stage]:
     """Run a stage's body: run.json before it, result.json after it, and an MLflow run around it.
 
     Args:
         name: the stage.
         config: its settings; `config.out` is where it writes.
         parent_run: MLflow run to nest the stage's own run under (a sweep's trial).
+        inputs: digests of what the stage reads, by name: another digest means another run.
 
     Raises:
-        UserError: --out cannot be written to, or holds a run with other settings.
+        UserError: --out cannot be written to or holds a run of another stage, or MLflow refuses the run.
     """
     started = time.monotonic()
     out = storage.absolute(config.out)
+    tracking.resolve_uri(config.tracking, out)
+    _check_stage(name, config.out, _earlier(out))
     storage.check_writable(out)
-    storage.write_json(storage.join(out, RUN), to_json(name, config))
+    storage.write_json(storage.join(out, RUN), to_json(name, config) | {INPUTS: dict(inputs or {})})
+    storage.remove(storage.join(out, RESULT))
     tracker = tracking.start(config.tracking, stage=name, out=out, params=flatten(config), parent_run=parent_run)
     stage = Stage(name, out, tracker)
     try:
         yield stage
+        stage.result = _result(stage, config, time.monotonic() - started)
+        storage.write_json(stage.path(RESULT), stage.result)
+        tracker.log(stage.metrics, step=None)
+        tracker.artifact(stage.path(RESULT))
     except (KeyboardInterrupt, SystemExit, StoppedError):
         tracker.finish("KILLED")
         raise
     except BaseException:
         tracker.finish("FAILED")
         raise
-    stage.result = _result(stage, config, time.monotonic() - started)
-    storage.write_json(stage.path(RESULT), stage.result)
-    tracker.log({key: value for key, value in stage.metrics.items()}, step=None)
-    tracker.artifact(stage.path(RESULT))
     tracker.finish("FINISHED")
 
 
-def finished(name: str, config: StageConfig) -> dict[str, Any] | None:
+def finished(name: str, config: StageConfig, inputs: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """Return the result of an earlier, finished run of the same stage with the same settings in --out, if any.
 
     Raises:
-        UserError: --out holds a run of another stage or with other settings.
+        UserError: --out holds a run of another stage, or one that has begun with other settings or inputs.
     """
     out = storage.absolute(config.out)
-    if not storage.exists(storage.join(out, RUN)):
+    earlier = _earlier(out)
+    if earlier is None:
         return None
-    check_same_settings(name, config, storage.read_json(storage.join(out, RUN)))
-    result = storage.join(out, RESULT)
-    return dict(storage.read_json(result)) if storage.exists(result) else None
+    _check_stage(name, config.out, earlier)
+    done = storage.exists(storage.join(out, RESULT))
+    if done or any(storage.exists(storage.join(out, folder)) for folder in (CHECKPOINTS, TRIALS)):
+        _check_same(config, earlier, to_json(name, config) | {INPUTS: dict(inputs or {})})
+    return dict(storage.read_json(storage.join(out, RESULT))) if done else None
 
 
-def check_same_settings(name: str, config: StageConfig, earlier: dict[str, Any]) -> None:
+def _earlier(out: str) -> dict[str, Any] | None:
+    """Return the run.json that an earlier start has left."""
+    path = storage.join(out, RUN)
+    if not storage.exists(path):
+        return None
+    try:
+        return dict(storage.read_json(path))
+    except ValueError as error:
+        raise UserError(f"--out {out!r} holds a damaged {RUN} ({error}): delete it or give another --out") from None
+
+
+def _check_stage(name: str, out: str, earlier: dict[str, Any] | None) -> None:
+    if earlier is not None and earlier.get("stage") != name:
+        raise UserError(f"--out {out!r} holds a run of stage {earlier.get('stage')!r}: give another folder")
+
+
+def _check_same(config: StageConfig, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise `UserError` where a run in --out differs from the one to be started in what it computes."""
-    if earlier.get("stage") != name:
-        raise UserError(f"--out {config.out!r} holds a run of {earlier.get('stage')!r}: give another folder")
-    before = _fixed(_flatten_json(earlier))
-    now = _fixed(_flatten_json(to_json(name, config)))
+    before, now = _fixed(from_json(earlier)), _fixed(from_json(wanted))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+        if before.get(key) == now.get(key):
+            continue
+        if key.startswith(f"{INPUTS}."):
+            what = key.removeprefix(f"{INPUTS}.")
             raise UserError(
-                f"--out {config.out!r} holds a run with {key} {before.get(key)!r}, not {now.get(key)!r}: "
-                "give another --out, or the same settings to resume"
+                f"--out {config.out!r} holds a run on another {what}, which has changed since: give another --out"
             )
+        raise UserError(
+            f"--out {config.out!r} holds a run with {key} {before.get(key)!r}, not {now.get(key)!r}: "
+            "give another --out, or the same settings to resume"
+        )
 
 
 def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -148,16 +188,12 @@ def to_json(name: str, config: StageConfig) -> dict[str, Any]:
     return nested
 
 
-def from_json(value: dict[str, Any]) -> dict[str, Any]:
+def from_json(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested values under their dotted keys: what `override` takes."""
-    return _flatten_json(value)
-
-
-def _flatten_json(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            leaves |= _flatten_json(item, f"{prefix}{key}.")
+            leaves |= from_json(item, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = item
     return leaves

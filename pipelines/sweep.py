@@ -7,8 +7,13 @@ workers and decode tasks go anywhere in the cluster.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import replace
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from ray import tune
@@ -17,46 +22,67 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipelines import finetune, pretrain, storage, tracking
 from pipelines.cluster import ensure_ray, own_node, resources
-from pipelines.config import FinetuneConfig, PretrainConfig, ScaleConfig, SweepConfig, UserError, override
-from pipelines.space import Choice, Dimension, check, configured, name_of, parse, stages
-from pipelines.stage import Stage, StageError, finished, progress, stage_run
+from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, UserError, override, unknown
+from pipelines.space import Dimension, check, configured, name_of, parse, stages, trials
+from pipelines.stage import RESULT, Stage, StageError, StoppedError, finished, progress, stage_run
 
 # A trial's driver holds no CPU, only its place.
 NEXT_TO_NOTHING = 0.001
+POLL_SECONDS = 0.5
+# A stopped sweep waits this long for Tune to end the trials' processes; those left end with this one.
+STOP_SECONDS = 15.0
+# What the stages log and a trial can be judged by.
+PRETRAIN_METRICS = ("knn/top1", "train/top1", "train/loss", "train/embedding_spread")
+FINETUNE_METRICS = {
+    "class": ("val/accuracy", "val/loss", "train/accuracy", "train/loss"),
+    "regression": ("val/mse", "val/loss", "train/loss"),
+}
+# Of these, what an evaluation gives: early stopping compares one after another.
+EVALUATED = ("knn/", "val/")
+ERRORS = ("mse", "mae", "loss")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trial: its name, its folder, what varies, and the settings of its stages with nothing relative in them."""
+
+    name: str
+    out: str
+    values: dict[str, Any]
+    stages: dict[str, PretrainConfig | FinetuneConfig]
 
 
 def run(config: SweepConfig) -> dict[str, Any]:
-    """Run all trials and return the stage's result; the same --out skips the trials that are done.
+    """Run all trials and return the stage's result; the same --out skips what is done and tries failed trials again.
 
     Raises:
-        UserError: the space, the settings or the cluster do not fit; before any work.
+        UserError: the space, the metric, the settings or the cluster do not fit; before any work.
         StageError: every trial failed.
+        StoppedError: a signal asked for a stop; what is done is kept.
     """
-    if (result := finished("sweep", config)) is not None:
+    result = finished("sweep", config)
+    if result is not None and not result["counts"]["failed"]:
         progress("sweep", f"{config.out} is finished already; give another --out to sweep anew")
         return result
     dimensions = parse(config)
     check(config, dimensions)
-    prepare(config)
+    check_metric(config)
+    plans = plan(config, dimensions)
+    prepare(config, plans)
     with stage_run("sweep", config) as stage:
         ensure_ray()
-        fitted = fit_cluster(config)
-        trials = total_trials(config, dimensions)
-        stage.progress(
-            f"{trials} trials of {config.stages}, {fitted.concurrent_trials} at once; metric {metric(config)}"
-        )
-        grid = tune_all(stage, fitted, dimensions, trials)
-        conclude(stage, config, grid)
+        plans, concurrent = fit_cluster(config, plans)
+        by_name = {each.name: each for each in plans}
+        stage.progress(f"{len(plans)} trials of {config.stages}, {concurrent} at once; metric {metric(config)}")
+        try:
+            grid = tune_all(stage, config, by_name, concurrent)
+        finally:
+            tracking.end_open_runs(stage.tracker.uri, config.tracking.experiment, stage.tracker.run_id or "")
+        conclude(stage, config, by_name, grid)
     return stage.result
 
 
-def prepare(config: SweepConfig) -> None:
-    """Check the manifests and settings of the stages before any trial starts."""
-    if "pretrain" in stages(config):
-        pretrain.prepare(config.pretrain)
-    if "finetune" in stages(config):
-        checkpoint = "" if "pretrain" in stages(config) else config.finetune.checkpoint
-        finetune.prepare(replace(config.finetune, checkpoint=checkpoint))
+# --- before any work ------------------------------------------------------------------------------------------------
 
 
 def metric(config: SweepConfig) -> str:
@@ -70,152 +96,312 @@ def metric(config: SweepConfig) -> str:
 
 def order(config: SweepConfig) -> str:
     """Return `min` for errors and losses, else `max`."""
-    return "min" if metric(config).rpartition("/")[2] in ("mse", "loss") else "max"
+    return "min" if metric(config).rpartition("/")[2] in ERRORS else "max"
 
 
-def total_trials(config: SweepConfig, dimensions: dict[str, Dimension]) -> int:
-    """Return the number of trials: every combination of the choices, as often as the ranges are drawn."""
-    total = config.samples
-    for dimension in dimensions.values():
-        total *= len(dimension.values) if isinstance(dimension, Choice) else 1
-    return total
+def check_metric(config: SweepConfig) -> None:
+    """Raise `UserError` for a metric that no stage of a trial logs, or that early stopping cannot follow."""
+    known = {"pretrain": PRETRAIN_METRICS, "finetune": FINETUNE_METRICS[config.finetune.task]}
+    name, last = metric(config), stages(config)[-1]
+    names = tuple(dict.fromkeys(each for stage in stages(config) for each in known[stage]))
+    if name not in names:
+        raise UserError(f"metric is {name!r}: {unknown('metric', name, names)}")
+    followed = [each for each in known[last] if each.startswith(EVALUATED)]
+    if config.early_stopping and name not in followed:
+        raise UserError(
+            f"metric is {name!r}: early_stopping compares evaluations of {last}; give {' or '.join(followed)}"
+        )
 
 
-def fit_cluster(config: SweepConfig) -> SweepConfig:
-    """Return the settings with the trials that run at once, and each trial's share of the decoding, worked out.
+def plan(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[Plan]:
+    """Return all trials, each with the settings of its stages.
+
+    Raises:
+        UserError: a drawn value does not fit its setting.
+    """
+    out = storage.absolute(config.out)
+    plans = []
+    for values in trials(config, dimensions):
+        folder = storage.join(out, "trials", name_of(values))
+        settings = {stage: stage_config(config, stage, values, folder) for stage in stages(config)}
+        plans.append(Plan(name_of(values), folder, values, settings))
+    return plans
+
+
+def stage_config(
+    config: SweepConfig, stage: str, values: Mapping[str, Any], folder: str
+) -> PretrainConfig | FinetuneConfig:
+    """Return the settings of one stage of a trial; paths are absolute, since a trial has another working directory."""
+    # A trial lies in another folder: left to itself it would take the database beside that.
+    uri = tracking.resolve_uri(config.tracking, storage.absolute(config.out))
+    changes = configured(config, stage, values)
+    changes |= {"out": storage.join(folder, stage), "tracking.uri": uri, "tracking.run_name": stage}
+    changes |= {"tracking.experiment": config.tracking.experiment}
+    if stage == "finetune" and "pretrain" in stages(config):
+        changes["checkpoint"] = storage.join(folder, "pretrain")
+    settings = cast(PretrainConfig | FinetuneConfig, override(getattr(config, stage), changes))
+    paths = {"manifest": storage.absolute(settings.manifest)}
+    if (weights := settings.model.backbone.weights) not in ("", "timm"):
+        paths["model.backbone.weights"] = storage.absolute(weights)
+    if isinstance(settings, FinetuneConfig) and settings.checkpoint:
+        paths["checkpoint"] = storage.absolute(settings.checkpoint)
+    return override(settings, paths)
+
+
+def prepare(config: SweepConfig, plans: list[Plan]) -> None:
+    """Check the manifests, checkpoints and settings of every trial before one starts.
+
+    Raises:
+        UserError: names the trial, and what its stage would say.
+    """
+    for each in plans:
+        try:
+            for settings in each.stages.values():
+                _prepare(settings, metric(config), own_checkpoint="pretrain" in each.stages)
+        except UserError as error:
+            raise UserError(f"trial {each.name}: {error}") from None
+
+
+def _prepare(settings: PretrainConfig | FinetuneConfig, name: str, own_checkpoint: bool) -> None:
+    if isinstance(settings, PretrainConfig):
+        if len(pretrain.prepare(settings).probe_train) < 2 and name.startswith("knn/"):
+            raise UserError(
+                f"metric is {name!r}: pretrain.probe_videos is {settings.probe_videos}, and the probe needs 2 training "
+                "videos with labels at least; raise it, label the videos or compare by train/loss"
+            )
+        return
+    # A checkpoint that the trial itself is to make is not there yet.
+    job = finetune.prepare(replace(settings, checkpoint="") if own_checkpoint else settings)
+    if len(job.val) == 0 and name.startswith("val/"):
+        raise UserError(
+            f"metric is {name!r}: the manifest has no videos in split val; index --val-share makes one, or compare by "
+            "train/loss"
+        )
+
+
+def fit_cluster(config: SweepConfig, plans: list[Plan]) -> tuple[list[Plan], int]:
+    """Return the trials with their share of the decoding worked out, and how many of them run at once.
 
     Tune does not know what the training workers of a trial hold, so this has to.
+
+    Raises:
+        UserError: the largest trial does not fit the cluster.
     """
-    scales = [getattr(config, stage).scale for stage in stages(config)]
-    data = [getattr(config, stage).data for stage in stages(config)]
-    need = max(s.num_workers * (s.cpus_per_worker + d.cpus_per_decode) for s, d in zip(scales, data, strict=True))
-    total = resources()["CPU"]
+    settings = [each for trial in plans for each in trial.stages.values()]
+    need = max(s.scale.num_workers * (s.scale.cpus_per_worker + s.data.cpus_per_decode) for s in settings)
+    gpus = max(s.scale.num_workers * s.scale.gpus_per_worker for s in settings)
+    total, total_gpus = resources()["CPU"], resources().get("GPU", 0.0)
     fit = int((total + 1e-6) / need)
-    gpus = max(s.num_workers * s.gpus_per_worker for s in scales)
     if gpus:
-        fit = min(fit, int(resources().get("GPU", 0) / gpus))
+        fit = min(fit, int((total_gpus + 1e-6) / gpus))
     if fit < 1:
         raise UserError(
-            f"scale.num_workers is {scales[0].num_workers}: a trial needs {need:g} CPUs and {gpus:g} GPUs with its "
-            f"decoding, and the cluster has {total:g} CPUs; lower it, cpus_per_worker or data.cpus_per_decode"
+            f"scale.num_workers is {max(s.scale.num_workers for s in settings)}: a trial needs {need:g} CPUs and "
+            f"{gpus:g} GPUs with its decoding, and the cluster has {total:g} CPUs and {total_gpus:g} GPUs; lower it, "
+            "cpus_per_worker or data.cpus_per_decode"
         )
-    concurrent = min(config.concurrent_trials or fit, fit)
-    return replace(
-        config,
-        concurrent_trials=concurrent,
-        pretrain=_share(config.pretrain, total, concurrent),
-        finetune=_share(config.finetune, total, concurrent),
-    )
+    concurrent = min(config.concurrent_trials or fit, fit, len(plans))
+    shared = [
+        replace(each, stages={stage: _share(s, total / concurrent) for stage, s in each.stages.items()})
+        for each in plans
+    ]
+    return shared, concurrent
 
 
-def _share(config: Any, total: float, concurrent: int) -> Any:
-    scale: ScaleConfig = config.scale
-    free = total / concurrent - scale.num_workers * scale.cpus_per_worker
-    tasks = max(scale.num_workers, int((free + 1e-6) / config.data.cpus_per_decode))
-    return replace(config, data=replace(config.data, decode_tasks=min(tasks, config.data.decode_tasks or tasks)))
+def _share(settings: PretrainConfig | FinetuneConfig, cpus: float) -> PretrainConfig | FinetuneConfig:
+    scale, data = settings.scale, settings.data
+    free = cpus - scale.num_workers * scale.cpus_per_worker
+    tasks = max(scale.num_workers, int((free + 1e-6) / data.cpus_per_decode))
+    return override(settings, {"data.decode_tasks": min(tasks, data.decode_tasks or tasks)})
 
 
-def tune_all(stage: Stage, config: SweepConfig, dimensions: dict[str, Dimension], trials: int) -> tune.ResultGrid:
-    """Run Tune over the space."""
-    where = {own_node(): NEXT_TO_NOTHING}
-    # A trial lies in another folder: left to itself it would take the database beside that.
-    config = replace(config, out=stage.out, tracking=replace(config.tracking, uri=stage.tracker.uri))
-    trainable = tune.with_parameters(trial, config=config, parent=stage.tracker.run_id or "")
+# --- Tune -----------------------------------------------------------------------------------------------------------
+
+
+def tune_all(stage: Stage, config: SweepConfig, plans: dict[str, Plan], concurrent: int) -> tune.ResultGrid:
+    """Run Tune over the trials.
+
+    Raises:
+        StoppedError: a signal asked for a stop; the trials' processes have been ended.
+    """
+    trainable = tune.with_parameters(trial, plans=plans, config=config, parent=stage.tracker.run_id or "")
     # Tune's own table of the experiment says less than the lines of this stage.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    scheduler = ASHAScheduler(time_attr="epoch", max_t=10_000) if config.early_stopping else None
+    stop, lines = Stop(), Lines(metric(config), len(plans))
     tuner = tune.Tuner(
-        tune.with_resources(trainable, where),
-        param_space={key: _domain(dimension) for key, dimension in dimensions.items()},
+        tune.with_resources(trainable, {own_node(): NEXT_TO_NOTHING}),
+        param_space={"trial": tune.grid_search(list(plans))},
         tune_config=tune.TuneConfig(
             metric=metric(config),
             mode=order(config),
-            num_samples=config.samples,
-            max_concurrent_trials=config.concurrent_trials,
-            scheduler=scheduler,
+            max_concurrent_trials=concurrent,
+            scheduler=ASHAScheduler(time_attr="epoch", max_t=10_000) if config.early_stopping else None,
+            # Saves the next trial its imports. A trial stopped early would go on training in a process that is kept.
+            reuse_actors=not config.early_stopping,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
-        run_config=tune.RunConfig(
-            name="tune", storage_path=stage.out, callbacks=[Lines(metric(config), trials)], verbose=0
-        ),
+        run_config=tune.RunConfig(name="tune", storage_path=stage.out, callbacks=[lines], stop=stop, verbose=0),
     )
-    return tuner.fit()
-
-
-def _domain(dimension: Dimension) -> Any:
-    if isinstance(dimension, Choice):
-        return tune.grid_search(list(dimension.values))
-    return (tune.loguniform if dimension.log else tune.uniform)(dimension.low, dimension.high)
+    return _drive(tuner, stop, lines, stage)
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"{trial.trial_id}_{name_of(trial.config)}"
+    return f"{trial.trial_id}_{trial.config['trial']}"
+
+
+class Stop(tune.Stopper):
+    """Ends all trials once it is told to; Tune asks it between two events."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def tell(self) -> None:
+        """Have all trials ended."""
+        self._told = True
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Return whether one trial is to end."""
+        return self._told
+
+    def stop_all(self) -> bool:
+        """Return whether all trials are to end."""
+        return self._told
+
+
+def _drive(tuner: tune.Tuner, stop: Stop, lines: Lines, stage: Stage) -> tune.ResultGrid:
+    """Run Tune in a thread; the main thread takes signals, after which `fit` itself would return as if all were done."""
+    ended: list[tune.ResultGrid | Exception] = []
+
+    def fit() -> None:
+        try:
+            ended.append(tuner.fit())
+        except Exception as error:  # noqa: BLE001  raised by the caller below, whatever it is
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    with stop_on_signal(stop, stage) as received:
+        thread.start()
+        while thread.is_alive() and not received:
+            thread.join(POLL_SECONDS)
+        if received:
+            thread.join(STOP_SECONDS)
+            raise StoppedError(
+                f"stopped as asked after {lines.done} of {lines.trials} trials; these are kept, and the same command "
+                "goes on with the others from their last checkpoints",
+                128 + received[0],
+            )
+    outcome = ended[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+@contextmanager
+def stop_on_signal(stop: Stop, stage: Stage) -> Iterator[list[int]]:
+    """Turn the first SIGINT or SIGTERM into the end of all trials, the second into KeyboardInterrupt; yields what came.
+
+    Outside the main thread signals are left alone.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        stage.progress("stopping: ending the running trials (once more to stop at once)")
+        stop.tell()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Lines(tune.Callback):
     """A line in the terminal when a trial starts and ends."""
 
     def __init__(self, metric: str, trials: int) -> None:
-        self._metric, self._trials = metric, trials
+        self.trials = trials
+        self.done = 0
+        self._metric = metric
         self._ended = 0
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say that a trial starts."""
-        progress("sweep", f"trial {name_of(trial.config)} starts")
+        progress("sweep", f"trial {trial.config['trial']} starts")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say what a trial has reached."""
-        self._ended += 1
+        self.done += 1
         value = trial.last_result.get(self._metric)
         reached = f"{self._metric} {value:.3f}" if isinstance(value, float) else f"no {self._metric}"
-        progress("sweep", f"trial {name_of(trial.config)} done ({self._ended} of {self._trials}): {reached}")
+        self._say(trial, "done", reached)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Say that a trial has failed."""
+        """Say why a trial has failed, and where the whole story is."""
+        file = trial.error_file
+        self._say(trial, "failed", f"{last_line(Path(file).read_text())} (see {file})" if file else "no reason given")
+
+    def _say(self, trial: Trial, end: str, what: str) -> None:
         self._ended += 1
-        progress("sweep", f"trial {name_of(trial.config)} failed ({self._ended} of {self._trials}): {trial.error_file}")
+        progress("sweep", f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
 
 
-def trial(values: dict[str, Any], config: SweepConfig, parent: str) -> None:
+def last_line(text: str) -> str:
+    """Return the last line of an error's text that is not empty."""
+    return text.strip().rpartition("\n")[2].strip()
+
+
+# --- a trial --------------------------------------------------------------------------------------------------------
+
+
+def trial(chosen: dict[str, str], plans: dict[str, Plan], config: SweepConfig, parent: str) -> None:
     """Run the stages of one trial in a Tune worker; its stages' runs nest under its own, and that under the sweep's."""
-    out = storage.join(config.out, "trials", name_of(values))
+    # Tune gives a trial 2 s to return before it calls its process unfit for the next one: too few on a busy machine.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "30"
+    mine = plans[chosen["trial"]]
+    uri = next(iter(mine.stages.values())).tracking.uri
     tracker = tracking.start(
-        replace(config.tracking, run_name=name_of(values)),
+        replace(config.tracking, uri=uri, run_name=mine.name),
         stage="trial",
-        out=out,
-        params={f"trial.{key}": value for key, value in values.items()},
+        out=mine.out,
+        params={f"trial.{key}": value for key, value in mine.values.items()},
         parent_run=parent,
     )
-    name = metric(config)
-    found: dict[str, float] = {}
-    status = "FAILED"
+    status, found = "FAILED", {}
     try:
-        for stage in stages(config):
-            run = cast(Callable[..., dict[str, Any]], {"pretrain": pretrain.run, "finetune": finetune.run}[stage])
-            last = stage == stages(config)[-1]
-            on_row = _report(name) if last and config.early_stopping else None
-            result = run(trial_config(config, stage, values, out), parent_run=tracker.run_id or "", on_row=on_row)
-            found |= {key.removeprefix("best/"): value for key, value in result["metrics"].items()}
-            # The best checkpoint's value, where there is one, stands for the trial rather than the last epoch's.
-            found |= {k.removeprefix("best/"): v for k, v in result["metrics"].items() if k.startswith("best/")}
+        found = _run_stages(mine, config, tracker.run_id or "")
         status = "FINISHED"
+    except SystemExit:
+        # Tune's way to stop a trial early.
+        status = "KILLED"
+        raise
     finally:
         tracker.log(found, step=None)
         tracker.finish(status)
-    if name not in found:
-        raise StageError(f"metric is {name!r}: the trial has {', '.join(sorted(found))}")
+    if metric(config) not in found:
+        raise StageError(f"metric is {metric(config)!r}: the trial has {', '.join(sorted(found))}")
     tune.report(found)
 
 
-def trial_config(config: SweepConfig, stage: str, values: dict[str, Any], out: str) -> PretrainConfig | FinetuneConfig:
-    """Return the settings of one stage of a trial."""
-    changes = configured(config, stage, values)
-    changes |= {"out": storage.join(out, stage), "tracking.uri": config.tracking.uri, "tracking.run_name": stage}
-    changes |= {"tracking.experiment": config.tracking.experiment}
-    if stage == "finetune" and "pretrain" in stages(config):
-        changes["checkpoint"] = storage.join(out, "pretrain")
-    return cast(PretrainConfig | FinetuneConfig, override(getattr(config, stage), changes))
+def _run_stages(mine: Plan, config: SweepConfig, run_id: str) -> dict[str, float]:
+    """Return the metrics of a trial's stages, of the same name the later stage's."""
+    found: dict[str, float] = {}
+    for stage, settings in mine.stages.items():
+        run = cast(Callable[..., dict[str, Any]], {"pretrain": pretrain.run, "finetune": finetune.run}[stage])
+        is_last = stage == stages(config)[-1]
+        on_row = _report(metric(config)) if is_last and config.early_stopping else None
+        metrics = run(settings, parent_run=run_id, on_row=on_row)["metrics"]
+        # The best checkpoint's value, where there is one, stands for the trial rather than the last epoch's.
+        best = {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
+        found |= {key: value for key, value in metrics.items() if not key.startswith("best/")} | best
+    return found
 
 
 def _report(name: str) -> Callable[[int, dict[str, float]], None]:
@@ -231,25 +417,29 @@ def _report(name: str) -> Callable[[int, dict[str, float]], None]:
     return report
 
 
-def conclude(stage: Stage, config: SweepConfig, grid: tune.ResultGrid) -> None:
-    """Write the trials' results and the best one."""
+# --- afterwards -----------------------------------------------------------------------------------------------------
+
+
+def conclude(stage: Stage, config: SweepConfig, plans: dict[str, Plan], grid: tune.ResultGrid) -> None:
+    """Write the trials' results and the best one of those that came to their end."""
     name = metric(config)
-    rows = [
-        {"trial": name_of(result.config or {}), "values": result.config, name: (result.metrics or {}).get(name)}
-        for result in list(grid)  # type: ignore[call-overload]
-    ]
-    done = [row for row in rows if row[name] is not None]
+    rows, done = [], []
+    for result in list(grid):  # type: ignore[call-overload]
+        mine = plans[result.config["trial"]]
+        rows.append({"trial": mine.name, "values": mine.values, name: (result.metrics or {}).get(name)})
+        # A trial that was stopped early has a value and no result.
+        if rows[-1][name] is not None and storage.exists(_result_of(mine)):
+            done.append(rows[-1])
     stage.counts |= {"trials": len(rows), "failed": len(grid.errors)}
     if not done:
-        error = str(grid.errors[0]).strip().splitlines()[-1] if grid.errors else "none reported its metric"
-        raise StageError(f"every one of {len(rows)} trials failed, as: {error}")
+        reason = last_line(str(grid.errors[0])) if grid.errors else "none came to its end"
+        raise StageError(f"every one of {len(rows)} trials failed, as: {reason}")
     best = (max if order(config) == "max" else min)(done, key=lambda row: row[name])
     stage.metrics[name] = best[name]
     stage.details |= {"trials": rows, "best": best["trial"]}
-    stage.details["checkpoint"] = _checkpoint_of(stage, config, best["trial"])
+    stage.details["checkpoint"] = storage.read_json(_result_of(plans[best["trial"]]))["checkpoint"]
     stage.progress(f"best: {best['trial']} with {name} {best[name]:.3f}")
 
 
-def _checkpoint_of(stage: Stage, config: SweepConfig, name: str) -> str:
-    result = storage.read_json(stage.path("trials", name, stages(config)[-1], "result.json"))
-    return str(result["checkpoint"])
+def _result_of(mine: Plan) -> str:
+    return storage.join(list(mine.stages.values())[-1].out, RESULT)

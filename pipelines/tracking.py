@@ -32,6 +32,7 @@ UNSENT_FILE = "metrics_unsent.jsonl"
 PARENT_TAG = "mlflow.parentRunId"
 VALUE_CHARACTERS = 6000  # MLflow's limits
 PARAMS_A_REQUEST = 100
+RUNS_BELOW = 10_000
 FLUSH_S = 30.0
 START_S = 15.0
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -367,3 +368,30 @@ def reading(uri: str) -> Iterator[MlflowClient]:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"--tracking.uri is {uri!r}: MLflow cannot be read there ({error})") from error
+
+
+# --- ending what others left open -----------------------------------------------------------------------------------
+
+
+def end_open_runs(uri: str, experiment: str, parent_run: str) -> None:
+    """End the open runs below a run as KILLED; where MLflow does not answer, say so and leave them.
+
+    Args:
+        uri: where they are logged; `off` does nothing.
+        experiment: its name.
+        parent_run: id of the run that they are nested under, at any depth; no process logs to them any more.
+    """
+    if uri == OFF or not parent_run:
+        return
+    try:
+        with reading(uri) as client:
+            found = client.get_experiment_by_name(experiment)
+            parents = [parent_run] if found else []
+            while parents:
+                below = f"tags.`{PARENT_TAG}` = '{parents.pop()}'"
+                for run in client.search_runs([found.experiment_id], below, max_results=RUNS_BELOW):
+                    parents.append(run.info.run_id)
+                    if run.info.status == "RUNNING":
+                        client.set_terminated(run.info.run_id, "KILLED")
+    except UserError as error:
+        say(f"runs of stopped trials may still be open: {error}")

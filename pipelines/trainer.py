@@ -23,63 +23,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from pipelines import storage
-from pipelines.cluster import decode_tasks, ensure_ray
+from pipelines.cluster import check_cluster
 from pipelines.config import DataConfig, ScaleConfig, UserError
-from pipelines.stage import Stage, StageError, StoppedError
-from s5.batch import Failure
+from pipelines.mailbox import Mailbox
+from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
 from s5.loop import Fit, FitResult, TrainingError
-from s5.video import VideoError
+from s5.video import Failure, VideoError
 
-# Ray Train's own folder below --out: checkpoints and the snapshot that a resumed run starts from.
-CHECKPOINTS = "checkpoints"
+ERROR = "error.txt"
 POLL_SECONDS = 0.5
 # Errors that come back the same however often the workers are restarted.
 LASTING = (TrainingError, CheckpointError, VideoError, UserError, ValueError)
-
-
-class Mailbox:
-    """Actor between workers and driver: rows of metrics one way, the wish to stop the other.
-
-    The driver alone talks to MLflow, so that no worker needs to reach the tracking database.
-    """
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[int, dict[str, float]]] = []
-        self._rejects: list[Failure] = []
-        self._stop = False
-        self._failure = ""
-
-    def put(self, metrics: dict[str, float], step: int) -> None:
-        """Take a row."""
-        self._rows.append((step, metrics))
-
-    def reject(self, failures: list[Failure]) -> None:
-        """Take videos that could not be read."""
-        self._rejects += failures
-
-    def take(self) -> tuple[list[tuple[int, dict[str, float]]], list[Failure]]:
-        """Hand over the rows and the rejected videos since the last call."""
-        taken = self._rows, self._rejects
-        self._rows, self._rejects = [], []
-        return taken
-
-    def request_stop(self) -> None:
-        """Ask the workers to save and stop."""
-        self._stop = True
-
-    def stop_requested(self) -> bool:
-        """Return whether the workers are to stop."""
-        return self._stop
-
-    def fail(self, message: str) -> None:
-        """Note an error that a restart of the workers would meet again."""
-        self._failure = self._failure or message
-
-    def failure(self) -> str:
-        """Return the first such error, or nothing."""
-        return self._failure
 
 
 class RayContext:
@@ -172,8 +128,7 @@ def launch(
         StageError: training failed; the message is the worker's.
         StoppedError: a signal asked for a stop; the checkpoint is there.
     """
-    ensure_ray()
-    tasks = decode_tasks(scale, data)
+    tasks = check_cluster(scale, data)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
     mailbox = _mailbox()
     trainer = ray.train.torch.TorchTrainer(
@@ -200,6 +155,7 @@ def launch(
         ),
     )
     if storage.exists(stage.path(CHECKPOINTS)):
+        stage.recall_rejects()
         stage.progress("resuming from the last checkpoint")
     stage.progress(
         f"starting {scale.num_workers} training worker{'s' * (scale.num_workers > 1)} and up to {tasks} decode tasks"
@@ -247,17 +203,22 @@ def _drive(
             ended.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    with stop_on_signal(mailbox, stage) as received:
+    asked = False
+    with signals_received(stage) as received:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
+            if received and not asked:
+                asked = True
+                mailbox.request_stop.remote()
             _pass_on(mailbox, stage, report)
         _pass_on(mailbox, stage, report)
     outcome = ended[0]
     if isinstance(outcome, Exception):
         failure = ray.get(mailbox.failure.remote())
         if not failure:
-            raise StageError(f"training failed: {_cause(outcome)}") from outcome
+            storage.write_bytes(stage.path(ERROR), f"{outcome}\n".encode())
+            raise StageError(f"training failed: {_cause(outcome)}; all of it is in {stage.path(ERROR)}") from outcome
         raise StageError(failure)
     fit_result: FitResult | None = outcome.return_value
     if received and fit_result is not None and fit_result.stopped:
@@ -279,8 +240,8 @@ def _pass_on(mailbox: Any, stage: Stage, report: Sequence[OnRow]) -> None:
 
 
 @contextmanager
-def stop_on_signal(mailbox: Any, stage: Stage) -> Iterator[list[int]]:
-    """Turn the first SIGINT or SIGTERM into the wish to stop, the second into KeyboardInterrupt; yields what came.
+def signals_received(stage: Stage) -> Iterator[list[int]]:
+    """Take down SIGINT and SIGTERM in the list that is yielded, instead of ending; a second one ends at once.
 
     Outside the main thread, as in a trial of a sweep, signals are left alone.
     """
@@ -294,7 +255,6 @@ def stop_on_signal(mailbox: Any, stage: Stage) -> Iterator[list[int]]:
         if len(received) > 1:
             raise KeyboardInterrupt
         stage.progress("stopping: saving a checkpoint first (once more to stop at once)")
-        mailbox.request_stop.remote()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

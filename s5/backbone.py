@@ -5,12 +5,13 @@ Shapes: B batch, T frames of a clip, N patches of a frame, K patches kept, D wid
 
 from __future__ import annotations
 
-from pathlib import Path
+import pickle
 from typing import Any, cast
 
 import timm
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,11 +21,11 @@ from s5.config import BackboneConfig
 
 
 def build_vit(config: BackboneConfig) -> VisionTransformer:
-    """Return timm's model for the settings, without its classifier.
+    """Return timm's model for the settings, without what comes after its blocks and their norm.
 
     Raises:
-        ValueError: timm has no Vision Transformer of that name, the frame is no multiple of the patch, or the weights
-            file is not there.
+        ValueError: timm has no Vision Transformer of that name, the frame is no multiple of the patch, or the model
+            lacks the class token that is asked for.
     """
     shape = {
         key: value
@@ -45,26 +46,35 @@ def build_vit(config: BackboneConfig) -> VisionTransformer:
     patch = vit.patch_embed.patch_size[0]
     if config.frame_size % patch:
         raise ValueError(f"backbone.frame_size is {config.frame_size}: give a multiple of the patch size, {patch}")
-    if config.weights not in ("", "timm"):
-        load_weights(vit, config.weights)
+    if config.cls_token and not vit.has_class_token:
+        raise ValueError(f"backbone.cls_token is True: {config.name} has no class token; leave it out")
+    # Tokens are taken before pooling: what comes after would get no gradient, and DDP waits for every gradient.
+    vit.attn_pool = None
+    vit.fc_norm = nn.Identity()
     return vit
 
 
-def load_weights(vit: VisionTransformer, path: str) -> None:
-    """Load weights in timm's layout; positional embeddings are interpolated to the model's frame size.
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a weights file, safetensors or PyTorch's, on the CPU.
 
     Raises:
-        ValueError: the file is not there or belongs to another model.
+        ValueError: the file is not there, cannot be read, or has no weights.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"backbone.weights is {path!r}: there is no such file; give one, `timm`, or nothing")
-    state = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
-    state = timm.models.vision_transformer.checkpoint_filter_fn(state, vit)
-    own = vit.state_dict()
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    if wrong:
-        raise ValueError(f"backbone.weights is {path!r}: {len(wrong)} weights are missing or differ, as {wrong[0]!r}")
-    vit.load_state_dict({key: state[key] for key in own})
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"backbone.weights is {path!r}: there is no such file; give one, `timm`, or nothing") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"backbone.weights is {path!r}: it cannot be read ({reason}); give a .safetensors or .pt file"
+        ) from None
+    for key in ("model", "state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"backbone.weights is {path!r}: there are no weights in it; give a file in timm's layout")
+    return tensors
 
 
 class Backbone(nn.Module):
@@ -85,6 +95,24 @@ class Backbone(nn.Module):
             self.register_buffer(name, values, persistent=False)
         if config.frozen:
             self.vit.requires_grad_(False)
+        if config.weights not in ("", "timm"):
+            self.load(read_weights(config.weights))
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Load weights in timm's layout; positional embeddings are interpolated to the model's frame size.
+
+        Raises:
+            ValueError: the weights are those of another model.
+        """
+        state = timm.models.vision_transformer.checkpoint_filter_fn(state, self.vit)
+        own = self.vit.state_dict()
+        wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
+        if wrong:
+            raise ValueError(
+                f"backbone.weights are of another model than {self.config.name}: {len(wrong)} of {len(own)} are missing "
+                f"or of another shape, as {wrong[0]!r}; give a file that fits backbone.name and its sizes"
+            )
+        self.vit.load_state_dict({key: state[key] for key in own})
 
     def kept(self, mask_ratio: float) -> int:
         """Return the number K of patches of a frame that masking leaves, at least one."""
@@ -117,7 +145,8 @@ class Backbone(nn.Module):
             index = rearrange(keep_BTK, "b t k -> (b t) k 1").expand(-1, -1, x.shape[-1])
             x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, index)], dim=1)
         x = self.vit.norm(self.vit.blocks(self.vit.norm_pre(x)))
-        if self.config.cls_token and prefix:
+        if self.config.cls_token:
+            # Registers, which come after the class token, only serve the blocks.
             return torch.cat([x[:, :1], x[:, prefix:]], dim=1)
         return cast(Tensor, x[:, prefix:])
 

@@ -10,14 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Failure:
-    """A video that could not be read, and why."""
-
-    video_id: str
-    uri: str
-    reason: str
+from s5.video import Failure as Failure
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ meta.json              kind, step, model settings, classes, and all settings of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,6 +91,12 @@ def read_meta(folder: Path) -> Meta:
     if meta.format != FORMAT:
         raise CheckpointError(f"checkpoint {str(folder)!r} has layout {meta.format}: this version reads {FORMAT}")
     return meta
+
+
+def digest(folder: Path) -> str:
+    """Return what identifies a checkpoint: a digest of its weights."""
+    with (folder / MODEL).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
 
 
 def read_weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:

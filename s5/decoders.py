@@ -26,6 +26,9 @@ class DecoderOutput(NamedTuple):
     block are positions of the clip's tokens."""
     entropy: Tensor | None
     """Normalised entropy of the selection probabilities, 0 to 1, mean over selecting blocks; None without selection."""
+    keep_ratio: float
+    """Share of the clip's tokens that reach the state space of the last selecting block, 1 without selection; a pair
+    that was averaged before counts as both of its tokens."""
 
 
 def pool_pairs(x_BLD: Tensor) -> Tensor:
@@ -134,12 +137,15 @@ class Pyramid(nn.Module):
         if x_BLD.dim() != 3 or x_BLD.shape[1] < 1 or x_BLD.shape[2] != self.width:
             raise ValueError(f"tokens have shape {tuple(x_BLD.shape)}: give (batch, length >= 1, {self.width})")
         selections: list[Selected] = []
+        keep_ratio = 1.0
         for block in self.blocks:
+            length = x_BLD.shape[1]
             x_BLD, selected = block(x_BLD, seeds_B)
             if selected is not None:
                 selections.append(selected)
+                keep_ratio *= selected.indices.shape[1] / length
         entropy = torch.stack([selected.entropy for selected in selections]).mean() if selections else None
-        return DecoderOutput(x_BLD.mean(1), [selected.indices for selected in selections], entropy)
+        return DecoderOutput(x_BLD.mean(1), [selected.indices for selected in selections], entropy, keep_ratio)
 
     def _selecting(self) -> list[tuple[Block, Selection]]:
         """Blocks that select, with their selections."""

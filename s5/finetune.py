@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,7 @@ class Supervised(nn.Module):
             scalars = {"loss": F.cross_entropy(logits_BC, batch.labels), "accuracy": hits}
         else:
             scalars = {"loss": F.mse_loss(logits_BC[:, 0], batch.targets)}
+        scalars["keep_ratio"] = torch.full_like(scalars["loss"], out.keep_ratio)
         if out.entropy is not None:
             scalars["selection_entropy"] = out.entropy
         return scalars

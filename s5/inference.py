@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s5.batch import ClipBatch, Failure
+from s5.batch import ClipBatch
 from s5.distributed import gather_objects
 from s5.model import VideoModel
+from s5.video import Failure
 
 
 @dataclass

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from s5 import checkpoint, distributed, optim
-from s5.batch import ClipBatch, Failure
+from s5.batch import ClipBatch
 from s5.config import LoopConfig, OptimConfig
+from s5.video import Failure
 
 
 class TrainingError(RuntimeError):
@@ -78,8 +79,8 @@ class SoloContext:
     """All rows logged, with their steps."""
     rejects: list[Failure] = field(default_factory=list)
     """Videos that could not be read."""
-    stop_at: int | None = None
-    """Step after which a stop is requested."""
+    stop: bool = False
+    """Whether to stop after the current step."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module itself."""
@@ -109,8 +110,8 @@ class SoloContext:
         return nullcontext(next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None))
 
     def stop_requested(self) -> bool:
-        """Return whether the step to stop at has been logged."""
-        return self.stop_at is not None and bool(self.rows) and self.rows[-1][0] >= self.stop_at
+        """Return whether `stop` has been set."""
+        return self.stop
 
     def _saved(self) -> list[Path]:
         return sorted(self.folder.glob("step_*")) if self.folder and self.folder.is_dir() else []
@@ -164,7 +165,8 @@ class Window:
             "train/clips_per_second": self.steps * self.batch_size * clips_per_video / seconds,
             "train/step_seconds": seconds / self.steps,
             "train/data_wait_share": waited,
-            "data/failures": failures * distributed.world_size(),
+            # A mean in fp32 times the number of workers may fall just short of the count.
+            "data/failures": round(failures * distributed.world_size()),
         }
 
 
@@ -182,14 +184,20 @@ class Fit:
     meta: Callable[[int, dict[str, float]], checkpoint.Meta]
     evaluate: Callable[[], dict[str, float]] | None = None
     max_failure_share: float = 1.0
+    poll_seconds: float = 1.0
+    """Least time between two questions to the context whether to stop."""
     metrics: dict[str, float] = field(default_factory=dict)
     failures: int = 0
+    next_poll: float = 0.0
 
     def run(self) -> FitResult:
         """Train from the latest checkpoint to the end, or until a stop is requested; a stop leaves a checkpoint.
 
+        An evaluation that is due at the very step of a stop is left out, and not made up for on resuming: what is
+        left of the grace time belongs to the checkpoint. After the last step there is nothing to stop.
+
         Raises:
-            TrainingError: the loss is not finite, or too many videos failed to decode.
+            TrainingError: the loss or its gradient is not finite, or too many videos failed to decode.
             CheckpointError: the checkpoint to resume from does not fit.
         """
         torch.manual_seed(self.loop.seed)
@@ -224,16 +232,28 @@ class Fit:
             window.add(scalars, batch, waited)
             if batch.failures:
                 self.context.reject(batch.failures)
-            if step % self.loop.log_every == 0 or step in (start + 1, self.steps):
+            stopped = step < self.steps and self._is_stopped(step)
+            saves = stopped or self._is_due(step)
+            # Before each checkpoint too: it takes up all failures so far, and weights that are not finite raise first.
+            if saves or step % self.loop.log_every == 0 or step == start + 1:
                 self._log(window, step, clips_per_video=1 if batch.short is None else 2)
-                stopped = distributed.any_worker(self.context.stop_requested(), self.context.device)
-            if self._is_due(step) or stopped:
-                paused = time.perf_counter()
+            if saves:
                 self._checkpoint(step, evaluated=not stopped)
-                window.started += time.perf_counter() - paused
+                window.reset()
             if stopped:
                 break
-        return step, stopped and step < self.steps
+        return step, stopped
+
+    def _is_stopped(self, step: int) -> bool:
+        """Return whether any worker was asked to stop; all workers ask each other at the same steps."""
+        # On a GPU the answer waits for the device.
+        if self.context.device.type != "cpu" and step % min(self.loop.log_every, 10):
+            return False
+        now = time.monotonic()
+        asked = now >= self.next_poll and self.context.stop_requested()
+        if now >= self.next_poll:
+            self.next_poll = now + self.poll_seconds
+        return distributed.any_worker(asked, self.context.device)
 
     def _step(self, model: nn.Module, batch: ClipBatch, step: int) -> dict[str, Tensor]:
         """Take one optimiser step; the schedules depend on the step alone."""
@@ -264,11 +284,13 @@ class Fit:
         window.reset()
         if self.context.rank == 0:
             self.context.log(row, step)
-        if not math.isfinite(row["train/loss"]):
-            raise TrainingError(
-                f"train/loss is {row['train/loss']} at step {step}: lower optim.lr, or raise optim.warmup or clip it "
-                "with optim.clip_norm; the last checkpoint is kept"
-            )
+        # A gradient that is not finite has spoilt the weights, though the loss it came from was finite.
+        for name in ("train/loss", "train/gradient_norm"):
+            if not math.isfinite(row[name]):
+                raise TrainingError(
+                    f"{name} is {row[name]} at step {step}: lower optim.lr, or raise optim.warmup or clip it "
+                    "with optim.clip_norm; the last checkpoint is kept"
+                )
         seen = step * self.loop.batch_size
         if self.failures > self.max_failure_share * seen and self.failures > 1:
             raise TrainingError(

@@ -75,6 +75,15 @@ class LSMCL(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.momentum = config.momentum
 
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Load the frame encoder's weights into both branches, which start as one.
+
+        Raises:
+            ValueError: the weights are those of another model.
+        """
+        self.encoder.load_backbone(state)
+        self.momentum_encoder.load_backbone(state)
+
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return the loss of a batch of pairs, and what tells whether the task works, as scalars."""
         assert batch.short is not None, "LSMCL needs pairs of clips"

@@ -5,19 +5,28 @@ Shapes: V videos, N examples, D width, C classes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
 def knn_accuracy(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, labels_V: Tensor, k: int = 10) -> float:
-    """Return the top-1 accuracy of weighted k nearest neighbours by cosine (temperature 0.07, as in 1805.01978)."""
+    """Return the top-1 accuracy of weighted k nearest neighbours by cosine (temperature 0.07, as in 1805.01978).
+
+    NaN where there is nothing to learn from or to ask.
+    """
+    if not len(train_labels_N) or not len(labels_V):
+        return math.nan
     similarity = F.normalize(query_VD, dim=-1) @ F.normalize(train_ND, dim=-1).T
     return _vote(similarity, train_labels_N, labels_V, k)
 
 
 def knn_leave_one_out(features_ND: Tensor, labels_N: Tensor, k: int = 10) -> float:
-    """Return the kNN accuracy of examples among each other, where no example sees itself."""
+    """Return the kNN accuracy of examples among each other, where no example sees itself; NaN for less than two."""
+    if len(labels_N) < 2:
+        return math.nan
     normalised = F.normalize(features_ND, dim=-1)
     similarity = (normalised @ normalised.T).fill_diagonal_(-torch.inf)
     return _vote(similarity, labels_N, labels_N, min(k, len(labels_N) - 1))
@@ -45,7 +54,9 @@ def nearest(features_ND: Tensor, groups_N: Tensor, k: int) -> tuple[Tensor, Tens
 
 
 def accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:
-    """Return the share of examples whose highest score is the label's."""
+    """Return the share of examples whose highest score is the label's; NaN where there are none."""
+    if not len(labels_N):
+        return math.nan
     return float((logits_NC.argmax(1) == labels_N).float().mean())
 
 

@@ -30,6 +30,8 @@ class Prediction(NamedTuple):
     """Indices of the tokens kept by each selecting block, (B, K)."""
     entropy: Tensor | None
     """Entropy of the mask generator over that of the uniform distribution, 0 to 1."""
+    keep_ratio: float
+    """Share of the clip's tokens that all selecting blocks let through, 1 without selection."""
 
 
 class VideoModel(nn.Module):
@@ -72,7 +74,15 @@ class VideoModel(nn.Module):
         if self.head is None:
             raise ValueError("the model has no head: it was built for pretraining; fine-tune it, or call encode")
         out = self.encode(frames_BTHWC, seeds_B)
-        return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.entropy)
+        return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.entropy, out.keep_ratio)
+
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Load the frame encoder's weights, in timm's layout; positional embeddings are interpolated.
+
+        Raises:
+            ValueError: the weights are those of another model.
+        """
+        self.backbone.load(state)
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
         """Load an encoder's weights; mask generator and head stay as they are, the momentum S4 starts as a copy.
@@ -86,11 +96,6 @@ class VideoModel(nn.Module):
             raise ValueError(f"the checkpoint is of another architecture: {wrong[0]!r} is missing or of another shape")
         self.load_state_dict({key: state[key] for key in own}, strict=False)
         self.decoder.reset_momentum()
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of trained weights."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def check_model(config: ModelConfig) -> None:

@@ -32,6 +32,15 @@ class VideoError(Exception):
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A video that could not be read, and why."""
+
+    video_id: str
+    uri: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class VideoFacts:
     """What a video is: display size in pixels (after rotation), length in seconds, mean frame rate, codec."""
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from s5.batch import ClipBatch, Failure
+from s5.batch import ClipBatch
 from s5.checkpoint import read_meta
 from s5.loop import Fit, SoloContext, TrainingError
+from s5.video import Failure
 from tests.s5.toys import STEPS, batches, finetune_fit, losses, lsmcl_fit, saved
 
 
