@@ -1,4 +1,4 @@
-"""Find a checkpoint on any storage and give it as a local folder."""
+"""Where the weights that training starts from come from: checkpoints on any storage, and the backbone's own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from pipelines import storage
 from pipelines.config import UserError
+from s5.backbone import Backbone
+from s5.config import BackboneConfig
 
 
 @contextmanager
@@ -42,3 +46,24 @@ def local_checkpoint(path: str) -> Iterator[Path]:
         yield target
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
+    """Return the weights that the backbone is to start from, or None for random ones.
+
+    They are read here, once and before any work: a training worker may have neither the file nor a way to the hub.
+
+    Raises:
+        UserError: the file is missing or of another model, or timm cannot get its own weights.
+    """
+    if not config.weights:
+        return None
+    try:
+        return Backbone(config).vit.state_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"backbone.weights is {config.weights!r}: timm cannot get them ({reason}); give a file, or go online once"
+        ) from None

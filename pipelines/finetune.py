@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines import provenance
-from pipelines.checkpoints import local_checkpoint
+from pipelines.checkpoints import backbone_weights, local_checkpoint
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.cluster import check_cluster
 from pipelines.config import FinetuneConfig, UserError, flatten
@@ -39,6 +39,7 @@ class FinetuneJob:
     plan: ClipPlan
     inputs: dict[str, str]
     weights: dict[str, Tensor] | None
+    backbone: dict[str, Tensor] | None
     commit: str
 
     @property
@@ -119,6 +120,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         plan=plan_of(config.loop, len(train)),
         inputs=inputs,
         weights=weights,
+        backbone=None if weights else backbone_weights(config.model.backbone),
         commit=provenance.commit(),
     )
 
@@ -127,9 +129,10 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
-    # Pretrained weights come with the job; the file that the backbone once started from is not needed again.
-    backbone = replace(config.model.backbone, weights="") if job.weights else config.model.backbone
-    model = VideoModel(replace(config.model, backbone=backbone), job.outputs)
+    # Weights come with the job: the file that they were read from need not be where the worker is.
+    model = VideoModel(replace(config.model, backbone=replace(config.model.backbone, weights="")), job.outputs)
+    if job.backbone is not None:
+        model.load_backbone(job.backbone)
     if job.weights is not None:
         model.load_pretrained(job.weights)
     task = Supervised(model, config.task)

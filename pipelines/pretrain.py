@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from pipelines import provenance
+from pipelines.checkpoints import backbone_weights
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.cluster import check_cluster
 from pipelines.config import PretrainConfig, UserError
@@ -35,6 +37,7 @@ class PretrainJob:
     probe_val: pa.Table
     plan: ClipPlan
     inputs: dict[str, str]
+    backbone: dict[str, Tensor] | None
     commit: str
 
 
@@ -97,6 +100,7 @@ def prepare(config: PretrainConfig) -> PretrainJob:
         probe_val=spread(val.filter(pa.compute.is_valid(val["label"])), config.probe_videos),
         plan=plan_of(config.loop, len(train)),
         inputs={"manifest": digest(manifest)},
+        backbone=backbone_weights(config.model.backbone),
         commit=provenance.commit(),
     )
 
@@ -111,7 +115,11 @@ def build(job: PretrainJob, context: RayContext) -> Fit:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
-    task = LSMCL(config.model, config.lsmcl)
+    # The weights come with the job: the file that they were read from need not be where the worker is.
+    backbone = replace(config.model.backbone, weights="")
+    task = LSMCL(replace(config.model, backbone=backbone), config.lsmcl)
+    if job.backbone is not None:
+        task.load_backbone(job.backbone)
 
     def meta(step: int, metrics: dict[str, float]) -> Meta:
         settings = to_json("pretrain", config)

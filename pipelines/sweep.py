@@ -24,7 +24,7 @@ from pipelines import finetune, pretrain, storage, tracking
 from pipelines.cluster import ensure_ray, own_node, resources
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, UserError, override, unknown
 from pipelines.space import Dimension, check, configured, name_of, parse, stages, trials
-from pipelines.stage import RESULT, Stage, StageError, StoppedError, finished, progress, stage_run
+from pipelines.stage import RESULT, TRIALS, Stage, StageError, StoppedError, finished, progress, stage_run
 
 # A trial's driver holds no CPU, only its place.
 NEXT_TO_NOTHING = 0.001
@@ -122,7 +122,7 @@ def plan(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[Plan]
     out = storage.absolute(config.out)
     plans = []
     for values in trials(config, dimensions):
-        folder = storage.join(out, "trials", name_of(values))
+        folder = storage.join(out, TRIALS, name_of(values))
         settings = {stage: stage_config(config, stage, values, folder) for stage in stages(config)}
         plans.append(Plan(name_of(values), folder, values, settings))
     return plans
@@ -270,7 +270,7 @@ class Stop(tune.Stopper):
 
 
 def _drive(tuner: tune.Tuner, stop: Stop, lines: Lines, stage: Stage) -> tune.ResultGrid:
-    """Run Tune in a thread; the main thread takes signals, after which `fit` itself would return as if all were done."""
+    """Run Tune in a thread; the main thread takes signals, after which `fit` itself would return as if it were done."""
     ended: list[tune.ResultGrid | Exception] = []
 
     def fit() -> None:
@@ -423,7 +423,8 @@ def _report(name: str) -> Callable[[int, dict[str, float]], None]:
 def conclude(stage: Stage, config: SweepConfig, plans: dict[str, Plan], grid: tune.ResultGrid) -> None:
     """Write the trials' results and the best one of those that came to their end."""
     name = metric(config)
-    rows, done = [], []
+    rows: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     for result in list(grid):  # type: ignore[call-overload]
         mine = plans[result.config["trial"]]
         rows.append({"trial": mine.name, "values": mine.values, name: (result.metrics or {}).get(name)})

@@ -79,17 +79,16 @@ def _translated() -> Iterator[None]:
 
 
 class Tracker:
-    """An MLflow run that is being logged. All methods but `finish` and `close` return at once; with `off` none acts.
+    """An MLflow run that is being logged. All methods but `finish` return at once; with `off` none acts.
 
-    Made by `start` and `attach`. `find` makes or finds the run and returns its id.
+    Made by `start`. `find` makes or finds the run and returns its id.
     """
 
-    def __init__(self, uri: str, out: str, find: Callable[[MlflowClient], str], *, owner: bool) -> None:
+    def __init__(self, uri: str, out: str, find: Callable[[MlflowClient], str]) -> None:
         self.uri = uri
         self.run_id: str | None = None
         """The run's id; None until MLflow has answered."""
         self._out = out
-        self._owner = owner
         self._find = find
         self._client: MlflowClient | None = None
         self._outbox = None if uri == OFF else Outbox(f"MLflow at {uri}", self._send_rows)
@@ -108,13 +107,9 @@ class Tracker:
             now = int(time.time() * 1000)
             self._outbox.put(*(Row(_allowed(key), float(value), now, step) for key, value in metrics.items()))
 
-    def artifact(self, path: str, folder: str = "") -> None:
-        """Queue a file (a path or URI) or a local folder; it is read when it is sent."""
-        self._call(path, lambda client, run_id: _send_artifact(client, run_id, path, folder))
-
-    def text(self, content: str, name: str) -> None:
-        """Queue a text to be kept as an artifact of that name."""
-        self._call(name, lambda client, run_id: client.log_text(run_id, content, name))
+    def artifact(self, path: str) -> None:
+        """Queue a file, a path or URI; it is read when it is sent."""
+        self._call(path, lambda client, run_id: _send_artifact(client, run_id, path))
 
     def finish(self, status: str) -> None:
         """Send what is queued or was left unsent, waiting up to `FLUSH_S`, and end the run.
@@ -122,16 +117,11 @@ class Tracker:
         Args:
             status: `FINISHED`, `FAILED` or `KILLED`.
         """
-        if self._outbox:
-            ended = int(time.time() * 1000)
-            self._outbox.put(*read_rows(storage.join(self._out, UNSENT_FILE)))
-            self._call("the end", lambda client, run_id: client.set_terminated(run_id, status, ended))
-            self.close()
-
-    def close(self) -> None:
-        """Send what is queued, waiting up to `FLUSH_S`, and leave the run open: for a tracker made by `attach`."""
         if self._outbox is None:
             return
+        ended = int(time.time() * 1000)
+        self._outbox.put(*read_rows(storage.join(self._out, UNSENT_FILE)))
+        self._call("the end", lambda client, run_id: client.set_terminated(run_id, status, ended))
         outbox, self._outbox = self._outbox, None
         unsent = outbox.flush(FLUSH_S)
         self._keep([item for item in unsent if isinstance(item, Row)], bool(unsent))
@@ -169,11 +159,9 @@ class Tracker:
         """Write unsent rows beside the results, or delete those of earlier processes once they are sent."""
         path = storage.join(self._out, UNSENT_FILE)
         if is_incomplete:
-            # The owner's queue holds those of the file already.
-            rows = rows if self._owner else read_rows(path) + rows
             write_rows(path, rows)
             say(f"MLflow at {self.uri} did not take all that was logged: {len(rows)} values are kept in {path}")
-        elif self._owner:
+        else:
             storage.remove(path)
 
 
@@ -194,19 +182,17 @@ def _placed(client: MlflowClient, run_id: str, rows: list[Row]) -> list[Row]:
     return placed
 
 
-def _send_artifact(client: MlflowClient, run_id: str, path: str, folder: str) -> None:
-    """Send a file or folder; a failing artifact store must not hold up the metrics behind it while MLflow answers."""
+def _send_artifact(client: MlflowClient, run_id: str, path: str) -> None:
+    """Send a file; a failing artifact store must not hold up the metrics behind it while MLflow answers."""
     try:
         with _translated():
             if storage.is_uri(path):
                 with tempfile.TemporaryDirectory() as scratch:
                     local = Path(scratch) / path.rpartition("/")[2]
                     local.write_bytes(storage.read_bytes(path))
-                    client.log_artifact(run_id, str(local), folder or None)
-            elif os.path.isdir(path):
-                client.log_artifacts(run_id, path, folder or None)
+                    client.log_artifact(run_id, str(local))
             else:
-                client.log_artifact(run_id, path, folder or None)
+                client.log_artifact(run_id, path)
     except AwayError as error:
         client.get_run(run_id)
         raise RefusedError(str(error)) from error
@@ -247,35 +233,12 @@ def start(config: TrackingConfig, *, stage: str, out: str, params: Mapping[str, 
         _log_params(client, run, params)
         return str(run.info.run_id)
 
-    tracker = Tracker(uri, out, find, owner=True)
+    tracker = Tracker(uri, out, find)
     if tracker._outbox:
         _check_first_try(tracker._outbox, uri)
     settings = storage.join(out, "run.json")
     if storage.exists(settings):
         tracker.artifact(settings)
-    return tracker
-
-
-def attach(uri: str, run_id: str | None, out: str) -> Tracker:
-    """Return a tracker that logs to the run of another process; end it with `close`.
-
-    Args:
-        uri: the other tracker's `uri`.
-        run_id: its `run_id`; where that is still None, the id is awaited in a file below `out`.
-        out: where the stage writes.
-    """
-
-    def find(client: MlflowClient) -> str:
-        if run_id:
-            return run_id
-        known = storage.read_json(path) if storage.exists(path) else {}
-        if known.get("uri") != uri:
-            raise AwayError("the stage has no run yet")
-        return str(known["run_id"])
-
-    path = storage.join(storage.absolute(out), RUN_FILE)
-    tracker = Tracker(uri, storage.absolute(out), find, owner=False)
-    tracker.run_id = run_id
     return tracker
 
 
@@ -386,8 +349,8 @@ def end_open_runs(uri: str, experiment: str, parent_run: str) -> None:
     try:
         with reading(uri) as client:
             found = client.get_experiment_by_name(experiment)
-            parents = [parent_run] if found else []
-            while parents:
+            parents = [parent_run]
+            while found and parents:
                 below = f"tags.`{PARENT_TAG}` = '{parents.pop()}'"
                 for run in client.search_runs([found.experiment_id], below, max_results=RUNS_BELOW):
                     parents.append(run.info.run_id)

@@ -49,7 +49,7 @@ def build_vit(config: BackboneConfig) -> VisionTransformer:
     if config.cls_token and not vit.has_class_token:
         raise ValueError(f"backbone.cls_token is True: {config.name} has no class token; leave it out")
     # Tokens are taken before pooling: what comes after would get no gradient, and DDP waits for every gradient.
-    vit.attn_pool = None
+    vit.attn_pool = None  # type: ignore[assignment]
     vit.fc_norm = nn.Identity()
     return vit
 
@@ -109,8 +109,8 @@ class Backbone(nn.Module):
         wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
         if wrong:
             raise ValueError(
-                f"backbone.weights are of another model than {self.config.name}: {len(wrong)} of {len(own)} are missing "
-                f"or of another shape, as {wrong[0]!r}; give a file that fits backbone.name and its sizes"
+                f"backbone.weights are of another model than {self.config.name}: {len(wrong)} of {len(own)} are "
+                f"missing or of another shape, as {wrong[0]!r}; give a file that fits backbone.name and its sizes"
             )
         self.vit.load_state_dict({key: state[key] for key in own})
 

@@ -249,10 +249,10 @@ class Fit:
         # On a GPU the answer waits for the device.
         if self.context.device.type != "cpu" and step % min(self.loop.log_every, 10):
             return False
-        now = time.monotonic()
-        asked = now >= self.next_poll and self.context.stop_requested()
-        if now >= self.next_poll:
-            self.next_poll = now + self.poll_seconds
+        asked = False
+        if time.monotonic() >= self.next_poll:
+            asked = self.context.stop_requested()
+            self.next_poll = time.monotonic() + self.poll_seconds
         return distributed.any_worker(asked, self.context.device)
 
     def _step(self, model: nn.Module, batch: ClipBatch, step: int) -> dict[str, Tensor]:
@@ -288,8 +288,8 @@ class Fit:
         for name in ("train/loss", "train/gradient_norm"):
             if not math.isfinite(row[name]):
                 raise TrainingError(
-                    f"{name} is {row[name]} at step {step}: lower optim.lr, or raise optim.warmup or clip it "
-                    "with optim.clip_norm; the last checkpoint is kept"
+                    f"{name} is {row[name]} at step {step}: lower optim.lr, raise optim.warmup, or clip "
+                    "gradients with optim.clip_norm; the last checkpoint is kept"
                 )
         seen = step * self.loop.batch_size
         if self.failures > self.max_failure_share * seen and self.failures > 1:

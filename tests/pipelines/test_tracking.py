@@ -90,7 +90,6 @@ def test_a_run_in_the_default_database(tmp_path: Path) -> None:
     for step in range(5):
         tracker.log({"train/loss": 5.0 - step, "per class/a@b": 1.0, "nan": math.nan}, step)
     tracker.log({"train/loss": 0.5, "test/accuracy": 0.25}, None)
-    tracker.text("hello", "notes/a.md")
     tracker.finish("FINISHED")
 
     [run] = read_runs(tracker.uri, "s5")
@@ -108,7 +107,7 @@ def test_a_run_in_the_default_database(tmp_path: Path) -> None:
     # The final result stands at the last step, not at step 0.
     assert metric_history(tracker.uri, run.run_id, "train/loss") == [(0, 5), (1, 4), (2, 3), (3, 2), (4, 0.5)]
     files = sorted(p.name for p in (tmp_path / "out" / "mlartifacts" / run.run_id).rglob("*") if p.is_file())
-    assert files == ["a.md", "run.json"]
+    assert files == ["run.json"]
     assert not storage.exists(f"{out}/{tracking.UNSENT_FILE}")
 
 
@@ -135,20 +134,6 @@ def test_a_second_start_goes_on_with_the_run(tmp_path: Path, capfd: pytest.Captu
     third.finish("FINISHED")
     assert [run.run_id for run in read_runs(second.uri, "s5")] == [third.run_id] != [first.run_id]
     assert capfd.readouterr().err == ""
-
-
-def test_another_process_logs_to_the_run(tmp_path: Path) -> None:
-    out = str(tmp_path / "o")
-    owner = tracking.start(TrackingConfig(), stage="pretrain", out=out, params={})
-    for run_id in (owner.run_id, None):
-        other = tracking.attach(owner.uri, run_id, out)
-        other.log({"m": 1.0}, 3 if run_id else 4)
-        other.close()
-        assert other.run_id == owner.run_id
-    [run] = read_runs(owner.uri, "s5")
-    assert run.status == "RUNNING"
-    owner.finish("KILLED")
-    assert metric_history(owner.uri, run.run_id, "m") == [(3, 1.0), (4, 1.0)]
 
 
 def test_what_mlflow_refuses_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -186,10 +171,8 @@ def test_off_does_nothing(tmp_path: Path) -> None:
     out = tmp_path / "o"
     tracker = tracking.start(TrackingConfig(uri="off"), stage="pretrain", out=str(out), params={"a": 1})
     tracker.log({"m": 1.0}, 1)
-    tracker.text("a", "b")
     tracker.artifact("nowhere")
     tracker.finish("FINISHED")
-    tracking.attach("off", None, str(out)).close()
     assert (tracker.uri, tracker.run_id) == ("off", None)
     assert not out.exists()
 
@@ -309,16 +292,13 @@ def test_a_server_that_comes_late_and_leaves_early(
     for step in range(3000):
         tracker.log({"m": float(step), "nan": math.nan}, step)
     assert time.monotonic() - began < 1
-    tracker.text("hello", "a.txt")
     server.start()
     until(lambda: tracker.run_id is not None)
     until(lambda: read_runs(server.uri, "s5")[0].metrics.get("m") == 2999)
 
     server.kill()
     monkeypatch.setattr(tracking, "FLUSH_S", 0.5)
-    other = tracking.attach(server.uri, tracker.run_id, out)
-    other.log({"other": 1.0}, 1)
-    other.close()
+    tracker.log({"other": 1.0}, 1)
     tracker.log({"m": -1.0}, 3000)
     tracker.finish("FINISHED")
     assert len(outbox.read_rows(f"{out}/{tracking.UNSENT_FILE}")) == 2

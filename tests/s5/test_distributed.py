@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,42 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from s5 import distributed
+from s5.batch import ClipBatch
 from s5.finetune import Supervised
+from s5.loop import SoloContext
 from s5.lsmcl import LSMCL
 from s5.model import VideoModel
-from tests.s5.toys import MODEL, TASK, batch
+from s5.video import Failure
+from tests.s5.toys import MODEL, TASK, batch, lsmcl_fit
 
 BATCH, STEPS = 8, 3
 Worker = Callable[[int, int], Any]
 
 
-def _enter(rank: int, world: int, folder: str, worker: Worker) -> None:
+def _enter(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    torch.save(worker(rank, world), os.path.join(folder, f"rank{rank}.pt"))
+    workers: tuple[Worker, ...] = (pretrain,) if world > 2 else (normalise, pretrain, finetune, collect, stop)
+    found = {worker.__name__: worker(rank, world) for worker in workers}
+    torch.save(found, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 
 
-def together(worker: Worker, world: int, folder: Path) -> list[Any]:
-    """Return what each of `world` processes returns."""
-    mp.start_processes(_enter, (world, str(folder), worker), nprocs=world, start_method="spawn")
+def together(world: int, folder: Path) -> list[dict[str, Any]]:
+    """Return what each of `world` processes finds. Starting them costs most of the time, hence one start for all."""
+    mp.start_processes(_enter, (world, str(folder)), nprocs=world, start_method="spawn")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return together(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return together(4, tmp_path_factory.mktemp("four"))
 
 
 def normalise(rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -56,9 +72,8 @@ def normalise(rank: int, world: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_batch_norm_has_the_statistics_of_the_global_batch(tmp_path: Path, world: int) -> None:
-    parts = together(normalise, world, tmp_path)
+def test_batch_norm_has_the_statistics_of_the_global_batch(two: list[dict[str, Any]]) -> None:
+    parts = [part["normalise"] for part in two]
     whole = normalise(0, 1)
     for name in ("out", "grad"):
         torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name], rtol=1e-4, atol=1e-5)
@@ -96,30 +111,55 @@ def finetune(rank: int, world: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("worker", [pretrain, finetune])
-def test_workers_train_as_one(tmp_path: Path, worker: Worker, world: int) -> None:
-    parts = together(worker, world, tmp_path)
+@pytest.mark.parametrize(("worker", "group"), [(pretrain, "two"), (finetune, "two"), (pretrain, "four")])
+def test_workers_train_as_one(request: pytest.FixtureRequest, worker: Worker, group: str) -> None:
     whole = worker(0, 1)
-    for part in parts:
+    for part in (found[worker.__name__] for found in request.getfixturevalue(group)):
         assert part["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         for name, value in whole["weights"].items():
             torch.testing.assert_close(part["weights"][name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def gather(rank: int, world: int) -> tuple[Any, ...]:
+def collect(rank: int, world: int) -> tuple[Any, ...]:
     rows = torch.full((2, 3), float(rank))
     flag = distributed.any_worker(rank == world - 1, torch.device("cpu"))
     return distributed.gather(rows), distributed.gather_objects(f"rank{rank}"), flag, distributed.mean(rows)
 
 
 @pytest.mark.slow
-def test_collectives_keep_the_order_of_ranks(tmp_path: Path) -> None:
-    for rows, names, flag, mean in together(gather, 2, tmp_path):
+def test_collectives_keep_the_order_of_ranks(two: list[dict[str, Any]]) -> None:
+    for rows, names, flag, mean in (part["collect"] for part in two):
         assert rows[:, 0].tolist() == [0, 0, 1, 1]
         assert names == ["rank0", "rank1"]
         assert flag
         assert mean.unique().tolist() == [0.5]
+
+
+@dataclass
+class GroupContext(SoloContext):
+    """One of several workers, without checkpoints."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def stop(rank: int, world: int) -> tuple[int, bool, float]:
+    """Return how a run ends where rank 0 alone is asked to stop, at step 3; each worker has a failure a step."""
+    context = GroupContext(rank=rank, world_size=world)
+
+    def source(start: int) -> Generator[ClipBatch]:
+        for step in range(start, 8):
+            context.stop = rank == 0 and step + 1 == 3
+            share = batch(step, BATCH, first=rank * BATCH // world, stop=(rank + 1) * BATCH // world)
+            yield replace(share, failures=[Failure("a", "a.mp4", "truncated")])
+
+    result = lsmcl_fit(context, source, log_every=100).run()
+    return result.step, result.stopped, result.metrics["data/failures_total"]
+
+
+@pytest.mark.slow
+def test_all_workers_stop_at_the_same_step_between_two_rows(two: list[dict[str, Any]]) -> None:
+    assert [part["stop"] for part in two] == [(3, True, 6)] * 2
 
 
 def test_one_process_needs_no_group() -> None:

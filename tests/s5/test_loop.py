@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +9,32 @@ import torch
 
 from s5.batch import ClipBatch
 from s5.checkpoint import read_meta
-from s5.loop import Fit, SoloContext, TrainingError
+from s5.loop import Fit, SoloContext, TrainingError, Window
 from s5.video import Failure
-from tests.s5.toys import STEPS, batches, finetune_fit, losses, lsmcl_fit, saved
+from tests.s5.toys import STEPS, batch, batches, finetune_fit, losses, lsmcl_fit, saved, stopping
+
+Source = Callable[[int], Generator[ClipBatch]]
+
+
+def broken(at: int) -> Source:
+    """Return a source whose step number `at`, from 1, has frames that are not numbers."""
+
+    def source(start: int) -> Generator[ClipBatch]:
+        for item in batches(start):
+            yield replace(item, long=item.long.float() * torch.nan) if item.step + 1 == at else item
+
+    return source
+
+
+def failing(steps: Iterable[int]) -> Source:
+    """Return a source with one unreadable video in each of these steps, from 1."""
+
+    def source(start: int) -> Generator[ClipBatch]:
+        for item in batches(start):
+            failures = [Failure("a", "a.mp4", "truncated")] if item.step + 1 in steps else []
+            yield replace(item, failures=failures)
+
+    return source
 
 
 def test_two_runs_with_one_seed_are_identical() -> None:
@@ -26,16 +49,18 @@ def test_two_runs_with_one_seed_are_identical() -> None:
 
 
 @pytest.mark.parametrize("make", [lsmcl_fit, finetune_fit])
-@pytest.mark.parametrize("stop_at", [1, 3, 4])
+@pytest.mark.parametrize(("stop_at", "log_every"), [(1, 1), (4, 1), (3, 3), (5, 3)])
 def test_resume_equals_a_straight_run_bit_for_bit(
-    tmp_path: Path, stop_at: int, make: Callable[[SoloContext], Fit]
+    tmp_path: Path, stop_at: int, log_every: int, make: Callable[..., Fit]
 ) -> None:
-    straight = make(SoloContext())
+    """Also where the stop falls between two rows of the log."""
+    straight = make(SoloContext(), log_every=log_every)
     straight.run()
 
-    result = make(SoloContext(tmp_path, stop_at=stop_at)).run()
+    context = SoloContext(tmp_path)
+    result = make(context, stopping(context, stop_at), log_every=log_every).run()
     assert (result.step, result.stopped) == (stop_at, True)
-    resumed = make(SoloContext(tmp_path))
+    resumed = make(SoloContext(tmp_path), log_every=log_every)
     result = resumed.run()
 
     assert (result.started_at, result.step, result.stopped) == (stop_at, STEPS, False)
@@ -78,22 +103,95 @@ def test_evaluation_runs_on_its_epochs_and_at_the_end() -> None:
     assert fit.task.training
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_remedy() -> None:
-    def broken(start: int) -> Generator[ClipBatch]:
-        for item in batches(start):
-            yield replace(item, long=item.long.float() * torch.nan) if item.step == 2 else item
+def test_a_stop_leaves_an_evaluation_out_but_not_the_last(tmp_path: Path) -> None:
+    for at, stopped, steps in ((4, True, []), (STEPS, False, [4, STEPS])):
+        context = SoloContext(tmp_path / str(at))
+        fit = lsmcl_fit(context, stopping(context, at))
+        fit.evaluate = lambda: {"val/score": 0.5}
+        result = fit.run()
+        assert (result.step, result.stopped) == (at, stopped)
+        assert [step for step, row in context.rows if "val/score" in row] == steps
+        assert read_meta(saved(tmp_path / str(at))[-1]).step == at
 
+
+def test_the_wish_to_stop_is_asked_for_no_more_often_than_set() -> None:
+    context = SoloContext()
+    fit = lsmcl_fit(context, stopping(context, 3))
+    fit.poll_seconds = 1e9
+    assert not fit.run().stopped
+
+
+@pytest.mark.parametrize(
+    ("device", "log_every", "steps"), [("cpu", 4, [1, 2, 3, 4]), ("cuda", 4, [4]), ("cuda", 50, [10])]
+)
+def test_workers_ask_each_other_less_often_where_the_answer_waits(
+    device: str, log_every: int, steps: list[int]
+) -> None:
+    fit = lsmcl_fit(SoloContext(device=torch.device(device), stop=True), log_every=log_every)
+    assert [step for step in range(1, steps[-1] + 1) if fit._is_stopped(step)] == steps
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_remedy() -> None:
     with pytest.raises(TrainingError, match=r"train/loss is nan at step 3: lower optim.lr"):
-        lsmcl_fit(SoloContext(), broken).run()
+        lsmcl_fit(SoloContext(), broken(at=3)).run()
+
+
+@pytest.mark.parametrize("stop_at", [0, 7])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, stop_at: int) -> None:
+    """Neither by the checkpoint of an epoch nor by that of a stop, though the log is rarer than both."""
+    context = SoloContext(tmp_path, keep=1)
+
+    def source(start: int) -> Generator[ClipBatch]:
+        for item in broken(at=6)(start):
+            context.stop = item.step + 1 == stop_at
+            yield item
+
+    with pytest.raises(TrainingError, match=rf"train/loss is nan at step {stop_at or STEPS}"):
+        lsmcl_fit(context, source, log_every=100).run()
+    assert [read_meta(path).step for path in saved(tmp_path)] == [4]
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """The loss of that step is finite, but the weights after it are not."""
+    fit = lsmcl_fit(SoloContext(tmp_path), log_every=100, checkpoint_every=3)
+    step = fit._step
+
+    def overflowing(model: torch.nn.Module, item: ClipBatch, number: int) -> dict[str, torch.Tensor]:
+        scalars = step(model, item, number)
+        return scalars | {"gradient_norm": torch.tensor(torch.inf)} if number == 6 else scalars
+
+    fit._step = overflowing  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r"train/gradient_norm is inf at step 6: lower optim.lr"):
+        fit.run()
+    assert [read_meta(path).step for path in saved(tmp_path)] == [3]
+
+
+def test_failures_are_counted_over_a_stop_between_two_rows(tmp_path: Path) -> None:
+    context = SoloContext(tmp_path)
+
+    def source(start: int) -> Generator[ClipBatch]:
+        for item in failing((2, 3, 6))(start):
+            context.stop = item.step + 1 == 3
+            yield item
+
+    lsmcl_fit(context, source, log_every=100).run()
+    assert read_meta(saved(tmp_path)[-1]).metrics["data/failures_total"] == 2
+    result = lsmcl_fit(SoloContext(tmp_path), failing((2, 3, 6)), log_every=100).run()
+    assert result.metrics["data/failures_total"] == 3
+
+
+def test_failures_of_three_workers_are_a_whole_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean 5 / 3 in fp32, times 3, is less than 5."""
+    monkeypatch.setattr("s5.distributed.world_size", lambda: 3)
+    monkeypatch.setattr("s5.distributed.mean", lambda values: values / 3)
+    window = Window(4)
+    window.add({"loss": torch.ones(())}, replace(batch(0), failures=[Failure("a", "a.mp4", "truncated")] * 5), 0.0)
+    assert window.row(1)["data/failures"] == 5
 
 
 def test_too_many_unreadable_videos_stop_the_run() -> None:
-    def failing(start: int) -> Generator[ClipBatch]:
-        for item in batches(start):
-            yield replace(item, failures=[Failure("a", "a.mp4", "truncated")])
-
     context = SoloContext()
-    fit = lsmcl_fit(context, failing)
+    fit = lsmcl_fit(context, failing(range(1, STEPS + 1)))
     fit.max_failure_share = 0.1
     with pytest.raises(TrainingError, match=r"2 of 8 videos could not be decoded, more than data.max_failure_share"):
         fit.run()

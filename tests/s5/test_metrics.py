@@ -26,6 +26,18 @@ def test_knn_finds_clusters_and_not_noise() -> None:
     assert metrics.knn_leave_one_out(noise, labels) < 0.6
 
 
+def test_too_few_examples_have_no_accuracy() -> None:
+    """As where no video could be read."""
+    features, labels = clusters()
+    none, no_labels = torch.empty(0, 0), torch.empty(0).long()
+    assert math.isnan(metrics.knn_accuracy(none, no_labels, features, labels))
+    assert math.isnan(metrics.knn_accuracy(features, labels, none, no_labels))
+    assert math.isnan(metrics.knn_leave_one_out(features[:1], labels[:1]))
+    assert math.isnan(metrics.knn_leave_one_out(none, no_labels))
+    assert math.isnan(metrics.accuracy(none, no_labels))
+    assert metrics.knn_leave_one_out(features[:4:3], labels[:4:3]) == 1
+
+
 def test_nearest_never_returns_the_query() -> None:
     features, _ = clusters()
     index, similarity = metrics.nearest(features, torch.arange(60), 4)

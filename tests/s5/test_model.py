@@ -7,17 +7,29 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from einops import rearrange
+from safetensors.torch import save_file
 
 from s5 import checkpoint
 from s5.augment import colour_jitter
-from s5.backbone import Backbone, random_masking
+from s5.backbone import Backbone, random_masking, read_weights
 from s5.checkpoint import CheckpointError, load_model
 from s5.config import BackboneConfig, ModelConfig, from_json
+from s5.finetune import Supervised
 from s5.loop import SoloContext
+from s5.lsmcl import LSMCL
 from s5.model import VideoModel, check_model
-from tests.s5.toys import MODEL, STEPS, batch, finetune_fit, lsmcl_fit, saved
+from tests.s5.toys import MODEL, STEPS, TASK, batch, finetune_fit, lsmcl_fit, saved
+
+# Class token; average pooling with registers; attention pooling; class token with registers.
+VITS = [
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_reg4_gap_256",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch14_reg4_dinov2",
+]
 
 
 def leaves(values: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -75,13 +87,69 @@ def test_class_token_and_frozen_backbone() -> None:
     assert not tokens.requires_grad
 
 
-def test_own_weights_are_read_and_resized(tmp_path: Path) -> None:
-    source = Backbone(MODEL.backbone)
-    torch.save(source.vit.state_dict(), tmp_path / "vit.pt")
-    loaded = Backbone(replace(MODEL.backbone, weights=str(tmp_path / "vit.pt")))
-    assert torch.equal(loaded.vit.patch_embed.proj.weight, source.vit.patch_embed.proj.weight)
-    larger = Backbone(replace(MODEL.backbone, weights=str(tmp_path / "vit.pt"), frame_size=64))
-    assert larger.patches == 64
+@pytest.mark.parametrize("name", VITS)
+def test_every_trained_weight_of_any_vit_gets_a_gradient(name: str) -> None:
+    """DDP waits for each; and no prefix token, such as a register, is handed on."""
+    backbone = Backbone(replace(MODEL.backbone, name=name))
+    tokens = backbone(batch(0, frames=1).long)
+    assert tokens.shape == (4, 16, 16)
+    tokens.square().sum().backward()
+    assert [key for key, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_class_token_is_handed_on_without_the_registers() -> None:
+    config = replace(MODEL.backbone, name="vit_base_patch14_reg4_dinov2", cls_token=True)
+    backbone = Backbone(config).eval()
+    frames = batch(0, frames=1).long
+    images = rearrange(frames, "b 1 h w c -> b c h w").float()
+    expected = backbone.vit.forward_features((images - backbone.mean) / backbone.std)
+    torch.testing.assert_close(backbone(frames), torch.cat([expected[:, :1], expected[:, 5:]], dim=1))
+
+
+@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_own_weights_are_read_and_resized(tmp_path: Path, name: str, ending: str) -> None:
+    """The file has what comes after the blocks too, as timm's own."""
+    shape = {"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
+    source = timm.create_model(name, img_size=32, num_classes=5, **shape)
+    path = str(tmp_path / f"vit.{ending}")
+    if ending == "pt":
+        torch.save({"model": source.state_dict(), "epoch": 3}, path)
+    else:
+        save_file(source.state_dict(), path)
+    config = replace(MODEL.backbone, name=name)
+    loaded = Backbone(replace(config, weights=path))
+    for key, value in loaded.vit.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key]), key
+    larger = VideoModel(replace(MODEL, backbone=replace(config, frame_size=64)))
+    larger.load_backbone(read_weights(path))
+    assert larger.backbone.patches == 64
+    assert torch.equal(larger.backbone.vit.patch_embed.proj.weight, source.patch_embed.proj.weight)
+
+
+def test_both_branches_of_lsmcl_start_from_the_weights_shipped() -> None:
+    state = Backbone(MODEL.backbone).vit.state_dict()
+    task = LSMCL(MODEL, TASK)
+    task.load_backbone(state)
+    for branch in (task.encoder, task.momentum_encoder):
+        assert all(torch.equal(value, state[key]) for key, value in branch.backbone.vit.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    backbone = Backbone(MODEL.backbone)
+    state = backbone.vit.state_dict()
+    del state["norm.bias"]
+    with pytest.raises(
+        ValueError, match=r"backbone.weights are of another model than vit_tiny.*: 1 of \d+ .* 'norm.bi"
+    ):
+        backbone.load(state)
+    for name in ("broken.pt", "broken.safetensors"):
+        (tmp_path / name).write_text("not weights")
+        with pytest.raises(ValueError, match=r"backbone.weights is '.*broken.*': it cannot be read \(.+\); give a"):
+            read_weights(str(tmp_path / name))
+    torch.save({"model": {"epoch": 3}}, tmp_path / "empty.pt")
+    with pytest.raises(ValueError, match="there are no weights in it"):
+        read_weights(str(tmp_path / "empty.pt"))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +158,10 @@ def test_own_weights_are_read_and_resized(tmp_path: Path) -> None:
         (BackboneConfig(name="vit_tinny"), "backbone.name is 'vit_tinny': timm has no such model"),
         (BackboneConfig(name="resnet18"), "backbone.name is 'resnet18': .*Vision Transformer|cannot build"),
         (replace(MODEL.backbone, frame_size=36), "backbone.frame_size is 36: give a multiple of the patch size, 8"),
+        (
+            replace(MODEL.backbone, name="vit_base_patch16_siglip_224", cls_token=True),
+            "backbone.cls_token is True: vit_base_patch16_siglip_224 has no class token; leave it out",
+        ),
         (replace(MODEL.backbone, weights="none.pt"), "backbone.weights is 'none.pt': there is no such file"),
     ],
 )
@@ -127,6 +199,16 @@ def test_evaluation_is_deterministic_and_keeps_half() -> None:
     assert first.kept[0].shape == (4, 24)
     assert first.entropy is not None
     assert 0 <= float(first.entropy) <= 1
+
+
+@pytest.mark.parametrize(("ratios", "share"), [((), 1), ((0.5,), 0.5), ((1.0, 0.5), 0.5), ((0.5, 0.25), 0.125)])
+def test_the_share_of_tokens_kept_is_logged(ratios: tuple[float, ...], share: float) -> None:
+    """A token that a pair was averaged into stands for both."""
+    decoder = replace(MODEL.decoder, selection=replace(MODEL.decoder.selection, keep_ratio=ratios))
+    task = Supervised(VideoModel(replace(MODEL, decoder=decoder), 2), "class")
+    kept = task(batch(0))["keep_ratio"]
+    assert kept.shape == ()
+    assert float(kept) == pytest.approx(share)
 
 
 def test_bf16_autocast_is_close_to_fp32() -> None:

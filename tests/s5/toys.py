@@ -52,6 +52,17 @@ def batches(start: int) -> Generator[ClipBatch]:
         yield batch(step)
 
 
+def stopping(context: SoloContext, at: int) -> Callable[[int], Generator[ClipBatch]]:
+    """Return the source of batches whose step number `at`, from 1, is the last before a stop."""
+
+    def source(start: int) -> Generator[ClipBatch]:
+        for item in batches(start):
+            context.stop = item.step + 1 == at
+            yield item
+
+    return source
+
+
 def lsmcl_fit(context: SoloContext, source: Callable[[int], Generator[ClipBatch]] = batches, **loop: int) -> Fit:
     """Return a short LSMCL run from a fixed seed."""
     config = replace(LoopConfig(log_every=1, batch_size=BATCH), **loop)
@@ -65,6 +76,7 @@ def lsmcl_fit(context: SoloContext, source: Callable[[int], Generator[ClipBatch]
         loop=config,
         context=context,
         meta=lambda step, metrics: Meta(kind="lsmcl", step=step, model=asdict(MODEL), metrics=metrics),
+        poll_seconds=0,
     )
 
 
@@ -76,20 +88,26 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def finetune_fit(context: SoloContext, model: ModelConfig = MODEL) -> Fit:
+def finetune_fit(
+    context: SoloContext,
+    source: Callable[[int], Generator[ClipBatch]] = batches,
+    model: ModelConfig = MODEL,
+    **loop: int,
+) -> Fit:
     """Return a short fine-tuning from a fixed seed, with a temperature that changes."""
     decoder = replace(model.decoder, selection=replace(model.decoder.selection, temperature_end=0.1))
     model = replace(model, decoder=decoder)
     torch.manual_seed(0)
     return Fit(
         task=Supervised(VideoModel(model, 2), "class"),
-        batches=batches,
+        batches=source,
         steps=STEPS,
         steps_per_epoch=STEPS_PER_EPOCH,
         optim=OptimConfig(lr=1e-3),
-        loop=LoopConfig(log_every=1, batch_size=BATCH),
+        loop=replace(LoopConfig(log_every=1, batch_size=BATCH), **loop),
         context=context,
         meta=lambda step, metrics: Meta(
             kind="class", step=step, model=asdict(model), classes=["a", "b"], metrics=metrics
         ),
+        poll_seconds=0,
     )
