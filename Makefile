@@ -48,7 +48,7 @@ quickstart: $(READY)  ## The whole line on rendered videos, about 6 minutes; VID
 	$(RUN) pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index
 	$(RUN) finetune --preset quickstart --out $(OUT)/finetune --manifest $(OUT)/index --checkpoint $(OUT)/pretrain
 	$(RUN) evaluate --preset quickstart --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/finetune
-	$(RUN) sweep    --preset quickstart --out $(OUT)/sweep --pretrain.manifest $(OUT)/index --finetune.manifest $(OUT)/index
+	$(RUN) sweep    --preset quickstart --out $(OUT)/sweep --pretrain.manifest $(OUT)/index
 	$(RUN) report   --preset quickstart --out $(OUT)/report --runs $(OUT)
 else
 quickstart: $(READY)

@@ -92,7 +92,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         for picture in pictures(runs):
             stage.progress(f"query clips and their nearest clips: {picture}")
         stage.progress(f"results, checkpoints and logs lie below {storage.absolute(config.runs or config.out)}")
-        stage.progress(f"to open the runs in MLflow: {opening(uri)}")
+        stage.progress(f"to open the runs in MLflow: {opening(uri, runs[0].experiment_id)}")
         return dict(stage.details)
 
 
@@ -102,11 +102,13 @@ def pictures(runs: Sequence[Run]) -> list[str]:
     return [path for path in dict.fromkeys(paths) if storage.exists(path)]
 
 
-def opening(uri: str) -> str:
-    """Return how a person opens a tracking store: its address, or the command that serves a database."""
+def opening(uri: str, experiment_id: str) -> str:
+    """Return how a person opens an experiment: its address, or the command that serves a database and the address."""
+    # Without `runs`, MLflow's page opens on traces of language models.
+    page = f"#/experiments/{experiment_id}/runs"
     if uri.startswith("http"):
-        return uri
-    return f"{os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {uri}   # http://127.0.0.1:5000"
+        return f"{uri.rstrip('/')}/{page}"
+    return f"{os.path.relpath(sys.executable)} -m mlflow ui --backend-store-uri {uri}\n         and open http://127.0.0.1:5000/{page}"
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ class Run:
 
     run_id: str
     stage: str
+    experiment_id: str
     name: str
     out: str
     status: str
@@ -56,6 +57,7 @@ def read_runs(uri: str, experiment: str, below: str = "") -> list[Run]:
                     Run(
                         run_id=info.run_id,
                         stage=tags.get("stage", ""),
+                        experiment_id=info.experiment_id,
                         name=info.run_name or "",
                         out=tags.get("out", ""),
                         status=info.status,

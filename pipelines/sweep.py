@@ -225,8 +225,8 @@ def tune_all(stage: Stage, config: SweepConfig, plans: dict[str, Plan], concurre
         StoppedError: a signal asked for a stop; the trials' processes have been ended.
     """
     trainable = tune.with_parameters(trial, plans=plans, config=config, parent=stage.tracker.run_id or "")
-    # Tune's own table of the experiment says less than the lines of this stage.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    # Tune's own table of the experiment says less than the lines of this stage, and so do its tracebacks.
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
     stop, lines = Stop(), Lines(metric(config), len(plans))
     tuner = tune.Tuner(
         tune.with_resources(trainable, {own_node(): NEXT_TO_NOTHING}),

@@ -137,7 +137,7 @@ def test_values_as_text(metric: str, value: float | None, text: str) -> None:
 
 def test_labels_tell_runs_apart() -> None:
     def run(out: str, name: str = "pretrain") -> Run:
-        return Run("0", "pretrain", name, out, "FINISHED", "", {}, {}, 0.0, 1.0)
+        return Run("0", "pretrain", "1", name, out, "FINISHED", "", {}, {}, 0.0, 1.0)
 
     assert report.labels([run("/a/x"), run("/a/y")]) == ["x", "y"]
     assert report.labels([run("/a/x"), run("/b/x")]) == ["a/x", "b/x"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from pipelines import index, sample, space, sweep
 from pipelines.config import (
@@ -225,6 +226,10 @@ def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path
         "KILLED"
     }
     assert not (tmp_path / "sweep" / "result.json").exists()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, "the stopped trial's workers still hold CPUs"
+        time.sleep(0.5)
 
     before = (first / "result.json").stat().st_mtime_ns
     assert sweep.run(config)["counts"] == {"trials": 2, "failed": 0}

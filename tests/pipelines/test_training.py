@@ -11,14 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import evaluate, finetune, index, pretrain, sample, storage, sweep
+from pipelines import evaluate, finetune, index, pretrain, sample, storage
 from pipelines.config import (
     EvaluateConfig,
     FinetuneConfig,
     IndexConfig,
     PretrainConfig,
     SampleConfig,
-    SweepConfig,
     TrackingConfig,
     UserError,
     override,
@@ -186,22 +185,3 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     with pytest.raises(UserError, match=r"model.backbone.depth is 1 there and 2 here"):
         finetune.run(config)
     assert not (tmp_path / "finetune").exists()
-
-
-def test_a_sweep_compares_its_trials_and_resumes(manifest: str, tmp_path: Path) -> None:
-    config = SweepConfig(
-        out=str(tmp_path / "sweep"),
-        space=("lsmcl.mask_ratio=0.25,0.75",),
-        stages="pretrain",
-        pretrain=pretraining(manifest, tmp_path / "unused", loop__epochs=1),
-    )
-    result = sweep.run(config)
-    assert result["counts"] == {"trials": 2, "failed": 0}
-    assert {row["trial"] for row in result["trials"]} == {"mask_ratio=0.25", "mask_ratio=0.75"}
-    runs = read_runs(f"sqlite:///{tmp_path}/mlflow.db", "s5")
-    parent = next(run for run in runs if run.stage == "sweep")
-    trials = [run for run in runs if run.parent_run == parent.run_id]
-    assert {run.params["trial.lsmcl.mask_ratio"] for run in trials} == {"0.25", "0.75"}
-    assert all("knn/top1" in run.metrics for run in trials)
-    assert {run.parent_run for run in runs if run.stage == "pretrain"} == {run.run_id for run in trials}
-    assert sweep.run(config) == result
