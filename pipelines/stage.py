@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -119,6 +122,35 @@ def stage_run(
         tracker.finish("FAILED")
         raise
     tracker.finish("FINISHED")
+
+
+@contextmanager
+def signals_received(stage: Stage, notice: str) -> Iterator[list[int]]:
+    """Take down SIGINT and SIGTERM in the list that is yielded, instead of ending; a second one ends at once.
+
+    Outside the main thread, as in a trial of a sweep, signals are left alone.
+
+    Args:
+        stage: the running stage, which tells of the first signal.
+        notice: what is done before the end.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        stage.progress(f"stopping: {notice} (once more to stop at once)")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def finished(name: str, config: StageConfig, inputs: Mapping[str, str] | None = None) -> dict[str, Any] | None:

@@ -7,13 +7,10 @@ workers and decode tasks go anywhere in the cluster.
 from __future__ import annotations
 
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from ray import tune
@@ -24,7 +21,17 @@ from pipelines import finetune, pretrain, storage, tracking
 from pipelines.cluster import ensure_ray, own_node, resources
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, UserError, override, unknown
 from pipelines.space import Dimension, check, configured, name_of, parse, stages, trials
-from pipelines.stage import RESULT, TRIALS, Stage, StageError, StoppedError, finished, progress, stage_run
+from pipelines.stage import (
+    RESULT,
+    TRIALS,
+    Stage,
+    StageError,
+    StoppedError,
+    finished,
+    progress,
+    signals_received,
+    stage_run,
+)
 
 # A trial's driver holds no CPU, only its place.
 NEXT_TO_NOTHING = 0.001
@@ -280,11 +287,12 @@ def _drive(tuner: tune.Tuner, stop: Stop, lines: Lines, stage: Stage) -> tune.Re
             ended.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    with stop_on_signal(stop, stage) as received:
+    with signals_received(stage, "ending the running trials") as received:
         thread.start()
         while thread.is_alive() and not received:
             thread.join(POLL_SECONDS)
         if received:
+            stop.tell()
             thread.join(STOP_SECONDS)
             raise StoppedError(
                 f"stopped as asked after {lines.done} of {lines.trials} trials; these are kept, and the same command "
@@ -295,32 +303,6 @@ def _drive(tuner: tune.Tuner, stop: Stop, lines: Lines, stage: Stage) -> tune.Re
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
-
-
-@contextmanager
-def stop_on_signal(stop: Stop, stage: Stage) -> Iterator[list[int]]:
-    """Turn the first SIGINT or SIGTERM into the end of all trials, the second into KeyboardInterrupt; yields what came.
-
-    Outside the main thread signals are left alone.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-        stage.progress("stopping: ending the running trials (once more to stop at once)")
-        stop.tell()
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class Lines(tune.Callback):

@@ -6,13 +6,11 @@ Nothing here knows what is trained: a stage hands in a function that builds the 
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -26,7 +24,7 @@ from pipelines import storage
 from pipelines.cluster import check_cluster
 from pipelines.config import DataConfig, ScaleConfig, UserError
 from pipelines.mailbox import Mailbox
-from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError
+from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, signals_received
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
 from s5.loop import Fit, FitResult, TrainingError
@@ -204,7 +202,7 @@ def _drive(
 
     thread = threading.Thread(target=fit, daemon=True)
     asked = False
-    with signals_received(stage) as received:
+    with signals_received(stage, "saving a checkpoint first") as received:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -237,31 +235,6 @@ def _pass_on(mailbox: Any, stage: Stage, report: Sequence[OnRow]) -> None:
             tell(step, row)
     if rejects:
         stage.reject(rejects)
-
-
-@contextmanager
-def signals_received(stage: Stage) -> Iterator[list[int]]:
-    """Take down SIGINT and SIGTERM in the list that is yielded, instead of ending; a second one ends at once.
-
-    Outside the main thread, as in a trial of a sweep, signals are left alone.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-        stage.progress("stopping: saving a checkpoint first (once more to stop at once)")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _cause(error: BaseException) -> str:
