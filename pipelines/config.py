@@ -416,26 +416,26 @@ def quickstart() -> RunConfig:
         "pretrain.lsmcl.jitter": 0.0,
         "pretrain.optim.lr": 1e-3,
         "pretrain.loop.batch_size": 28,
-        "pretrain.loop.epochs": 12,
+        "pretrain.loop.epochs": 15,
         "pretrain.loop.log_every": 5,
-        "pretrain.loop.evaluate_every": 6,
+        "pretrain.loop.evaluate_every": 5,
         "pretrain.scale.num_workers": 2,
         "finetune.optim.lr": 4e-3,
         "finetune.loop.batch_size": 8,
-        "finetune.loop.epochs": 16,
+        "finetune.loop.epochs": 12,
         "finetune.loop.log_every": 17,
-        "finetune.loop.evaluate_every": 4,
+        "finetune.loop.evaluate_every": 3,
     }
     sweep = {
         "sweep.space": ("lsmcl.mask_ratio=0.25,0.75", "clips.frames=8,16"),
         # Each fine-tuning would take as long again: kNN on the pretrained features stands for it here.
         "sweep.stages": "pretrain",
-        "sweep.pretrain.loop.epochs": 6,
+        "sweep.pretrain.loop.epochs": 4,
         "sweep.pretrain.loop.evaluate_every": 0,
         "sweep.pretrain.scale.num_workers": 1,
     }
     halves = {f"{stage}.{key}": 0.5 for stage in ("index", "evaluate") for key in ("data.cpus_per_decode",)}
-    return override(base(), {"sample.videos": 240, "sample.fps": 4} | in_sweep(training) | sweep | halves)
+    return override(base(), {"sample.videos": 240} | in_sweep(training) | sweep | halves)
 
 
 def videos() -> RunConfig:
