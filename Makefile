@@ -42,7 +42,7 @@ check: $(READY)  ## Lint, formatting, types and the rooms rule
 	$(PYTHON) -m pytest -q tests/test_rooms.py
 
 ifeq ($(VIDEOS),)
-quickstart: $(READY)  ## The whole line on rendered videos, about 6 minutes; VIDEOS=folder for your own
+quickstart: $(READY)  ## The whole line on rendered videos, about 7 minutes; VIDEOS=folder for your own
 	$(RUN) sample   --preset quickstart --out $(OUT)/videos
 	$(RUN) index    --preset quickstart --out $(OUT)/index --videos $(OUT)/videos
 	$(RUN) pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index
