@@ -104,7 +104,9 @@ def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path:
 
 def test_a_stopped_run_resumes_where_it_was(straight: PretrainConfig, tmp_path: Path) -> None:
     # Long enough for the signal to arrive before the end on any machine.
-    whole = override(straight, {"out": str(tmp_path / "whole"), "loop.epochs": 40, "optim.lr": 1e-4})
+    whole = override(
+        straight, {"out": str(tmp_path / "whole"), "loop.epochs": 40, "loop.checkpoint_every": 20, "optim.lr": 1e-4}
+    )
     config = replace(whole, out=str(tmp_path / "pretrain"))
 
     def stop(step: int, row: dict[str, float]) -> None:
