@@ -9,10 +9,11 @@ Shapes: H channels, L length, S state (real numbers), N = S / 2 conjugate pairs.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Discretization = Literal["zoh", "bilinear"]
@@ -40,24 +41,97 @@ def discretize_diagonal(dt: Tensor, A: Tensor, B: Tensor, discretization: Discre
     return torch.log1p(step / 2) - torch.log(denominator), dt[:, None] * B / denominator
 
 
-def _powers(log_A: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of exp(log_A l), each (H, len(exponents), N). Real exp, cos, sin are vectorised."""
-    magnitude = torch.exp(log_A.real[:, None] * exponents[:, None])
-    angle = log_A.imag[:, None] * exponents[:, None]
-    return magnitude * torch.cos(angle), magnitude * torch.sin(angle)
+def _powers(log_A: Tensor, count: int, stride: int) -> Tensor:
+    """exp(log_A stride l) for l < count, (H, count, N): doubling costs a tenth of as many exponentials.
+
+    Modes that have all but died are cut to 0: subnormal numbers would slow the matrix products down several times.
+    """
+    powers = log_A.new_empty(log_A.shape[0], count, log_A.shape[1])
+    powers[:, 0] = 1
+    factor = torch.polar(torch.exp(stride * log_A.real), stride * log_A.imag)
+    dead = torch.finfo(log_A.real.dtype).tiny ** 0.25
+    done = 1
+    while done < count:
+        factor = torch.where(factor.abs() < dead, 0, factor)
+        more = min(done, count - done)
+        torch.mul(powers[:, :more], factor[:, None], out=powers[:, done : done + more])
+        factor = factor * factor
+        done += more
+    return powers
 
 
+def _real_pairs(values: Tensor) -> Tensor:
+    """(..., N) complex -> (..., 2 N) real, a view."""
+    return torch.view_as_real(values).flatten(-2)
+
+
+def _complex_pairs(values: Tensor) -> Tensor:
+    """(..., 2 N) real -> (..., N) complex, a view."""
+    return torch.view_as_complex(values.unflatten(-1, (-1, 2)))
+
+
+def _split(length: int) -> tuple[int, int]:
+    """Numbers of coarse and fine steps, each about sqrt(L), whose product is at least L."""
+    fine = math.isqrt(length - 1) + 1
+    return -(-length // fine), fine
+
+
+def _channel_tiles(log_A: Tensor) -> Iterator[slice]:
+    """Slices of the channels whose powers stay in a CPU's cache; everything at once elsewhere."""
+    channels = log_A.shape[0]
+    step = 128 if log_A.device.type == "cpu" else max(channels, 1)
+    return (slice(start, start + step) for start in range(0, channels, step))
+
+
+@torch.library.custom_op("s5::vandermonde", mutates_args=())
 def _vandermonde(log_A: Tensor, weights: Tensor, length: int) -> Tensor:
     """2 Re sum_n weights[n] exp(log_A[n] l) for l < length, as one real matrix product a channel."""
-    fine = math.isqrt(length - 1) + 1
-    coarse = -(-length // fine)
-    steps = torch.arange(max(fine, coarse), dtype=log_A.real.dtype, device=log_A.device)
-    fine_real, fine_imag = _powers(log_A, steps[:fine])
-    coarse_real, coarse_imag = _powers(log_A, steps[:coarse] * fine)
-    real, imag = 2 * weights.real[:, None], 2 * weights.imag[:, None]
-    left = torch.cat([real * coarse_real - imag * coarse_imag, -(real * coarse_imag + imag * coarse_real)], dim=2)
-    right = torch.cat([fine_real, fine_imag], dim=2)
-    return torch.bmm(left, right.mT).flatten(1)[:, :length]
+    coarse, fine = _split(length)
+    kernel = log_A.real.new_empty(log_A.shape[0], coarse, fine)
+    for tile in _channel_tiles(log_A):
+        left = _powers(log_A[tile], coarse, fine).mul_(2 * weights[tile, None]).conj_physical_()
+        right = _powers(log_A[tile], fine, 1)
+        torch.bmm(_real_pairs(left), _real_pairs(right).mT, out=kernel[tile])
+    return kernel.flatten(1)[:, :length].contiguous()
+
+
+@torch.library.custom_op("s5::vandermonde_backward", mutates_args=())
+def _vandermonde_backward(grad: Tensor, log_A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of log_A and weights: with g the gradient, sums over l of g[l] exp(log_A l), times l for log_A."""
+    length = grad.shape[1]
+    coarse, fine = _split(length)
+    grad_HCF = nn.functional.pad(grad, (0, coarse * fine - length)).unflatten(1, (coarse, fine))
+    fine_steps = torch.arange(fine, dtype=grad.dtype, device=grad.device)[:, None]
+    coarse_steps = torch.arange(0, coarse * fine, fine, dtype=grad.dtype, device=grad.device)[:, None]
+    grad_log_A, grad_weights = torch.empty_like(log_A), torch.empty_like(weights)
+    for tile in _channel_tiles(log_A):
+        left, right = _powers(log_A[tile], coarse, fine), _powers(log_A[tile], fine, 1)
+        plain = _complex_pairs(torch.bmm(grad_HCF[tile], _real_pairs(right))).mul_(left)
+        grad_weights[tile] = 2 * plain.sum(1).conj()
+        by_fine = _complex_pairs(torch.bmm(grad_HCF[tile], _real_pairs(right.mul_(fine_steps)))).mul_(left)
+        grad_log_A[tile] = 2 * (weights[tile] * by_fine.add_(plain.mul_(coarse_steps)).sum(1)).conj()
+    return grad_log_A, grad_weights
+
+
+@_vandermonde.register_fake
+def _(log_A: Tensor, weights: Tensor, length: int) -> Tensor:
+    return log_A.real.new_empty(log_A.shape[0], length)
+
+
+@_vandermonde_backward.register_fake
+def _(grad: Tensor, log_A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(log_A), torch.empty_like(weights)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _vandermonde_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *_vandermonde_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+_vandermonde.register_autograd(_vandermonde_gradient, setup_context=_keep)
 
 
 def s4d_kernel(
@@ -82,13 +156,9 @@ def s4d_kernel(
     Raises:
         ValueError: `length` is not positive.
     """
-    if length < 1:
-        raise ValueError(f"length is {length}: give a positive number")
+    _check_length(length)
     log_A, B_bar = discretize_diagonal(dt, A, B, discretization)
-    weights = C * B_bar
-    if not torch.is_grad_enabled():
-        return _vandermonde(log_A, weights, length)
-    kernel: Tensor = checkpoint(_vandermonde, log_A, weights, length, use_reentrant=False, preserve_rng_state=False)
+    kernel: Tensor = _vandermonde(log_A, C * B_bar, length)
     return kernel
 
 
@@ -152,13 +222,13 @@ def _krylov(A_bar: Tensor, B_bar: Tensor, C_real: Tensor, length: int) -> Tensor
     return torch.bmm(rows, columns).flatten(1)[:, :length]
 
 
-def s4_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
-    """Kernel of S4 with state matrix diag(A) - P P*, bilinear discretisation (arXiv 2111.00396, section 3).
+def dplr_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
+    """Kernel of S4 with state matrix diag(A) - P P*, bilinear discretisation, for any length.
 
-    The paper evaluates a Cauchy matrix (see `s4_kernel_reference`) with C~ = C (I - Abar^L) as parameter, which ties
-    it to one length. Here C itself is the parameter and any length will do. C~ would cost log2(L) squarings of a
-    dense (S, S) matrix, and for the small S in use these squarings alone already give the kernel, without the Cauchy
-    matrix. Memory is O(H S^2 log L), only held while the kernel or its gradient is computed.
+    The paper (S4, arXiv 2111.00396, section 3) evaluates a Cauchy matrix (see `s4_kernel_reference`) with
+    C~ = C (I - Abar^L) as parameter, which ties it to one length. C~ costs log2(L) squarings of a dense (S, S) matrix,
+    and for the small S in use these squarings alone already give the kernel, without the Cauchy matrix. Memory is
+    O(H S^2 log L), only held while the kernel or its gradient is computed.
 
     Args:
         dt: (H,) time steps.
@@ -174,14 +244,49 @@ def s4_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: in
     Raises:
         ValueError: `length` is not positive.
     """
-    if length < 1:
-        raise ValueError(f"length is {length}: give a positive number")
-    A_bar, B_bar = discretize_dplr(dt, A, P, B)
-    C_real = real_output(C)
+    _check_length(length)
+    return _kernel_of(*discretize_dplr(dt, A, P, B), real_output(C), length)
+
+
+def _kernel_of(A_bar: Tensor, B_bar: Tensor, C_real: Tensor, length: int) -> Tensor:
+    """`_krylov`, whose powers are made again for the gradient instead of kept."""
     if not torch.is_grad_enabled():
         return _krylov(A_bar, B_bar, C_real, length)
     kernel: Tensor = checkpoint(_krylov, A_bar, B_bar, C_real, length, use_reentrant=False, preserve_rng_state=False)
     return kernel
+
+
+def s4_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, length: int) -> Tensor:
+    """Kernel of S4 in the paper's own parameters (arXiv 2111.00396, algorithm 1): `dplr_kernel` for C~ in place of C.
+
+    C = C~ (I - Abar^L)^-1 is solved for. Where all modes are slow against the length, that is as ill-conditioned as
+    the paper's own formula is: use float64.
+
+    Args:
+        dt: (H,) time steps.
+        A: (H, N) complex, real parts negative.
+        P: (H, N) complex.
+        B: (H, N) complex.
+        C_tilde: (H, N) complex, C (I - Abar^L); see `truncated_output`.
+        length: L.
+
+    Returns:
+        (H, L) real.
+
+    Raises:
+        ValueError: `length` is not positive.
+    """
+    _check_length(length)
+    A_bar, B_bar = discretize_dplr(dt, A, P, B)
+    identity = torch.eye(A_bar.shape[1], dtype=A_bar.dtype, device=A_bar.device)
+    remaining = identity - torch.linalg.matrix_power(A_bar, length)
+    C_real = torch.linalg.solve(remaining.mT, real_output(C_tilde))
+    return _kernel_of(A_bar, B_bar, C_real, length)
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise ValueError(f"length is {length}: give a positive number")
 
 
 def truncated_output(dt: Tensor, A: Tensor, P: Tensor, C: Tensor, length: int) -> Tensor:

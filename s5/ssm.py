@@ -16,8 +16,25 @@ from torch import Tensor, nn
 
 from s5.config import SSMConfig
 from s5.convolution import fft_conv
-from s5.hippo import diagonal_eigenvalues, nplr_legs
-from s5.kernels import discretize_diagonal, discretize_dplr, real_output, s4_kernel, s4d_kernel
+from s5.hippo import diagonal_eigenvalues, hippo_legs, nplr_legs
+from s5.kernels import discretize_diagonal, discretize_dplr, dplr_kernel, real_output, s4_kernel, s4d_kernel
+
+__all__ = [
+    "DPLRSSM",
+    "S4",
+    "S4D",
+    "DiagonalSSM",
+    "LinearSSM",
+    "OptimHints",
+    "SSMLayer",
+    "StreamState",
+    "build_ssm",
+    "hippo_legs",
+    "nplr_legs",
+    "register_hint",
+    "s4_kernel",
+    "s4d_kernel",
+]
 
 
 class OptimHints(TypedDict, total=False):
@@ -178,7 +195,7 @@ class DPLRSSM(LinearSSM):
 
     def kernel(self, C: Tensor, length: int) -> Tensor:
         """Convolution kernel (H, L), without skip, for output weights C (H, N) complex."""
-        return s4_kernel(*self._system(), C, length)
+        return dplr_kernel(*self._system(), C, length)
 
     def discretize(self) -> tuple[Tensor, Tensor]:
         """Abar (H, S, S) and Bbar (H, S), real."""

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from s5.config import SSMConfig
 from s5.convolution import fft_conv, fft_conv_reference, good_fft_size
-from s5.hippo import diagonal_eigenvalues, hippo_legs, nplr_legs
+from s5.hippo import diagonal_eigenvalues
 from s5.kernels import (
     discretize_dplr,
+    dplr_kernel,
     real_output,
-    s4_kernel,
     s4_kernel_reference,
-    s4d_kernel,
     s4d_kernel_reference,
     truncated_output,
 )
-from s5.ssm import SSMLayer, build_ssm
+from s5.ssm import SSMLayer, build_ssm, hippo_legs, nplr_legs, s4_kernel, s4d_kernel
 
 LENGTHS = (1, 2, 3, 31, 64, 101)
 KINDS: tuple[Literal["s4d", "s4"], ...] = ("s4d", "s4")
@@ -134,12 +133,12 @@ def test_s4d_kernel(length: int, rule: Literal["zoh", "bilinear"]) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_s4_kernel(length: int) -> None:
+def test_dplr_kernel(length: int) -> None:
     p = system()
     inputs = [p[name] for name in ("dt", "A", "P", "B", "C")]
 
     def fast() -> Tensor:
-        return s4_kernel(*inputs, length)
+        return dplr_kernel(*inputs, length)
 
     def cauchy() -> Tensor:
         C_tilde = truncated_output(p["dt"], p["A"], p["P"], p["C"], length)
@@ -156,13 +155,28 @@ def test_s4_kernel(length: int) -> None:
         torch.testing.assert_close(fast(), dense())
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+def test_s4_kernel_is_the_paper_s_algorithm(length: int) -> None:
+    """The parameter is C~ = C (I - Abar^L); gradients flow to it too."""
+    p = system()
+    inputs = [p[name] for name in ("dt", "A", "P", "B")]
+    C_tilde = truncated_output(*(p[name] for name in ("dt", "A", "P", "C")), length).detach().requires_grad_()
+    inputs.append(C_tilde)
+    assert_same_gradients(
+        lambda: s4_kernel(*inputs, length), lambda: s4_kernel_reference(*inputs, length), inputs, tolerance=1e-8
+    )
+    with torch.no_grad():
+        expected = dplr_kernel(*(p[name] for name in ("dt", "A", "P", "B", "C")), length)
+        torch.testing.assert_close(s4_kernel(*inputs, length), expected)
+
+
 def test_s4_kernel_is_that_of_hippo() -> None:
     A, B = hippo_legs(8)
     eigenvalues, P, B_diagonal, V = (values[None] for values in nplr_legs(8))
     C, dt = torch.randn(1, 8, dtype=torch.float64), torch.tensor([0.05], dtype=torch.float64)
     C_diagonal = (C.to(V.dtype)[:, None] @ V)[:, 0]
     expected = dense_kernel(*(v.to(torch.complex128) for v in (A[None], B[None], C)), dt, 50, "bilinear")
-    torch.testing.assert_close(s4_kernel(dt, eigenvalues, P, B_diagonal, C_diagonal, 50), expected)
+    torch.testing.assert_close(dplr_kernel(dt, eigenvalues, P, B_diagonal, C_diagonal, 50), expected)
 
 
 def test_dplr_system_is_stable() -> None:
@@ -170,7 +184,7 @@ def test_dplr_system_is_stable() -> None:
     A_bar, B_bar = discretize_dplr(p["dt"], p["A"], p["P"], p["B"])
     assert (torch.linalg.matrix_norm(A_bar, ord=2) <= 1).all()
     first = (real_output(p["C"]) * B_bar).sum(1)
-    torch.testing.assert_close(first, s4_kernel(p["dt"], p["A"], p["P"], p["B"], p["C"], 1)[:, 0])
+    torch.testing.assert_close(first, dplr_kernel(p["dt"], p["A"], p["P"], p["B"], p["C"], 1)[:, 0])
 
 
 def test_kernels_refuse_no_length() -> None:
@@ -179,6 +193,8 @@ def test_kernels_refuse_no_length() -> None:
         s4d_kernel(p["dt"], p["A"], p["B"], p["C"], 0)
     with pytest.raises(ValueError, match="length is 0"):
         s4_kernel(p["dt"], p["A"], p["P"], p["B"], p["C"], 0)
+    with pytest.raises(ValueError, match="length is 0"):
+        dplr_kernel(p["dt"], p["A"], p["P"], p["B"], p["C"], 0)
 
 
 @pytest.mark.parametrize(
