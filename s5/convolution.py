@@ -9,7 +9,6 @@ Shapes: B batch, L sequence, D width, M taps of a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,36 +44,50 @@ def good_fft_size(at_least: int) -> int:
     return best
 
 
-def _channel_tiles(x_BLD: Tensor, size: int) -> Iterator[slice]:
-    """Slices of the width; 64 channels of a CPU's tile still make whole cache lines."""
-    batch, _, width = x_BLD.shape
-    step = 64 if x_BLD.device.type == "cpu" else max(64, _GPU_TILE // (size * max(batch, 1)))
-    return (slice(start, start + step) for start in range(0, width, step))
+class _Tiles:
+    """Spectra of a batch (B, L, D), a tile of channels and samples at a time, computed in `dtype`.
 
+    Tiles and their spectra have the channels first: (C, b, length or size / 2 + 1).
+    """
 
-def _sample_tiles(x_BLD: Tensor, size: int) -> Iterator[slice]:
-    """Slices of the batch."""
-    batch = x_BLD.shape[0]
-    tile = _CPU_TILE if x_BLD.device.type == "cpu" else _GPU_TILE
-    step = max(1, tile // (size * 64))
-    return (slice(start, start + step) for start in range(0, batch, step))
+    def __init__(self, x_BLD: Tensor, size: int, dtype: torch.dtype) -> None:
+        batch, self.length, width = x_BLD.shape
+        self.size, self.dtype = size, dtype
+        self.on_cpu = x_BLD.device.type == "cpu"
+        # 64 channels of a CPU's tile still make whole cache lines.
+        channels = 64 if self.on_cpu else max(64, _GPU_TILE // (size * max(batch, 1)))
+        samples = max(1, (_CPU_TILE if self.on_cpu else _GPU_TILE) // (size * 64))
+        self.channels = [slice(start, min(start + channels, width)) for start in range(0, width, channels)]
+        self.samples = [slice(start, min(start + samples, batch)) for start in range(0, batch, samples)]
+        self.padded = x_BLD.new_zeros(min(channels, width), min(samples, batch), size, dtype=dtype)
 
+    def spectrum(self, x_BLD: Tensor, samples: slice, channels: slice) -> Tensor:
+        """Spectrum of a tile of x, zero-padded."""
+        tile = x_BLD[samples, :, channels]
+        if self.on_cpu:
+            # torch transposes a whole contiguous matrix many times faster than a strided one.
+            rows = tile.to(self.dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
+            turned = rows.t().contiguous().unflatten(1, tile.shape[:2])
+        else:
+            turned = tile.permute(2, 0, 1)
+        padded = self.padded[: tile.shape[2], : tile.shape[0]]
+        padded[..., : self.length] = turned
+        spectrum: Tensor = torch.fft.rfft(padded)
+        return spectrum
 
-def _spectrum(x_BLD: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Spectrum (B, D, size / 2 + 1) of a tile, zero-padded to `size`, computed in `dtype`."""
-    spectrum: Tensor = torch.fft.rfft(x_BLD.transpose(1, 2).to(dtype), n=size)
-    return spectrum
+    def put_back(self, spectrum: Tensor, y_BLD: Tensor, samples: slice, channels: slice) -> None:
+        """Transform a tile back into its place in y."""
+        y_BLD[samples, :, channels] = torch.fft.irfft(spectrum, n=self.size)[..., : self.length].permute(1, 2, 0)
 
 
 @torch.library.custom_op("s5::convolve", mutates_args=())
 def _convolve(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
-    length = x_BLD.shape[1]
     y_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
-    for channels in _channel_tiles(x_BLD, size):
-        response = torch.fft.rfft(kernel_DM[channels], n=size)
-        for samples in _sample_tiles(x_BLD, size):
-            product = _spectrum(x_BLD[samples, :, channels], size, kernel_DM.dtype).mul_(response)
-            y_BLD[samples, :, channels] = torch.fft.irfft(product, n=size)[..., :length].transpose(1, 2)
+    tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
+    for channels in tiles.channels:
+        response = torch.fft.rfft(kernel_DM[channels], n=size)[:, None]
+        for samples in tiles.samples:
+            tiles.put_back(tiles.spectrum(x_BLD, samples, channels).mul_(response), y_BLD, samples, channels)
     return y_BLD
 
 
@@ -82,20 +95,20 @@ def _convolve(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
 def _convolve_backward(
     grad_BLD: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int, needs_x: bool, needs_kernel: bool
 ) -> tuple[Tensor, Tensor]:
-    length, taps = x_BLD.shape[1], kernel_DM.shape[1]
+    taps = kernel_DM.shape[1]
     grad_x_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format) if needs_x else x_BLD.new_empty(0)
     grad_kernel_DM = torch.empty_like(kernel_DM) if needs_kernel else kernel_DM.new_empty(0)
-    for channels in _channel_tiles(x_BLD, size):
-        response = torch.fft.rfft(kernel_DM[channels], n=size).conj_physical_()
-        correlation = torch.zeros_like(response)
-        for samples in _sample_tiles(x_BLD, size):
-            grad_spectrum = _spectrum(grad_BLD[samples, :, channels], size, kernel_DM.dtype)
+    tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
+    for channels in tiles.channels:
+        response = torch.fft.rfft(kernel_DM[channels], n=size).conj_physical_()[:, None]
+        correlation = torch.zeros_like(response[:, 0])
+        for samples in tiles.samples:
+            grad_spectrum = tiles.spectrum(grad_BLD, samples, channels)
             if needs_kernel:
-                spectrum = _spectrum(x_BLD[samples, :, channels], size, kernel_DM.dtype)
-                correlation += spectrum.conj_physical_().mul_(grad_spectrum).sum(0)
+                spectrum = tiles.spectrum(x_BLD, samples, channels)
+                correlation += spectrum.conj_physical_().mul_(grad_spectrum).sum(1)
             if needs_x:
-                product = torch.fft.irfft(grad_spectrum.mul_(response), n=size)
-                grad_x_BLD[samples, :, channels] = product[..., :length].transpose(1, 2)
+                tiles.put_back(grad_spectrum.mul_(response), grad_x_BLD, samples, channels)
         if needs_kernel:
             grad_kernel_DM[channels] = torch.fft.irfft(correlation, n=size)[:, :taps]
     return grad_x_BLD, grad_kernel_DM
