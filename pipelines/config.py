@@ -173,6 +173,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_divisible(self.loop.batch_size, self.scale.num_workers)
+        # Fails unless tubelets divide the clip.
+        self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
 
 
@@ -205,6 +207,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require_divisible(self.loop.batch_size, self.scale.num_workers)
+        # Fails unless tubelets divide the clip.
+        self.model.backbone.steps(self.clips.frames)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,12 +71,26 @@ class BackboneConfig:
     """Number of attention heads, where it is to differ from timm's."""
     patch_size: int | None = None
     """Height and width of a patch in pixels, where it is to differ from timm's."""
+    tubelet: int = 1
+    """Frames that one token spans; a clip's frames must be a multiple. Weights of an image model are spread evenly over
+    them, and stay so where `lsmcl.freeze_patches` keeps the patch projection as it is."""
 
     def __post_init__(self) -> None:
         require(self.frame_size >= 8, "backbone.frame_size", self.frame_size, "give at least 8 pixels")
         for name in ("depth", "embed_dim", "num_heads", "patch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"backbone.{name}", value, "give a positive number or leave it out")
+        require(self.tubelet >= 1, "backbone.tubelet", self.tubelet, "give at least 1")
+
+    def steps(self, frames: int) -> int:
+        """Return the number of time steps that a clip of so many frames makes.
+
+        Raises:
+            ValueError: the frames cannot be shared out among tubelets.
+        """
+        remedy = f"give a divisor of the {frames} frames of a clip, or change clips.frames"
+        require(frames % self.tubelet == 0, "backbone.tubelet", self.tubelet, remedy)
+        return frames // self.tubelet
 
 
 @dataclass(frozen=True, kw_only=True)

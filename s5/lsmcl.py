@@ -1,6 +1,6 @@
 """LSMCL: long-short masked contrastive learning (arXiv 2303.14526), with MoCo v3's heads and recipe (2104.02057).
 
-Shapes: B clips of this worker, G clips of all workers, T frames, D width of an embedding.
+Shapes: B clips of this worker, G clips of all workers, U time steps, K patches kept, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LSMCL(nn.Module):
         """Return the loss of a batch of pairs, and what tells whether the task works, as scalars."""
         assert batch.short is not None, "LSMCL needs pairs of clips"
         keep = [self._mask(batch, view) for view in ("long", "short")]
-        keep_2BTK = None if keep[0] is None else torch.cat(cast(list[Tensor], keep))
+        keep_2BUK = None if keep[0] is None else torch.cat(cast(list[Tensor], keep))
         strength = self.config.jitter
         frames = torch.cat(
             [
@@ -98,17 +98,17 @@ class LSMCL(nn.Module):
         )
         seeds_2B = torch.cat([batch.seeds, ~batch.seeds])
 
-        online = self.encoder.encode(frames, seeds_2B, keep_2BTK).features_BD.chunk(2)
+        online = self.encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2)
         queries = [self.predictor(self.projector(x)) for x in online]
         with torch.no_grad():
-            target = self.momentum_encoder.encode(frames, seeds_2B, keep_2BTK).features_BD.chunk(2)
+            target = self.momentum_encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2)
             keys = [distributed.gather(self.momentum_projector(x).float()) for x in target]
         return self._losses(queries, keys)
 
     def _mask(self, batch: ClipBatch, view: str) -> Tensor | None:
         backbone = self.encoder.backbone
-        kept = backbone.kept(self.config.mask_ratio)
-        return random_masking(batch.seeds, f"{view}/mask", batch.long.shape[1], backbone.patches, kept)
+        steps, kept = backbone.steps(batch.long.shape[1]), backbone.kept(self.config.mask_ratio)
+        return random_masking(batch.seeds, f"{view}/mask", steps, backbone.patches, kept)
 
     def _losses(self, queries: list[Tensor], keys: list[Tensor]) -> dict[str, Tensor]:
         first = distributed.rank() * len(queries[0])

@@ -1,6 +1,6 @@
 """The video model: frame encoder, temporal pyramid and, for a labelled task, a head. It is built from its config alone.
 
-Shapes: B batch, T frames, L tokens of a clip, D width.
+Shapes: B batch, T frames, U time steps, K patches kept of a step, L tokens of a clip, D width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Prediction(NamedTuple):
     features_BD: Tensor
     """What the head saw."""
     kept: list[Tensor]
-    """Indices of the tokens kept by each selecting block, (B, K)."""
+    """Indices of the tokens kept by each selecting block, (B, K). Those of the pyramid's first block are positions in
+    time and frame, as `Backbone.forward` numbers them."""
     entropy: Tensor | None
     """Entropy of the mask generator over that of the uniform distribution, 0 to 1."""
     keep_ratio: float
@@ -53,16 +54,16 @@ class VideoModel(nn.Module):
         self.head = nn.Linear(self.decoder.out_width, outputs) if outputs else None
 
     def encode(
-        self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None, keep_BTK: Tensor | None = None
+        self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None, keep_BUK: Tensor | None = None
     ) -> DecoderOutput:
         """Return the features of clips, with what the selection kept.
 
         Args:
             frames_BTHWC: frames, 0 to 255.
             seeds_B: seeds of dropout and Gumbel noise, one a clip; None draws from torch's generator.
-            keep_BTK: patches that masking leaves, None for all.
+            keep_BUK: patches that masking leaves, None for all.
         """
-        tokens_BLD = self.projection(self.backbone(frames_BTHWC, keep_BTK))
+        tokens_BLD = self.projection(self.backbone(frames_BTHWC, keep_BUK))
         return cast(DecoderOutput, self.decoder(tokens_BLD, seeds_B))
 
     def forward(self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None) -> Prediction:

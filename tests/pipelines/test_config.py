@@ -37,6 +37,7 @@ def test_override_converts_and_checks() -> None:
         ({"optim.lr": -1}, "optim.lr is -1.0: give a positive number"),
         ({"model.decoder.name": "s6"}, "model.decoder.name is 's6': input should be 's5' or 'vis4mer'"),
         ({"scale.num_workers": 3}, "loop.batch_size is 32: give a multiple of scale.num_workers, 3"),
+        ({"model.backbone.tubelet": 3}, "backbone.tubelet is 3: give a divisor of the 16 frames of a clip"),
     ],
 )
 def test_mistakes_name_the_setting_the_value_and_the_remedy(changes: dict[str, object], message: str) -> None:

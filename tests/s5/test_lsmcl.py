@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from s5.backbone import Backbone
 from s5.config import LSMCLConfig, OptimConfig
 from s5.lsmcl import LSMCL, embedding_spread, info_nce
 from s5.optim import build_optimizer
@@ -71,6 +72,14 @@ def test_momentum_branch_has_no_gradient_and_follows() -> None:
     assert task.after_step(1.0)["momentum"] == pytest.approx(1.0)
 
 
+def test_both_branches_of_lsmcl_start_from_the_weights_shipped() -> None:
+    state = Backbone(MODEL.backbone).vit.state_dict()
+    task = LSMCL(MODEL, TASK)
+    task.load_backbone(state)
+    for branch in (task.encoder, task.momentum_encoder):
+        assert all(torch.equal(value, state[key]) for key, value in branch.backbone.vit.state_dict().items())
+
+
 def test_pretraining_keeps_all_tokens_and_the_checkpoint_says_so() -> None:
     task = LSMCL(MODEL, TASK)
     assert task.encoder.config.decoder.selection.generator == "none"
@@ -82,14 +91,24 @@ def test_masked_patches_cannot_change_the_loss() -> None:
     torch.manual_seed(0)
     task = LSMCL(MODEL, replace(TASK, jitter=0.0)).eval()
     one = batch(0)
-    keep_BTK = task._mask(one, "long")
-    assert keep_BTK is not None
-    hidden = next(i for i in range(task.encoder.backbone.patches) if i not in keep_BTK[0, 0].tolist())
+    keep_BUK = task._mask(one, "long")
+    assert keep_BUK is not None
+    hidden = next(i for i in range(task.encoder.backbone.patches) if i not in keep_BUK[0, 0].tolist())
     row, column = divmod(hidden, 4)
     long = one.long.clone()
     long[0, 0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 255
     assert not torch.equal(long, one.long)
     assert torch.equal(task(one)["loss"], task(replace(one, long=long))["loss"])
+
+
+def test_tubelets_are_masked_as_wholes_and_train() -> None:
+    task = LSMCL(replace(MODEL, backbone=replace(MODEL.backbone, tubelet=2)), TASK)
+    one = batch(0, frames=4)
+    keep_BUK = task._mask(one, "long")
+    assert keep_BUK is not None
+    assert keep_BUK.shape == (4, 2, 8)
+    task(one)["loss"].backward()
+    assert [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_learns_to_match_clips_of_one_video() -> None:
