@@ -33,7 +33,7 @@ from s5.video import Failure, VideoError
 ERROR = "error.txt"
 POLL_SECONDS = 0.5
 # Errors that come back the same however often the workers are restarted.
-LASTING = (TrainingError, CheckpointError, VideoError, UserError, ValueError)
+LASTING = (TrainingError, CheckpointError, VideoError, UserError, ValueError, FloatingPointError)
 
 
 class RayContext:

@@ -9,11 +9,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 Config = TypeVar("Config")
 
-DecoderName = Literal["s5", "vis4mer"]
+DecoderName = Literal["s5", "vis4mer", "lst", "performer", "orthoformer", "tsn", "vtm"]
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -124,10 +124,11 @@ class SelectionConfig:
     """Token selection of S5 (arXiv 2303.14526, section 3)."""
 
     keep_ratio: tuple[float, ...] = (0.5,)
-    """Share of tokens that each block keeps, first block first; blocks beyond the end keep all. That only the first
-    block selects, and 0.5, are recollections of the paper's text, not checked against it."""
+    """Share of tokens that each block keeps (`vtm`: merges into), first block first; blocks beyond the end keep all.
+    That only the first block selects, and 0.5, are recollections of the paper's text, not checked against it."""
     generator: Literal["linear", "transformer", "random", "none"] = "linear"
-    """Mask generator: one linear layer, one transformer layer, random tokens, or none (all tokens kept)."""
+    """Mask generator: one linear layer, one transformer layer, random tokens, or none (all tokens kept). `vtm` has
+    saliencies of its own, and merges nothing with none."""
     features: Literal["s4", "backbone"] = "s4"
     """What the mask generator sees: momentum S4 features or the block's own input tokens."""
     temperature: float = 1.0
@@ -146,28 +147,57 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Self-attention of the decoders that have it in place of a state space."""
+
+    heads: int = 8
+    """Attention heads of each block; the width of every block must be a multiple."""
+    implementation: Literal["fused", "plain"] = "fused"
+    """`lst` only: PyTorch's fused attention, or the plain one that keeps the whole (L, L) matrix, to compare with."""
+    features: int = 256
+    """`performer` only: random features a head; 256 is the default of the authors' code (arXiv 2009.14794)."""
+    prototypes: int = 128
+    """`orthoformer` only: prototypes a head; 128 is the default of the authors' code (arXiv 2106.05392)."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "features", "prototypes"):
+            require(getattr(self, name) >= 1, f"attention.{name}", getattr(self, name), "give at least 1")
+        implementations = ("fused", "plain")
+        remedy = f"give one of {', '.join(implementations)}"
+        require(self.implementation in implementations, "attention.implementation", self.implementation, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Temporal pyramid over the tokens of a clip (ViS4mer, arXiv 2204.01692): each block halves length and width."""
 
     name: DecoderName = "s5"
-    """`s5`: S4 on selected tokens; `vis4mer`: S4 on all tokens."""
+    """`s5`: S4 on selected tokens; `vis4mer`: S4 on all tokens; `lst`: full attention; `performer`: FAVOR+ attention;
+    `orthoformer`: attention through prototypes; `tsn`: average over frames, no pyramid; `vtm`: S4 on merged tokens."""
     width: int | None = None
     """Width D of the first block; where it is not the backbone's, a linear layer stands in between."""
     blocks: int = 3
     """Number of blocks."""
     dropout: float = 0.2
-    """Share of channels dropped after each S4 layer; one draw for the whole sequence of a clip."""
+    """Share of channels dropped after each mixing layer; one draw for the whole sequence of a clip."""
+    positions: int = 1024
+    """Frames (or tubelets) that `lst`, `performer` and `orthoformer` have positional embeddings for."""
     ssm: SSMConfig = field(default_factory=SSMConfig)
-    """State-space layer."""
+    """State-space layer; `s5`, `vis4mer` and `vtm` only."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Attention layer; `lst`, `performer` and `orthoformer` only."""
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    """Token selection; `s5` only."""
+    """Token selection of `s5`, or which share of the tokens `vtm` merges into."""
 
     def __post_init__(self) -> None:
+        names = get_args(DecoderName)
+        require(self.name in names, "decoder.name", self.name, f"give one of {', '.join(names)}")
+        require(self.positions >= 1, "decoder.positions", self.positions, "give at least 1")
         require(self.blocks >= 1, "decoder.blocks", self.blocks, "give at least 1")
         require(0 <= self.dropout < 1, "decoder.dropout", self.dropout, "give a value in [0, 1)")
         ratios = self.selection.keep_ratio
         require(len(ratios) <= self.blocks, "selection.keep_ratio", ratios, f"there are only {self.blocks} blocks")
-        if self.width is not None:
+        if self.width is not None and self.name != "tsn":
             divisor = 2**self.blocks
             require(
                 self.width > 0 and self.width % divisor == 0,

@@ -197,7 +197,7 @@ class Fit:
         left of the grace time belongs to the checkpoint. After the last step there is nothing to stop.
 
         Raises:
-            TrainingError: the loss or its gradient is not finite, or too many videos failed to decode.
+            TrainingError: tokens, the loss or its gradient are not finite, or too many videos failed to decode.
             CheckpointError: the checkpoint to resume from does not fit.
         """
         torch.manual_seed(self.loop.seed)
@@ -262,7 +262,10 @@ class Fit:
         rate = optim.set_learning_rate(self.optimizer, share)
         task.before_step((step - 1) / self.steps)
         with torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.loop.precision == "bf16"):
-            scalars: dict[str, Tensor] = model(batch)
+            try:
+                scalars: dict[str, Tensor] = model(batch)
+            except FloatingPointError as error:
+                raise TrainingError(f"{error}; this is step {step}, and the last checkpoint is kept") from error
         scalars["loss"].backward()  # type: ignore[no-untyped-call]
         limit = self.optim.clip_norm or math.inf
         norm = nn.utils.clip_grad_norm_([p for p in self.task.parameters() if p.requires_grad], limit)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from s5.backbone import Backbone
 from s5.config import ModelConfig
-from s5.decoders import DecoderOutput, Pyramid
+from s5.decoders import DecoderOutput, build_decoder
 
-# Weights that pretraining does not make: it runs without selection and without a head.
-NOT_PRETRAINED = ("selection.", "head.")
+# Weights that pretraining does not make: it runs without selection or merging, and without a head.
+NOT_PRETRAINED = ("selection.", "merging.", "head.")
 
 
 class Prediction(NamedTuple):
@@ -50,7 +50,7 @@ class VideoModel(nn.Module):
         self.backbone = Backbone(config.backbone)
         width = config.decoder.width or self.backbone.width
         self.projection = nn.Identity() if width == self.backbone.width else nn.Linear(self.backbone.width, width)
-        self.decoder = Pyramid(config.decoder, width)
+        self.decoder = build_decoder(config.decoder, width)
         self.head = nn.Linear(self.decoder.out_width, outputs) if outputs else None
 
     def encode(
@@ -64,7 +64,8 @@ class VideoModel(nn.Module):
             keep_BUK: patches that masking leaves, None for all.
         """
         tokens_BLD = self.projection(self.backbone(frames_BTHWC, keep_BUK))
-        return cast(DecoderOutput, self.decoder(tokens_BLD, seeds_B))
+        steps = self.backbone.steps(frames_BTHWC.shape[1])
+        return cast(DecoderOutput, self.decoder(tokens_BLD, seeds_B, steps))
 
     def forward(self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None) -> Prediction:
         """Return predictions for clips of frames, 0 to 255.

@@ -35,7 +35,7 @@ def test_override_converts_and_checks() -> None:
         ({"lr": 1}, "unknown setting 'lr': did you mean optim.lr"),
         ({"optim.lr": "fast"}, "optim.lr is 'fast': input should be a valid number"),
         ({"optim.lr": -1}, "optim.lr is -1.0: give a positive number"),
-        ({"model.decoder.name": "s6"}, "model.decoder.name is 's6': input should be 's5' or 'vis4mer'"),
+        ({"model.decoder.name": "s6"}, "model.decoder.name is 's6': input should be 's5', 'vis4mer', 'lst', "),
         ({"scale.num_workers": 3}, "loop.batch_size is 32: give a multiple of scale.num_workers, 3"),
         ({"model.backbone.tubelet": 3}, "backbone.tubelet is 3: give a divisor of the 16 frames of a clip"),
     ],

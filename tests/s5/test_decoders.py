@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from s5 import noise
+from s5.blocks import Block, drop_channels, pool_pairs
 from s5.config import DecoderConfig, DecoderName, SelectionConfig, SSMConfig
-from s5.decoders import Block, Pyramid, drop_channels, pool_pairs
+from s5.decoders import Pyramid
 
 
 def pyramid(name: DecoderName = "s5", width: int = 16, selection: SelectionConfig | None = None) -> Pyramid:

@@ -26,6 +26,18 @@ def broken(at: int) -> Source:
     return source
 
 
+def spoilt(fit: Fit, name: str, at: int) -> Fit:
+    """Return the run with a scalar of step number `at`, from 1, that is not a number."""
+    step = fit._step
+
+    def broken_step(model: torch.nn.Module, item: ClipBatch, number: int) -> dict[str, torch.Tensor]:
+        scalars = step(model, item, number)
+        return scalars | {name: torch.tensor(torch.nan)} if number == at else scalars
+
+    fit._step = broken_step  # type: ignore[method-assign]
+    return fit
+
+
 def failing(steps: Iterable[int]) -> Source:
     """Return a source with one unreadable video in each of these steps, from 1."""
 
@@ -131,9 +143,14 @@ def test_workers_ask_each_other_less_often_where_the_answer_waits(
     assert [step for step in range(1, steps[-1] + 1) if fit._is_stopped(step)] == steps
 
 
+def test_frames_that_are_not_finite_stop_with_the_remedy() -> None:
+    with pytest.raises(TrainingError, match=r"tokens have NaN .* in samples \[0, 1, 2, 3\] .*lower optim.lr.* step 3"):
+        lsmcl_fit(SoloContext(), broken(at=3)).run()
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_remedy() -> None:
     with pytest.raises(TrainingError, match=r"train/loss is nan at step 3: lower optim.lr"):
-        lsmcl_fit(SoloContext(), broken(at=3)).run()
+        spoilt(lsmcl_fit(SoloContext()), "loss", at=3).run()
 
 
 @pytest.mark.parametrize("stop_at", [0, 7])
@@ -142,27 +159,20 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, stop_at: int)
     context = SoloContext(tmp_path, keep=1)
 
     def source(start: int) -> Generator[ClipBatch]:
-        for item in broken(at=6)(start):
+        for item in batches(start):
             context.stop = item.step + 1 == stop_at
             yield item
 
     with pytest.raises(TrainingError, match=rf"train/loss is nan at step {stop_at or STEPS}"):
-        lsmcl_fit(context, source, log_every=100).run()
+        spoilt(lsmcl_fit(context, source, log_every=100), "loss", at=6).run()
     assert [read_meta(path).step for path in saved(tmp_path)] == [4]
 
 
 def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """The loss of that step is finite, but the weights after it are not."""
     fit = lsmcl_fit(SoloContext(tmp_path), log_every=100, checkpoint_every=3)
-    step = fit._step
-
-    def overflowing(model: torch.nn.Module, item: ClipBatch, number: int) -> dict[str, torch.Tensor]:
-        scalars = step(model, item, number)
-        return scalars | {"gradient_norm": torch.tensor(torch.inf)} if number == 6 else scalars
-
-    fit._step = overflowing  # type: ignore[method-assign]
-    with pytest.raises(TrainingError, match=r"train/gradient_norm is inf at step 6: lower optim.lr"):
-        fit.run()
+    with pytest.raises(TrainingError, match=r"train/gradient_norm is nan at step 6: lower optim.lr"):
+        spoilt(fit, "gradient_norm", at=6).run()
     assert [read_meta(path).step for path in saved(tmp_path)] == [3]
 
 
