@@ -8,13 +8,9 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import numpy.typing as npt
-import pytest
-
-# The rest of s5 is tested without the decoders too; a test that imports this file is skipped there.
-av = pytest.importorskip("av")
-pytest.importorskip("decord")
 
 LEVEL = 5
 ROWS, COLUMNS = 2, 4
