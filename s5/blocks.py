@@ -11,20 +11,18 @@ from torch import Tensor, nn
 from s5 import noise
 from s5.attention import ATTENTIONS, Attention
 from s5.config import DecoderConfig
+from s5.fused import normed_convolution, selective_convolution
 from s5.merging import Merging
 from s5.selection import Selected, Selection, keep_count
 from s5.ssm import SSMLayer, build_ssm
 
 
 def pool_pairs(x_BLD: Tensor) -> Tensor:
-    """Average neighbours along the sequence: (B, L, D) -> (B, ceil(L / 2), D). A last token without a neighbour stays.
-
-    The mean of a token and its own copy is that token, hence the padding.
-    """
+    """Average neighbours along the sequence: (B, L, D) -> (B, ceil(L / 2), D). A last token without a neighbour stays."""
     batch, length, width = x_BLD.shape
-    if length % 2:
-        x_BLD = torch.cat([x_BLD, x_BLD[:, -1:]], dim=1)
-    return x_BLD.reshape(batch, -1, 2, width).mean(2)
+    even = length - length % 2
+    pooled_BLD = x_BLD[:, :even].reshape(batch, even // 2, 2, width).mean(2)
+    return torch.cat([pooled_BLD, x_BLD[:, even:]], dim=1) if length % 2 else pooled_BLD
 
 
 def drop_channels(x_BLD: Tensor, share: float, seeds_B: Tensor, stream: str) -> Tensor:
@@ -73,23 +71,36 @@ class Block(nn.Module):
             elif config.name == "vtm":
                 self.merging = Merging(width)
 
-    def _shorten(self, x_BLD: Tensor, seeds_B: Tensor | None) -> Selected | None:
-        """Select or merge tokens, where the block does."""
-        shorten = self.selection or self.merging
-        if shorten is None:
-            return None
-        with torch.no_grad():
-            tokens_BLD = self.norm(x_BLD).to(x_BLD.dtype)
+    def _mix(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Tensor, Selected | None]:
+        """Tokens left, the mixer's output for them, and what was kept, by the way that takes the least memory."""
+        # The compiler keeps and fuses by itself, and is to see the parts.
+        if torch.compiler.is_compiling() or not isinstance(self.layer, SSMLayer) or self.merging is not None:
+            return self._mix_by_parts(x_BLD, seeds_B)
+        ssm = self.layer.ssm
+        if self.selection is None:
+            return x_BLD, self.layer.mix(normed_convolution(x_BLD, self.norm, ssm)), None
+        if not isinstance(self.selection.generator, nn.Linear):
+            return self._mix_by_parts(x_BLD, seeds_B)
         k = keep_count(self.keep_ratio, x_BLD.shape[1])
-        selected: Selected = shorten(x_BLD, tokens_BLD, k, seeds_B, f"decoder.{self.index}.gumbel")
-        return selected
+        uniform_BL = self.selection.uniform(x_BLD, seeds_B, f"decoder.{self.index}.gumbel")
+        selected, y_BKD = selective_convolution(x_BLD, self.norm, ssm, self.selection, k, uniform_BL)
+        return selected.tokens, self.layer.mix(y_BKD), selected
+
+    def _mix_by_parts(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Tensor, Selected | None]:
+        """`_mix` for every mixer and every way to shorten the sequence."""
+        selected: Selected | None = None
+        shorten = self.selection or self.merging
+        if shorten is not None:
+            with torch.no_grad():
+                tokens_BLD = self.norm(x_BLD).to(x_BLD.dtype)
+            k = keep_count(self.keep_ratio, x_BLD.shape[1])
+            selected = shorten(x_BLD, tokens_BLD, k, seeds_B, f"decoder.{self.index}.gumbel")
+            x_BLD = selected.tokens
+        return x_BLD, self.layer(self.norm(x_BLD)), selected
 
     def forward(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Selected | None]:
         """(B, L, D) -> (B, ceil(K / 2), D / 2), and what was kept of the input; K is L where all of it is."""
-        selected = self._shorten(x_BLD, seeds_B)
-        if selected is not None:
-            x_BLD = selected.tokens
-        y_BLD = self.layer(self.norm(x_BLD))
+        x_BLD, y_BLD, selected = self._mix(x_BLD, seeds_B)
         if self.training and self.dropout > 0 and seeds_B is not None:
             y_BLD = drop_channels(y_BLD, self.dropout, seeds_B, f"decoder.{self.index}.dropout")
         return nn.functional.gelu(self.narrow(pool_pairs(x_BLD + y_BLD))), selected

@@ -60,6 +60,7 @@ class _Tiles:
         self.channels = [slice(start, min(start + channels, width)) for start in range(0, width, channels)]
         self.samples = [slice(start, min(start + samples, batch)) for start in range(0, batch, samples)]
         self.padded = x_BLD.new_zeros(min(channels, width), min(samples, batch), size, dtype=dtype)
+        self.padded_kernel = x_BLD.new_zeros(min(channels, width), size, dtype=dtype)
 
     def spectrum(self, x_BLD: Tensor, samples: slice, channels: slice) -> Tensor:
         """Spectrum of a tile of x, zero-padded."""
@@ -67,11 +68,18 @@ class _Tiles:
         if self.on_cpu:
             # torch transposes a whole contiguous matrix many times faster than a strided one.
             rows = tile.to(self.dtype, memory_format=torch.contiguous_format, copy=True).flatten(0, 1)
-            turned = rows.t().contiguous().unflatten(1, tile.shape[:2])
+            turned = rows.t().contiguous().view(-1, *tile.shape[:2])
         else:
             turned = tile.permute(2, 0, 1)
         padded = self.padded[: tile.shape[2], : tile.shape[0]]
         padded[..., : self.length] = turned
+        spectrum: Tensor = torch.fft.rfft(padded)
+        return spectrum
+
+    def response(self, kernel_DM: Tensor, channels: slice) -> Tensor:
+        """Spectrum (C, size / 2 + 1) of a kernel, always the same one."""
+        padded = self.padded_kernel[: channels.stop - channels.start]
+        padded[:, : kernel_DM.shape[1]] = kernel_DM[channels]
         spectrum: Tensor = torch.fft.rfft(padded)
         return spectrum
 
@@ -81,26 +89,28 @@ class _Tiles:
 
 
 @torch.library.custom_op("s5::convolve", mutates_args=())
-def _convolve(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
+def convolve(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
+    """Convolve every channel of (B, L, D) with its kernel, both as `circular_kernel` says: (B, L, D) in the type of x."""
     y_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
     tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
     for channels in tiles.channels:
-        response = torch.fft.rfft(kernel_DM[channels], n=size)[:, None]
+        response = tiles.response(kernel_DM, channels)[:, None]
         for samples in tiles.samples:
             tiles.put_back(tiles.spectrum(x_BLD, samples, channels).mul_(response), y_BLD, samples, channels)
     return y_BLD
 
 
 @torch.library.custom_op("s5::convolve_backward", mutates_args=())
-def _convolve_backward(
+def convolve_backward(
     grad_BLD: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int, needs_x: bool, needs_kernel: bool
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of `convolve` for x and the kernel; empty where they are not needed."""
     taps = kernel_DM.shape[1]
     grad_x_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format) if needs_x else x_BLD.new_empty(0)
     grad_kernel_DM = torch.empty_like(kernel_DM) if needs_kernel else kernel_DM.new_empty(0)
     tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
     for channels in tiles.channels:
-        response = torch.fft.rfft(kernel_DM[channels], n=size).conj_physical_()[:, None]
+        response = tiles.response(kernel_DM, channels).conj_physical_()[:, None]
         correlation = torch.zeros_like(response[:, 0])
         for samples in tiles.samples:
             grad_spectrum = tiles.spectrum(grad_BLD, samples, channels)
@@ -114,12 +124,12 @@ def _convolve_backward(
     return grad_x_BLD, grad_kernel_DM
 
 
-@_convolve.register_fake
+@convolve.register_fake
 def _(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
     return torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
 
 
-@_convolve_backward.register_fake
+@convolve_backward.register_fake
 def _(
     grad_BLD: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int, needs_x: bool, needs_kernel: bool
 ) -> tuple[Tensor, Tensor]:
@@ -135,11 +145,67 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _convolve_gradient(ctx: Any, grad_BLD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     x_BLD, kernel_DM = ctx.saved_tensors
     needs_x, needs_kernel = ctx.needs_input_grad[:2]
-    grad_x_BLD, grad_kernel_DM = _convolve_backward(grad_BLD, x_BLD, kernel_DM, ctx.size, needs_x, needs_kernel)
+    grad_x_BLD, grad_kernel_DM = convolve_backward(grad_BLD, x_BLD, kernel_DM, ctx.size, needs_x, needs_kernel)
     return grad_x_BLD if needs_x else None, grad_kernel_DM if needs_kernel else None, None
 
 
-_convolve.register_autograd(_convolve_gradient, setup_context=_keep)
+convolve.register_autograd(_convolve_gradient, setup_context=_keep)
+
+
+@torch.library.custom_op("s5::convolve_score", mutates_args=())
+def convolve_score(x_BLD: Tensor, kernel_DM: Tensor, size: int, weight_D: Tensor) -> Tensor:
+    """Sum over the channels of weight times convolution: (B, L, D) -> (B, L), in the type of the kernel.
+
+    Channels are summed up as spectra, so that one sequence a sample is transformed back instead of D. There is a
+    gradient for the weights only.
+    """
+    tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
+    total_BF = torch.zeros(x_BLD.shape[0], size // 2 + 1, dtype=kernel_DM.dtype.to_complex(), device=x_BLD.device)
+    for channels in tiles.channels:
+        response = tiles.response(kernel_DM, channels).mul_(weight_D[channels, None])[:, None]
+        for samples in tiles.samples:
+            total_BF[samples] += tiles.spectrum(x_BLD, samples, channels).mul_(response).sum(0)
+    logits_BL: Tensor = torch.fft.irfft(total_BF, n=size)[:, : x_BLD.shape[1]].contiguous()
+    return logits_BL
+
+
+@torch.library.custom_op("s5::convolve_score_backward", mutates_args=())
+def convolve_score_backward(grad_BL: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
+    """Gradient (D,) of `convolve_score` for its weights."""
+    tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
+    # The inner product of two real sequences is that of their spectra, each frequency but 0 and the last twice.
+    grad_BF = torch.fft.rfft(grad_BL.to(kernel_DM.dtype), n=size).conj_physical_().mul_(2 / size)
+    grad_BF[:, [0, -1]] *= 0.5
+    grad_D = kernel_DM.new_empty(x_BLD.shape[2])
+    for channels in tiles.channels:
+        response = tiles.response(kernel_DM, channels)
+        correlation = torch.zeros_like(response)
+        for samples in tiles.samples:
+            correlation += tiles.spectrum(x_BLD, samples, channels).mul_(grad_BF[samples]).sum(1)
+        grad_D[channels] = response.mul_(correlation).real.sum(1)
+    return grad_D
+
+
+@convolve_score.register_fake
+def _(x_BLD: Tensor, kernel_DM: Tensor, size: int, weight_D: Tensor) -> Tensor:
+    return kernel_DM.new_empty(x_BLD.shape[:2])
+
+
+@convolve_score_backward.register_fake
+def _(grad_BL: Tensor, x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
+    return kernel_DM.new_empty(x_BLD.shape[2])
+
+
+def _convolve_score_gradient(ctx: Any, grad_BL: Tensor) -> tuple[None, None, None, Tensor]:
+    return None, None, None, convolve_score_backward(grad_BL, *ctx.saved_tensors, ctx.size)
+
+
+def _keep_for_score(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.size = inputs[2]
+
+
+convolve_score.register_autograd(_convolve_score_gradient, setup_context=_keep_for_score)
 
 
 def circular_kernel(length: int, causal_DM: Tensor, anticausal_DM: Tensor | None) -> tuple[Tensor, int]:
@@ -159,6 +225,12 @@ def circular_kernel(length: int, causal_DM: Tensor, anticausal_DM: Tensor | None
     return torch.cat([causal_DM, gap, anticausal_DM.flip(1)], dim=1), size
 
 
+def check_width(x_BLD: Tensor, width: int) -> None:
+    """Raise `ValueError` unless x is (B, L, D) with at least one token and D the width."""
+    if x_BLD.dim() != 3 or x_BLD.shape[2] != width or x_BLD.shape[1] < 1:
+        raise ValueError(f"x has shape {tuple(x_BLD.shape)}: give (batch, length >= 1, {width}), the layer's width")
+
+
 def fft_conv(x_BLD: Tensor, causal_DM: Tensor, anticausal_DM: Tensor | None = None) -> Tensor:
     """Convolve every channel with its own kernel: y[l] = sum_{m <= l} causal[l - m] x[m].
 
@@ -175,12 +247,9 @@ def fft_conv(x_BLD: Tensor, causal_DM: Tensor, anticausal_DM: Tensor | None = No
     Raises:
         ValueError: x does not have the kernel's width, or is empty.
     """
-    if x_BLD.dim() != 3 or x_BLD.shape[2] != causal_DM.shape[0] or x_BLD.shape[1] < 1:
-        raise ValueError(
-            f"x has shape {tuple(x_BLD.shape)}: give (batch, length >= 1, {causal_DM.shape[0]}), the kernel's width"
-        )
+    check_width(x_BLD, causal_DM.shape[0])
     kernel_DM, size = circular_kernel(x_BLD.shape[1], causal_DM, anticausal_DM)
-    y_BLD: Tensor = _convolve(x_BLD, kernel_DM, size)
+    y_BLD: Tensor = convolve(x_BLD, kernel_DM, size)
     return y_BLD
 
 

@@ -48,14 +48,15 @@ def _powers(log_A: Tensor, count: int, stride: int) -> Tensor:
     """
     powers = log_A.new_empty(log_A.shape[0], count, log_A.shape[1])
     powers[:, 0] = 1
-    factor = torch.polar(torch.exp(stride * log_A.real), stride * log_A.imag)
-    dead = torch.finfo(log_A.real.dtype).tiny ** 0.25
+    decay = torch.exp(stride * log_A.real)
+    factor = torch.polar(decay, stride * log_A.imag)
+    dead = torch.finfo(decay.dtype).tiny ** 0.25
     done = 1
     while done < count:
-        factor = torch.where(factor.abs() < dead, 0, factor)
+        factor = torch.where(decay < dead, 0, factor)
         more = min(done, count - done)
         torch.mul(powers[:, :more], factor[:, None], out=powers[:, done : done + more])
-        factor = factor * factor
+        factor, decay = factor * factor, decay * decay
         done += more
     return powers
 
@@ -67,7 +68,7 @@ def _real_pairs(values: Tensor) -> Tensor:
 
 def _complex_pairs(values: Tensor) -> Tensor:
     """(..., 2 N) real -> (..., N) complex, a view."""
-    return torch.view_as_complex(values.unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(values.view(*values.shape[:-1], -1, 2))
 
 
 def _split(length: int) -> tuple[int, int]:
@@ -100,7 +101,7 @@ def _vandermonde_backward(grad: Tensor, log_A: Tensor, weights: Tensor) -> tuple
     """Gradients of log_A and weights: with g the gradient, sums over l of g[l] exp(log_A l), times l for log_A."""
     length = grad.shape[1]
     coarse, fine = _split(length)
-    grad_HCF = nn.functional.pad(grad, (0, coarse * fine - length)).unflatten(1, (coarse, fine))
+    grad_HCF = nn.functional.pad(grad, (0, coarse * fine - length)).view(-1, coarse, fine)
     fine_steps = torch.arange(fine, dtype=grad.dtype, device=grad.device)[:, None]
     coarse_steps = torch.arange(0, coarse * fine, fine, dtype=grad.dtype, device=grad.device)[:, None]
     grad_log_A, grad_weights = torch.empty_like(log_A), torch.empty_like(weights)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from s5 import noise
 from s5.config import SelectionConfig
+from s5.convolution import convolve_score, convolve_score_backward
 from s5.ssm import LinearSSM
 
 _EPSILON = 1e-20
@@ -49,7 +50,7 @@ class _Pick(torch.autograd.Function):
     def forward(ctx: Any, x_BLD: Tensor, soft_BL: Tensor, indices_BK: Tensor) -> Tensor:
         ctx.save_for_backward(x_BLD, indices_BK)
         ctx.soft_dtype = soft_BL.dtype
-        return _rows(x_BLD, indices_BK)
+        return rows(x_BLD, indices_BK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -57,14 +58,25 @@ class _Pick(torch.autograd.Function):
         x_BLD, indices_BK = ctx.saved_tensors
         grad_x_BLD = grad_soft_BL = None
         if ctx.needs_input_grad[0]:
-            grad_x_BLD = torch.zeros_like(x_BLD, memory_format=torch.contiguous_format)
-            # No index occurs twice: a copy, which is deterministic, stands for a sum.
-            rows = _flat_indices(indices_BK, x_BLD.shape[1])
-            grad_x_BLD.flatten(0, 1).index_copy_(0, rows, grad_BKD.flatten(0, 1))
+            grad_x_BLD = spread(grad_BKD, indices_BK, x_BLD.shape[1])
         if ctx.needs_input_grad[1]:
-            total_BD = grad_BKD.sum(1, dtype=ctx.soft_dtype).to(x_BLD.dtype)
-            grad_soft_BL = torch.bmm(x_BLD, total_BD[..., None])[..., 0].to(ctx.soft_dtype)
+            grad_soft_BL = soft_gradient(x_BLD, grad_BKD, ctx.soft_dtype)
         return grad_x_BLD, grad_soft_BL, None
+
+
+def spread(grad_BKD: Tensor, indices_BK: Tensor, length: int) -> Tensor:
+    """Gradient (B, L, D) of `rows`: each of the K rows at its index, 0 elsewhere."""
+    batch, _, width = grad_BKD.shape
+    grad_BLD = grad_BKD.new_zeros(batch, length, width)
+    # No index occurs twice: a copy, which is deterministic, stands for a sum.
+    grad_BLD.flatten(0, 1).index_copy_(0, _flat_indices(indices_BK, length), grad_BKD.flatten(0, 1))
+    return grad_BLD
+
+
+def soft_gradient(x_BLD: Tensor, grad_BKD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient (B, L) of the soft weights, which every picked row is a weighted mean by."""
+    total_BD = grad_BKD.sum(1, dtype=dtype).to(x_BLD.dtype)
+    return torch.bmm(x_BLD, total_BD[..., None])[..., 0].to(dtype)
 
 
 def _flat_indices(indices_BK: Tensor, length: int) -> Tensor:
@@ -73,25 +85,26 @@ def _flat_indices(indices_BK: Tensor, length: int) -> Tensor:
     return (indices_BK + starts[:, None]).flatten()
 
 
-def _rows(x_BLD: Tensor, indices_BK: Tensor) -> Tensor:
+def rows(x_BLD: Tensor, indices_BK: Tensor) -> Tensor:
     """Tokens (B, K, D) at the indices."""
-    rows = x_BLD.flatten(0, 1).index_select(0, _flat_indices(indices_BK, x_BLD.shape[1]))
-    return rows.view(*indices_BK.shape, x_BLD.shape[2])
+    picked = x_BLD.flatten(0, 1).index_select(0, _flat_indices(indices_BK, x_BLD.shape[1]))
+    return picked.view(*indices_BK.shape, x_BLD.shape[2])
 
 
-def _check_count(k: int, length: int) -> None:
+def check_count(k: int, length: int) -> None:
+    """Raise `ValueError` unless 1 <= k <= length."""
     if not 1 <= k <= length:
         raise ValueError(f"k is {k}: give 1 to {length}, the number of tokens")
 
 
-def _scores(logits_BL: Tensor, gumbel_uniform_BL: Tensor | None) -> Tensor:
+def gumbel_scores(logits_BL: Tensor, gumbel_uniform_BL: Tensor | None) -> Tensor:
     """log p, plus Gumbel noise where there is any, in fp32 at least."""
     dtype = torch.promote_types(logits_BL.dtype, torch.float32)
     scores_BL = torch.log_softmax(logits_BL.to(dtype), dim=1)
     return scores_BL if gumbel_uniform_BL is None else scores_BL + gumbel(gumbel_uniform_BL)
 
 
-def _top(scores_BL: Tensor, k: int) -> Tensor:
+def top(scores_BL: Tensor, k: int) -> Tensor:
     """Indices of the K highest scores in order of time. The stable sort makes ties fall to the earlier token."""
     order_BL = torch.argsort(scores_BL.detach(), dim=1, descending=True, stable=True)
     return order_BL[:, :k].sort(dim=1).values
@@ -123,10 +136,10 @@ def select(
     Raises:
         ValueError: k is not in 1..L.
     """
-    _check_count(k, x_BLD.shape[1])
+    check_count(k, x_BLD.shape[1])
     with torch.autocast(x_BLD.device.type, enabled=False):
-        scores_BL = _scores(logits_BL, gumbel_uniform_BL)
-        indices_BK = _top(scores_BL, k)
+        scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
+        indices_BK = top(scores_BL, k)
         soft_BL = torch.softmax(scores_BL / temperature, dim=1)
         picked_BKD: Tensor = _Pick.apply(x_BLD, soft_BL, indices_BK)
     return picked_BKD, indices_BK
@@ -140,8 +153,8 @@ def select_reference(
     gumbel_uniform_BL: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `select`: a (K, L) one-hot matrix with straight-through gradient, O(K L D)."""
-    _check_count(k, x_BLD.shape[1])
-    scores_BL = _scores(logits_BL, gumbel_uniform_BL)
+    check_count(k, x_BLD.shape[1])
+    scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
     indices_BK = torch.topk(scores_BL, k, dim=1).indices.sort(dim=1).values
     hard_BKL = torch.nn.functional.one_hot(indices_BK, x_BLD.shape[1]).to(scores_BL.dtype)
     soft_BKL = torch.softmax(scores_BL / temperature, dim=1)[:, None].expand_as(hard_BKL)
@@ -174,6 +187,19 @@ class MomentumSSM(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Linear state-space output (B, L, D) for tokens (B, L, D), without gradient."""
         return self.average.convolve(x_BLD)
+
+    def score(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
+        """`forward(x) @ weight`, (B, L), with a gradient for the weight alone and without the features in between."""
+        with torch.no_grad():
+            kernel_DM, size = self.average.taps(x_BLD.shape[1])
+        logits_BL: Tensor = convolve_score(x_BLD, kernel_DM, size, weight_D)
+        return logits_BL
+
+    @torch.no_grad()
+    def score_gradient(self, grad_BL: Tensor, x_BLD: Tensor) -> Tensor:
+        """Gradient (D,) of `score` for the weight."""
+        weight_D: Tensor = convolve_score_backward(grad_BL, x_BLD, *self.average.taps(x_BLD.shape[1]))
+        return weight_D
 
 
 def _score(features_BLD: Tensor, linear: nn.Linear) -> Tensor:
@@ -258,11 +284,27 @@ class Selection(nn.Module):
         tokens_BLD = tokens_BLD.detach()
         if self.generator is None:
             return tokens_BLD.new_zeros(tokens_BLD.shape[:2], dtype=torch.float32)
+        if isinstance(self.generator, nn.Linear) and self.momentum is not None:
+            return self.momentum.score(tokens_BLD, self.generator.weight[0])
         features_BLD = tokens_BLD if self.momentum is None else self.momentum(tokens_BLD)
         if isinstance(self.generator, nn.Linear):
             return _score(features_BLD, self.generator)
         logits_BL: Tensor = self.generator(features_BLD)
         return logits_BL
+
+    def uniform(self, x_BLD: Tensor, seeds_B: Tensor | None, stream: str) -> Tensor | None:
+        """Uniform numbers (B, L) for the Gumbel noise; None for plain top-K.
+
+        Raises:
+            ValueError: there are no seeds in training.
+        """
+        if not self.training and self.generator is not None:
+            return None
+        if seeds_B is None:
+            if self.training:
+                raise ValueError("seeds_B is None: give a seed a sample, or noise.fresh_seeds, in training")
+            seeds_B = torch.zeros(x_BLD.shape[0], dtype=torch.int64, device=x_BLD.device)
+        return noise.uniform(seeds_B, stream, x_BLD.shape[1])
 
     def forward(self, x_BLD: Tensor, tokens_BLD: Tensor, k: int, seeds_B: Tensor | None, stream: str) -> Selected:
         """Keep K tokens of the block's input.
@@ -278,12 +320,6 @@ class Selection(nn.Module):
             ValueError: k is not in 1..L, or there are no seeds in training.
         """
         logits_BL = self.logits(tokens_BLD)
-        uniform_BL = None
-        if self.training or self.generator is None:
-            if seeds_B is None:
-                if self.training:
-                    raise ValueError("seeds_B is None: give a seed a sample, or noise.fresh_seeds, in training")
-                seeds_B = torch.zeros(x_BLD.shape[0], dtype=torch.int64, device=x_BLD.device)
-            uniform_BL = noise.uniform(seeds_B, stream, x_BLD.shape[1])
+        uniform_BL = self.uniform(x_BLD, seeds_B, stream)
         tokens_BKD, indices_BK = select(x_BLD, logits_BL, k, self.temperature, uniform_BL)
         return Selected(tokens_BKD, indices_BK, normalized_entropy(logits_BL))

@@ -13,9 +13,10 @@ from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from s5.config import SSMConfig
-from s5.convolution import fft_conv
+from s5.convolution import check_width, circular_kernel, convolve
 from s5.hippo import diagonal_eigenvalues, hippo_legs, nplr_legs
 from s5.kernels import discretize_diagonal, discretize_dplr, dplr_kernel, real_output, s4_kernel, s4d_kernel
 
@@ -122,12 +123,13 @@ class LinearSSM(nn.Module, ABC):
     def _advance(self, x_BD: Tensor, state: StreamState) -> tuple[Tensor, Tensor]:
         """Output without skip and the next hidden state."""
 
-    def _kernels(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """Causal kernel (H, L) with the skip as part of its first tap, and the anticausal one if there is one."""
-        C = torch.view_as_complex(self.C)
-        forward = self.kernel(C[0], length)
-        forward = torch.cat([forward[:, :1] + self.skip[:, None], forward[:, 1:]], dim=1)
-        return forward, self.kernel(C[1], length) if self.config.bidirectional else None
+    def taps(self, length: int) -> tuple[Tensor, int]:
+        """Kernel and FFT size, as `s5.convolution.convolve` wants them; the skip is part of the first tap."""
+        with torch.autocast(self.skip.device.type, enabled=False):
+            C = torch.view_as_complex(self.C)
+            causal = self.kernel(C[0], length)
+            causal = torch.cat([causal[:, :1] + self.skip[:, None], causal[:, 1:]], dim=1)
+            return circular_kernel(length, causal, self.kernel(C[1], length) if self.config.bidirectional else None)
 
     def convolve(self, x_BLD: Tensor) -> Tensor:
         """Convolution with the kernel plus skip: (B, L, D) -> (B, L, D), any length, in the type of x.
@@ -135,9 +137,9 @@ class LinearSSM(nn.Module, ABC):
         Raises:
             ValueError: x does not have the layer's width, or is empty.
         """
-        with torch.autocast(x_BLD.device.type, enabled=False):
-            causal_DL, anticausal_DL = self._kernels(x_BLD.shape[1])
-            return fft_conv(x_BLD, causal_DL, anticausal_DL)
+        check_width(x_BLD, self.width)
+        y_BLD: Tensor = convolve(x_BLD, *self.taps(x_BLD.shape[1]))
+        return y_BLD
 
     def step(self, x_BD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
         """One step of the recurrence that equals `convolve`: (B, D) and a state -> (B, D) and the next state.
@@ -219,11 +221,17 @@ class SSMLayer(nn.Module):
         self.ssm = ssm
         self.output = nn.Linear(ssm.width, ssm.width)
 
-    def _mix(self, y: Tensor) -> Tensor:
-        """GELU and linear. Under autocast GELU already sees, and keeps for backward, the smaller type."""
+    def mix(self, y: Tensor) -> Tensor:
+        """GELU and linear. Of both, only y is kept for backward, under autocast in the smaller type."""
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             y = y.to(torch.get_autocast_dtype(kind))
+        if not torch.is_grad_enabled():
+            return self._activate_and_mix(y)
+        mixed: Tensor = checkpoint(self._activate_and_mix, y, use_reentrant=False, preserve_rng_state=False)
+        return mixed
+
+    def _activate_and_mix(self, y: Tensor) -> Tensor:
         mixed: Tensor = self.output(nn.functional.gelu(y))
         return mixed
 
@@ -233,7 +241,7 @@ class SSMLayer(nn.Module):
         Raises:
             ValueError: x does not have the layer's width, or is empty.
         """
-        return self._mix(self.ssm.convolve(x_BLD))
+        return self.mix(self.ssm.convolve(x_BLD))
 
     def convolve(self, x_BLD: Tensor) -> Tensor:
         """The linear part alone, before GELU and channel mix: (B, L, D) -> (B, L, D)."""
@@ -250,7 +258,7 @@ class SSMLayer(nn.Module):
             ValueError: the layer is bidirectional.
         """
         y_BD, state = self.ssm.step(x_BD, state)
-        return self._mix(y_BD), state
+        return self.mix(y_BD), state
 
 
 class S4D(SSMLayer):
