@@ -9,6 +9,7 @@ fit (LSTCL, arXiv 2106.09212). Times are seconds after the video's first frame.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,21 @@ def evaluation_times(config: ClipConfig, start_s: float, end_s: float, fps: floa
     """
     places = np.linspace(0.0, 1.0, clips) if clips > 1 else np.array([0.5])
     return np.stack([_clip(config, config.long_stride, start_s, end_s, fps, place) for place in places])
+
+
+def lvu_windows(duration_s: float, window_s: float = 60.0, step_s: float = 1.0) -> FloatArray:
+    """Return the starts (W,), in seconds, of the windows that LVU is evaluated on: one every `step_s` while it fits.
+
+    A fraction of a second at the end counts for nothing. A video shorter than a window has one, from 0, which goes on
+    beyond its end: what lies there is to be zero-padded.
+
+    Raises:
+        ValueError: a length is not positive.
+    """
+    if not all(length > 0 for length in (duration_s, window_s, step_s)):
+        raise ValueError(f"duration_s {duration_s}, window_s {window_s} and step_s {step_s} must be more than 0")
+    latest = math.floor(duration_s + TOLERANCE_S) - window_s
+    return step_s * np.arange(max(0, math.floor(latest / step_s + TOLERANCE_S)) + 1, dtype=np.float64)
 
 
 def _clip(config: ClipConfig, stride: float, start_s: float, end_s: float, fps: float, place: float) -> FloatArray:

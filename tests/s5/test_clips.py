@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from s5.clips import clip_seed, evaluation_times, fits, long_short_times, longest_stride_s
+from s5.clips import clip_seed, evaluation_times, fits, long_short_times, longest_stride_s, lvu_windows
 from s5.config import ClipConfig
 
 CLIPS = ClipConfig(frames=8, long_stride=1.0, short_stride=0.25)
@@ -70,3 +70,23 @@ def test_evaluation_clips_are_spread_evenly_and_one_is_centred() -> None:
     times = evaluation_times(CLIPS, 0, 17.125, 8, 3)
     np.testing.assert_allclose(times[:, 0], [0, 5, 10])
     np.testing.assert_allclose(evaluation_times(CLIPS, 0, 17.125, 8, 1)[:, 0], [5])
+
+
+def test_lvu_windows_start_at_every_whole_second_that_one_fits() -> None:
+    np.testing.assert_array_equal(lvu_windows(63.9), [0, 1, 2, 3])
+    np.testing.assert_array_equal(lvu_windows(60.0), [0])
+    np.testing.assert_array_equal(lvu_windows(61.0 - 1e-6), [0, 1])
+    assert len(lvu_windows(152.4)) == 93
+    assert lvu_windows(152.4)[-1] == 92
+    np.testing.assert_array_equal(lvu_windows(20, window_s=8, step_s=5), [0, 5, 10])
+
+
+@pytest.mark.parametrize("duration_s", [0.04, 3.0, 59.9])
+def test_a_video_shorter_than_an_lvu_window_has_one(duration_s: float) -> None:
+    np.testing.assert_array_equal(lvu_windows(duration_s), [0])
+
+
+@pytest.mark.parametrize("lengths", [(0.0, 60, 1), (90, 0, 1), (90, 60, 0), (float("nan"), 60, 1)])
+def test_lvu_windows_have_a_length(lengths: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="must be more than 0"):
+        lvu_windows(*lengths)
