@@ -109,15 +109,19 @@ class ClipPlan:
         First come the videos that this epoch leaves over, then those furthest away in its order.
         """
         size, used = self.batch_size, self.steps_per_epoch * self.batch_size
-        left_over = np.roll(order[used:], -index * size)
-        others = np.roll(order[:used], -(index + 1) * size)[: used - size]
-        pool = np.concatenate([left_over, np.roll(others, -(len(others) // 2))])
+        others = used - size
+        pool = len(order) - size
         spares = np.full((size, SPARES), -1, dtype=np.int64)
         row = np.arange(size)
-        for column in range(min(SPARES, len(pool))):
+        for column in range(min(SPARES, pool)):
             # With fewer than SPARES * size others, a video stands in for several, but never twice for the same one.
-            shift = column * (size if len(pool) >= SPARES * size else len(pool) // SPARES)
-            spares[:, column] = pool[(row + shift) % len(pool)]
+            shift = column * (size if pool >= SPARES * size else pool // SPARES)
+            place = (row + shift) % pool
+            left_over = place < len(order) - used
+            spares[left_over, column] = order[used + (place[left_over] + index * size) % (len(order) - used or 1)]
+            # The pool goes on with the other batches, from half-way between the next one and this one again.
+            away = (place[~left_over] - (len(order) - used) + others // 2) % (others or 1)
+            spares[~left_over, column] = order[((index + 1) * size + away) % used]
         return spares
 
 

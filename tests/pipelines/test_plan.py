@@ -65,6 +65,27 @@ def test_spares_are_never_of_the_same_batch_nor_twice(videos: int, batch: int, e
             assert len(np.unique(spares)) == spares.size
 
 
+def _slow_spares(plan: ClipPlan, order: np.ndarray, index: int) -> np.ndarray:
+    """The whole pool of substitutes, turned to where the batch is: left-over videos, then the furthest batches."""
+    size, used = plan.batch_size, plan.steps_per_epoch * plan.batch_size
+    others = np.roll(order[:used], -(index + 1) * size)[: used - size]
+    pool = np.concatenate([np.roll(order[used:], -index * size), np.roll(others, -(len(others) // 2))])
+    spares = np.full((size, SPARES), -1)
+    for column in range(min(SPARES, len(pool))):
+        shift = column * (size if len(pool) >= SPARES * size else len(pool) // SPARES)
+        spares[:, column] = pool[(np.arange(size) + shift) % len(pool)]
+    return spares
+
+
+@pytest.mark.parametrize(
+    ("videos", "batch"), [(videos, batch) for videos, batch, _ in PLANS] + [(1, 1), (2, 1), (7, 3)]
+)
+def test_spares_are_those_of_the_whole_pool(videos: int, batch: int) -> None:
+    plan = ClipPlan(videos, batch, 1, seed=7)
+    slow = [_slow_spares(plan, plan.order(0), index) for index in range(plan.total_steps)]
+    np.testing.assert_array_equal(plan.rows(0, plan.total_steps).spares, np.concatenate(slow))
+
+
 def test_left_over_videos_are_the_first_spares() -> None:
     plan = ClipPlan(50, 16, 1, seed=5)
     rows = plan.rows(0, plan.total_steps)
