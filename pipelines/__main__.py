@@ -11,7 +11,8 @@ from typing import Any
 import tyro
 
 from pipelines import stage, storage
-from pipelines.config import PRESETS, STAGES, StageConfig, UserError, flatten, override, preset, unknown
+from pipelines.config import STAGES, StageConfig, UserError, flatten, override, unknown
+from pipelines.presets import PRESETS, preset
 
 USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
 

@@ -1,4 +1,4 @@
-"""Settings of every stage, the presets, and the one language in which they are changed: the dotted key.
+"""Settings of every stage, and the one language in which they are changed: the dotted key.
 
 `override(config, {"optim.lr": 3e-4})` serves presets, the command line, saved `run.json` files and sweeps alike.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -57,8 +57,8 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """How clips are decoded (Ray Data)."""
+class DecodeConfig:
+    """How decode tasks are shared out (Ray Data)."""
 
     cpus_per_decode: float = 1.0
     """CPUs that one decode task holds."""
@@ -66,15 +66,24 @@ class DataConfig:
     """Decode tasks that run at once for all workers together; 0 for as many as the free CPUs allow."""
     clips_per_task: int = 8
     """Videos that one decode task reads."""
+
+    def __post_init__(self) -> None:
+        require(self.cpus_per_decode > 0, "data.cpus_per_decode", self.cpus_per_decode, "give more than 0")
+        require(self.decode_tasks >= 0, "data.decode_tasks", self.decode_tasks, "give 0 or more")
+        require(self.clips_per_task >= 1, "data.clips_per_task", self.clips_per_task, "give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DecodeConfig):
+    """How clips are decoded for a model."""
+
     prefetch_batches: int = 2
     """Batches that are kept ready for each worker."""
     max_failure_share: float = 0.05
     """Share of videos that may fail to decode before the run stops."""
 
     def __post_init__(self) -> None:
-        require(self.cpus_per_decode > 0, "data.cpus_per_decode", self.cpus_per_decode, "give more than 0")
-        require(self.decode_tasks >= 0, "data.decode_tasks", self.decode_tasks, "give 0 or more")
-        require(self.clips_per_task >= 1, "data.clips_per_task", self.clips_per_task, "give at least 1")
+        super().__post_init__()
         require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, "give 0 or more")
         require_range("data.max_failure_share", self.max_failure_share, 0, 1)
 
@@ -117,31 +126,43 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Probe a folder of videos (and a csv of labels) into manifest.parquet and rejects.parquet."""
+    """Probe videos, of a folder, a csv or a benchmark, into manifest.parquet and rejects.parquet."""
 
     out: str = "out/index"
     """Folder for manifest.parquet and rejects.parquet."""
+    source: Literal["auto", "folder", "csv", "lvu", "breakfast", "coin", "kinetics"] = "auto"
+    """What lists the videos: the `folder` itself, a `csv`, or a benchmark's own files; `auto`: `csv` where annotations
+    are given, else `folder`."""
     videos: str = "out/sample"
-    """Folder of videos; with no csv, the subfolders `train`, `val` and `test` are splits and class folders labels."""
+    """Folder of videos. `folder`: its subfolders `train`, `val` and `test` are splits, class folders labels; a
+    benchmark: a video is ID.ENDING, there or in any folder below."""
     annotations: str = ""
-    """csv with the column `video` (path below the folder) and any of `label`, `target`, `split`, `start_s`, `end_s`."""
+    """`csv`: a file with the column `video` (path below the folder) and any of `label`, `target`, `split`, `start_s`,
+    `end_s`. `lvu`: a task's folder, such as lvu_1.0/genre. `breakfast`, `kinetics`: the folder of train.csv and the
+    others. `coin`: COIN.json."""
     dataset: str = ""
-    """Name of the data set in the manifest; empty for the folder's name."""
-    val_share: float = 0.0
-    """Share of the training videos held out, by class and seed, for validation where there is no such split."""
+    """Name of the data set in the manifest; empty for the benchmark's or the folder's name."""
+    val_share: float | None = None
+    """Share of the training videos held out, by class and seed, for validation where there is no such split; where it
+    is not given, 0.1 of a benchmark and none of own data."""
     test_share: float = 0.0
     """Share of the training videos held out, by class and seed, for testing where there is no such split."""
     seed: int = 0
     """Seed of the hold-out."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DecodeConfig = field(default_factory=DecodeConfig)
     """Decoding."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
         require(bool(self.videos), "videos", self.videos, "give a folder of videos")
-        require(0 <= self.val_share < 1, "val_share", self.val_share, "give a value in [0, 1)")
-        require(0 <= self.test_share < 1 - self.val_share, "test_share", self.test_share, "leave room for training")
+        if self.source == "folder":
+            require(not self.annotations, "annotations", self.annotations, "source folder takes none; give its source")
+        elif self.source != "auto":
+            require(bool(self.annotations), "annotations", self.annotations, f"give those of source {self.source}")
+        val_share = self.val_share or 0.0
+        require(0 <= val_share < 1, "val_share", self.val_share, "give a value in [0, 1)")
+        require(0 <= self.test_share < 1 - val_share, "test_share", self.test_share, "leave room for training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,98 +398,3 @@ def unknown(what: str, name: str, valid: Mapping[str, Any] | tuple[str, ...]) ->
     close = sorted(same_leaf, key=len) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names[:20])}"
     return f"unknown {what} {name!r}: {hint}"
-
-
-# --- presets --------------------------------------------------------------------------------------------------------
-
-
-def base() -> RunConfig:
-    """The defaults: 16-frame clips, ViT-B/16 at 224 pixels, one worker."""
-    return RunConfig()
-
-
-def tiny() -> dict[str, Any]:
-    """Settings of both training stages that suit two CPU cores: a small frame encoder and half a CPU a task."""
-    changes: dict[str, Any] = {
-        "model.backbone.name": "vit_tiny_patch16_224",
-        "model.backbone.frame_size": 64,
-        "model.backbone.depth": 2,
-        "model.backbone.embed_dim": 64,
-        "model.backbone.num_heads": 2,
-        "model.decoder.width": 128,
-        "model.decoder.blocks": 2,
-        "model.decoder.dropout": 0.0,
-        "scale.cpus_per_worker": 0.5,
-        "data.cpus_per_decode": 0.5,
-    }
-    return {f"{stage}.{key}": value for key, value in changes.items() for stage in ("pretrain", "finetune")}
-
-
-def in_sweep(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return changes of the training stages, together with the same changes of a sweep's trials."""
-    return changes | {f"sweep.{key}": value for key, value in changes.items() if key.startswith(("pre", "fine"))}
-
-
-def quickstart() -> RunConfig:
-    """The whole line on the `easy` sample data set within minutes on two CPU cores."""
-    clips = {"clips.frames": 16, "clips.long_stride": 4.0, "clips.short_stride": 1.0}
-    training = tiny() | {f"{stage}.{key}": v for key, v in clips.items() for stage in ("pretrain", "finetune")}
-    training |= {
-        "pretrain.lsmcl.hidden": 256,
-        "pretrain.lsmcl.dim": 64,
-        # Colour tells the steps apart here, so it is not to be learnt as noise.
-        "pretrain.lsmcl.jitter": 0.0,
-        "pretrain.optim.lr": 1e-3,
-        "pretrain.loop.batch_size": 28,
-        "pretrain.loop.epochs": 15,
-        "pretrain.loop.log_every": 5,
-        "pretrain.loop.evaluate_every": 5,
-        "pretrain.scale.num_workers": 2,
-        "finetune.optim.lr": 4e-3,
-        "finetune.loop.batch_size": 8,
-        "finetune.loop.epochs": 12,
-        "finetune.loop.log_every": 17,
-        "finetune.loop.evaluate_every": 3,
-    }
-    sweep = {
-        "sweep.space": ("lsmcl.mask_ratio=0.25,0.75", "clips.frames=8,16"),
-        # Each fine-tuning would take as long again: kNN on the pretrained features stands for it here.
-        "sweep.stages": "pretrain",
-        "sweep.pretrain.loop.epochs": 4,
-        "sweep.pretrain.loop.evaluate_every": 0,
-        "sweep.pretrain.scale.num_workers": 1,
-    }
-    halves = {f"{stage}.{key}": 0.5 for stage in ("index", "evaluate") for key in ("data.cpus_per_decode",)}
-    return override(base(), {"sample.videos": 240} | in_sweep(training) | sweep | halves)
-
-
-def videos() -> RunConfig:
-    """Pretraining on a folder of videos of any kind and length, within minutes on two CPU cores."""
-    changes = {
-        "pretrain.model.backbone.frame_size": 112,
-        "pretrain.clips.frames": 8,
-        "pretrain.clips.long_stride": 0.5,
-        "pretrain.clips.short_stride": 0.1,
-        "pretrain.clips.too_short": "shrink",
-        "pretrain.lsmcl.jitter": 0.4,
-        "pretrain.loop.batch_size": 0,
-        "pretrain.loop.steps": 100,
-        "pretrain.loop.checkpoint_every": 50,
-        "evaluate.split": "train",
-        "evaluate.clips_per_video": 4,
-    }
-    return override(quickstart(), changes)
-
-
-PRESETS: dict[str, Callable[[], RunConfig]] = {"base": base, "quickstart": quickstart, "videos": videos}
-
-
-def preset(name: str) -> RunConfig:
-    """Return the preset of that name.
-
-    Raises:
-        UserError: there is none; names the closest one.
-    """
-    if name not in PRESETS:
-        raise UserError(unknown("preset", name, tuple(PRESETS)))
-    return PRESETS[name]()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,8 @@ from s5.config import ClipConfig
 
 MANIFEST = "manifest.parquet"
 SPLITS = ("train", "val", "test")
+Protocol = Literal["", "windows", "whole", "multi-clip"]
+"""How a data set is evaluated: all 60 s windows (LVU), one clip of the whole video, or several clips (Kinetics)."""
 
 SCHEMA = pa.schema(
     [
@@ -43,6 +47,22 @@ SCHEMA = pa.schema(
 """Columns: `start_s` and `end_s` bound what is used of a video of `duration_s`; sizes are in pixels as displayed."""
 CLASSES = b"classes"
 """Key of the schema's metadata that holds the names of all classes, as JSON, in the order of their labels."""
+DESCRIPTION = b"description"
+"""Key of the schema's metadata that holds a `Description`, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a manifest is made from."""
+
+    dataset: str = ""
+    """Benchmark, such as `lvu`; empty for own data."""
+    task: str = ""
+    """Task of a benchmark that has several, such as `view_count`."""
+    protocol: Protocol = ""
+    """How the benchmark is evaluated; empty where the settings decide."""
+    listed: dict[str, int] = field(default_factory=dict)
+    """Videos that the annotations list, by split: the manifest has those of them that can be read."""
 
 
 def read_manifest(path: str) -> pa.Table:
@@ -77,6 +97,8 @@ def digest(table: pa.Table) -> str:
     for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
         sink.update(batch.serialize())
     sink.update(json.dumps(classes(table)).encode())
+    if (about := description(table)).dataset:
+        sink.update(json.dumps([about.dataset, about.task, about.protocol]).encode())
     return sink.hexdigest()
 
 
@@ -101,6 +123,16 @@ def classes(table: pa.Table) -> list[str]:
     return [str(names.get(label) or label) for label in range(max(labels) + 1)] if labels else []
 
 
+def description(table: pa.Table) -> Description:
+    """Return what a manifest is made from; empty for one that does not say."""
+    return Description(**json.loads((table.schema.metadata or {}).get(DESCRIPTION, b"{}")))
+
+
+def metadata(names: list[str], about: Description) -> dict[bytes, bytes]:
+    """Return the metadata of a manifest's schema: the names of all classes and the description."""
+    return {CLASSES: json.dumps(names).encode(), DESCRIPTION: json.dumps(asdict(about)).encode()}
+
+
 # --- checks before any work -----------------------------------------------------------------------------------------
 
 
@@ -123,7 +155,7 @@ def check_for_training(
 
     Raises:
         UserError: split train is empty or smaller than a batch, videos of train or val are too short, labels or targets
-            are missing, or a class has a single video.
+            are missing, or a class has a single video or none to learn from.
     """
     train = split_of(table, "train")
     if len(train) == 0:
@@ -178,6 +210,11 @@ def _duration_s(rows: pa.Table) -> list[float]:
 
 def _check_labels(rows: pa.Table, column: str) -> None:
     lacking = rows.filter(pc.is_null(rows[column]))
+    other, task = ("target", "regression") if column == "label" else ("label", "class")
+    if len(lacking) == len(rows) and len(rows) and not rows[other].null_count:
+        raise UserError(
+            f"the videos of split {rows['split'][0].as_py()} have a {other} but no {column}: set task to {task}"
+        )
     if len(lacking):
         remedy = "class folders or a csv column label" if column == "label" else "a csv column target"
         raise UserError(
@@ -199,14 +236,33 @@ def _stride_remedy(rows: pa.Table, clips: ClipConfig) -> str:
     return f"give at most {longest:g}{also}, lower clips.frames, "
 
 
+def lone_classes(table: pa.Table) -> tuple[list[str], list[str]]:
+    """Return the names of the classes with a single video, and of those with several but none to learn from."""
+
+    def counts(rows: pa.Table) -> Counter[str]:
+        return Counter(name for name in rows["class_name"].to_pylist() if name is not None)
+
+    all_counts, learnt = counts(table), counts(split_of(table, "train"))
+    single = sorted(name for name, count in all_counts.items() if count == 1)
+    return single, sorted(name for name, count in all_counts.items() if count > 1 and name not in learnt)
+
+
 def _check_classes(table: pa.Table) -> None:
-    for item in pc.value_counts(table["class_name"]).to_pylist():
-        if item["counts"] == 1 and item["values"] is not None:
-            video_id = table.filter(pc.equal(table["class_name"], item["values"]))["video_id"][0].as_py()
-            raise UserError(
-                f"class {item['values']!r} has a single video, {video_id}: it cannot be both learnt and tested; "
-                "add videos of that class or leave it out, and run `index` again"
-            )
+    if description(table).dataset:
+        # Its classes are what they are, also where many of its videos are no longer to be had: `index` warns of them.
+        return
+    single, unlearnt = lone_classes(table)
+    for name in single:
+        video_id = table.filter(pc.equal(table["class_name"], name))["video_id"][0].as_py()
+        raise UserError(
+            f"class {name!r} has a single video, {video_id}: it cannot be both learnt and tested; "
+            "add videos of that class or leave it out, and run `index` again"
+        )
+    for name in unlearnt:
+        raise UserError(
+            f"class {name!r} has videos, but none in split train: put some there or leave the class out, and run "
+            "`index` again"
+        )
 
 
 def _nearby(name: str) -> str:

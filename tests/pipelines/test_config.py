@@ -10,16 +10,16 @@ import pytest
 from pipelines import __main__ as command_line
 from pipelines import space, stage
 from pipelines.config import (
-    PRESETS,
     STAGES,
     FinetuneConfig,
+    IndexConfig,
     PretrainConfig,
     SweepConfig,
     UserError,
     flatten,
     override,
-    preset,
 )
+from pipelines.presets import PRESETS, preset
 
 
 def test_override_converts_and_checks() -> None:
@@ -52,6 +52,23 @@ def test_every_preset_survives_run_json(name: str, stage_name: str) -> None:
     values = json.loads(json.dumps(stage.to_json(stage_name, config)))
     assert values.pop("stage") == stage_name
     assert override(type(config)(), stage.from_json(values)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "lvu"}, "annotations is '': give those of source lvu"),
+        ({"source": "csv"}, "annotations is '': give those of source csv"),
+        ({"source": "folder", "annotations": "a.csv"}, "annotations is 'a.csv': source folder takes none"),
+        ({"source": "coco"}, "source is 'coco': input should be 'auto', 'folder', 'csv', 'lvu'"),
+        ({"val_share": "0.5", "test_share": 0.5}, "test_share is 0.5: leave room for training"),
+        ({"val_share": 1}, "val_share is 1.0: give a value in"),
+        ({"data.prefetch_batches": 1}, "unknown setting 'data.prefetch_batches'"),
+    ],
+)
+def test_mistakes_in_what_is_indexed(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(IndexConfig(), changes)
 
 
 def test_flatten_has_every_leaf_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import index
-from pipelines.config import DataConfig, IndexConfig, TrackingConfig, UserError
+from pipelines.annotations.listing import Listed
+from pipelines.config import DecodeConfig, IndexConfig, TrackingConfig, UserError
 from pipelines.manifest import (
     SCHEMA,
+    Description,
     check_clips,
     check_for_training,
     classes,
+    description,
+    digest,
     drop_too_short,
+    metadata,
     read_manifest,
     split_of,
     splits,
@@ -24,6 +30,7 @@ from pipelines.manifest import (
 from s5.config import ClipConfig
 from tests.s5.videos import truncate, write_audio, write_video
 
+CLIPS_OF_ONE = ClipConfig(frames=1)
 CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.25)
 in_ray = pytest.mark.usefixtures("ray_local")
 
@@ -31,7 +38,9 @@ in_ray = pytest.mark.usefixtures("ray_local")
 def _config(tmp_path: Path, **changes: Any) -> IndexConfig:
     settings: dict[str, Any] = {"out": str(tmp_path / "out"), "videos": str(tmp_path / "videos")}
     return IndexConfig(
-        **(settings | changes), tracking=TrackingConfig(uri="off"), data=DataConfig(clips_per_task=3, cpus_per_decode=1)
+        **(settings | changes),
+        tracking=TrackingConfig(uri="off"),
+        data=DecodeConfig(clips_per_task=3, cpus_per_decode=1),
     )
 
 
@@ -91,7 +100,7 @@ def test_a_folder_of_splits_and_classes(tmp_path: Path) -> None:
     assert list(rejects) == ["train/cook/empty", "train/cook/sound", "train/cook/text", "train/eat/none"]
     assert "empty" in rejects["train/cook/empty"]
     assert "no video stream" in rejects["train/cook/sound"]
-    assert result["counts"] == {"videos": 4, "rejects": 4, "ignored": 1, "train": 3, "val": 1}
+    assert result["counts"] == {"listed": 8, "videos": 4, "rejects": 4, "ignored": 1, "train": 3, "val": 1}
     assert result["metrics"]["index/rejects"] == 4
     assert result["metrics"]["index/hours"] == pytest.approx((2 + 3 + 1 + 1) / 3600)
 
@@ -116,7 +125,7 @@ gone.mp4,2,,,,
     assert (rows["v2"]["target"], rows["v2"]["split"], rows["v2"]["label"]) == (-0.1, "train", 2)
     # Labels that are numbers stay what they are, and one that no video has keeps its place.
     assert classes(read_manifest(str(tmp_path / "out"))) == ["0", "1", "2"]
-    assert _rejects(tmp_path)["gone.mp4"] == "file not found"
+    assert _rejects(tmp_path)["gone.mp4"] == "listed in labels.csv line 6, not found as gone.mp4"
     assert "beyond the end" in _rejects(tmp_path)["v2@9-"]
     assert result["counts"]["ignored"] == 1
 
@@ -137,11 +146,89 @@ def test_a_decode_task_larger_than_the_cluster_is_refused(tmp_path: Path) -> Non
     config = IndexConfig(
         out=str(tmp_path / "out"),
         videos=str(tmp_path / "videos"),
-        data=DataConfig(cpus_per_decode=64),
+        data=DecodeConfig(cpus_per_decode=64),
         tracking=TrackingConfig(uri="off"),
     )
     with pytest.raises(UserError, match=r"data.cpus_per_decode is 64: the cluster has 2 CPUs"):
         index.run(config)
+
+
+# --- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def _breakfast(tmp_path: Path) -> str:
+    folder = tmp_path / "breakfast"
+    folder.mkdir()
+    header = "file_name,duration,action,class_id\n"
+    lines = [f"P{i:02d}-cam01-P{i:02d}_tea,9,tea,2\n" for i in range(20)]
+    (folder / "train.csv").write_text(header + "".join(lines[:15]) + "P99-cam02-P99_milk,9,milk,8\n")
+    (folder / "test.csv").write_text(header + "".join(lines[15:]))
+    return str(folder)
+
+
+@in_ray
+def test_a_benchmark_of_which_few_videos_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos = tmp_path / "videos"
+    for person in ("P00", "P01", "P16"):
+        write_video(videos / f"sync/{person}/cam01/{person}_tea.AVI", 8, codec="mpeg4")
+    write_video(videos / "sync/P02/cam01/P02_tea.mp4", 8)
+    write_video(videos / "sync/P03/cam02/P03_tea.mp4", 8)
+    truncate(str(videos / "sync/P02/cam01/P02_tea.mp4"))
+    _touch(videos, "P04/cam01/P04_tea.mp4", "P04/cam01/P04_tea.avi", "P05_tea.mp4")
+    config = _config(tmp_path, source="breakfast", annotations=_breakfast(tmp_path), val_share=0.2)
+    result = index.run(config)
+
+    table = read_manifest(str(tmp_path / "out"))
+    rows = _rows(tmp_path)
+    assert list(rows) == ["P00-cam01-P00_tea", "P01-cam01-P01_tea", "P16-cam01-P16_tea"]
+    assert rows["P00-cam01-P00_tea"]["uri"] == str(videos / "sync/P00/cam01/P00_tea.AVI")
+    assert {(row["dataset"], row["label"], row["class_name"]) for row in rows.values()} == {("breakfast", 2, "tea")}
+    assert rows["P16-cam01-P16_tea"]["split"] == "test"
+    # The head keeps its size, and the share held out is one of all that are listed.
+    assert classes(table) == ["0", "1", "tea", "3", "4", "5", "6", "7", "milk", "9"]
+    about = description(table)
+    assert (about.dataset, about.task, about.protocol) == ("breakfast", "", "whole")
+    assert about.listed == {"train": 13, "val": 3, "test": 5}
+    assert result["counts"]["listed"] == 21
+    assert result["counts"]["ignored"] == 4
+    assert result["splits"]["test"] == {"listed": 5, "found": 1, "rejected": 4}
+    assert sum(numbers["found"] for numbers in result["splits"].values()) == 4
+
+    rejects = _rejects(tmp_path)
+    assert len(rejects) == 18
+    assert next(iter(rejects)) == "P02-cam01-P02_tea"
+    assert rejects["P03-cam01-P03_tea"] == (
+        "listed in train.csv line 5, not found as P03/cam01/P03_tea.* in the folder or below it"
+    )
+    assert rejects["P04-cam01-P04_tea"] == "found as P04/cam01/P04_tea.avi and as P04/cam01/P04_tea.mp4: leave one"
+    printed = capsys.readouterr().out
+    assert "[index] breakfast 21 videos in 10 classes, 4 found below" in printed
+    assert "[index] test: 5 listed, 1 found, 4 rejected" in printed
+    # Few are left, but the benchmark is what it is.
+    check_for_training(table, CLIPS_OF_ONE, 1, labelled=True)
+
+
+@in_ray
+def test_a_stretch_is_used_of_each_coin_video(tmp_path: Path) -> None:
+    entry = {"class": "Tea", "recipe_type": 3, "subset": "training"}
+    stretches = {"a": (1, 2.5), "b": (1, 99), "c": (9, 12)}
+    database = {video_id: entry | {"start": start, "end": end} for video_id, (start, end) in stretches.items()}
+    (tmp_path / "COIN.json").write_text(json.dumps({"database": database}))
+    for video_id in database:
+        write_video(tmp_path / f"videos/{video_id}.mp4", 32)
+    index.run(_config(tmp_path, source="coin", annotations=str(tmp_path / "COIN.json"), val_share=0.0))
+    assert {key: (row["start_s"], row["end_s"]) for key, row in _rows(tmp_path).items()} == {"a": (1, 2.5), "b": (1, 4)}
+    assert "beyond the end" in _rejects(tmp_path)["c"]
+
+
+def test_a_benchmark_without_a_validation_split_gets_one(tmp_path: Path) -> None:
+    _touch(tmp_path / "videos", "v.mp4")
+    config = _config(tmp_path, source="breakfast", annotations=_breakfast(tmp_path))
+    listing, _ = index.list_videos(config)
+    assert index.shares(listing, config) == {"val": index.BENCHMARK_VAL_SHARE}
+    own, _ = index.list_videos(_config(tmp_path))
+    assert index.shares(own, _config(tmp_path)) == {"val": 0, "test": 0}
+    assert index.shares(own, _config(tmp_path, val_share=0.3)) == {"val": 0.3, "test": 0}
 
 
 # --- listing --------------------------------------------------------------------------------------------------------
@@ -150,8 +237,8 @@ def test_a_decode_task_larger_than_the_cluster_is_refused(tmp_path: Path) -> Non
 def test_ids_are_names_without_endings_where_no_two_are_the_same(tmp_path: Path) -> None:
     _touch(tmp_path / "videos", "a.mp4", "a.avi", "b.MP4", "c/b.mp4", "c/notes.txt", "d.x/e.mp4")
     listed, ignored = index.list_videos(_config(tmp_path))
-    assert [video.video_id for video in listed] == ["a.avi", "a.mp4", "b", "c/b", "d.x/e"]
-    assert [video.class_name for video in listed] == [None, None, None, "c", "d.x"]
+    assert [video.video_id for video in listed.videos] == ["a.avi", "a.mp4", "b", "c/b", "d.x/e"]
+    assert [video.class_name for video in listed.videos] == [None, None, None, "c", "d.x"]
     assert ignored == 1
 
 
@@ -159,15 +246,15 @@ def test_ids_are_names_without_endings_where_no_two_are_the_same(tmp_path: Path)
     ("text", "message"),
     [
         ("video,lable\nv.mp4,x\n", "unknown column 'lable': did you mean label"),
-        ("label\nx\n", "column video is missing"),
-        ("", "column video is missing"),
+        ("label\nx\n", "labels.csv has no column video; the first line must name the columns"),
+        ("", "labels.csv has no column video"),
         ("video,target\nv.mp4,high\n", "line 2 has target 'high'"),
         ("video,start_s\nv.mp4,-1\n", "line 2 has start_s '-1'"),
         ("video,target\nv.mp4,nan\n", "line 2 has target 'nan'"),
-        ("video,split\nv.mp4,valid\n", "line 2 has the split 'valid'; give train, val, test"),
-        ("video,label\nv.mp4\n", "line 2 has not as many fields"),
-        ("video,label\n,x\n", "line 2 names no video"),
-        ("video,label\nv.mp4,x\nv.mp4,x\n", r"line 3 lists 'v.mp4' again \(line 2\)"),
+        ("video,split\nv.mp4,valid\n", "line 2 has split 'valid'; give train, val, test"),
+        ("video,label\nv.mp4\n", "line 2 has 1 fields, not as many fields as the header"),
+        ("video,label\n,x\n", "line 2 has video ''; it must not be empty"),
+        ("video,label\nv.mp4,x\nv.mp4,x\n", r"'v' \(labels.csv line 3 lists it again after labels.csv line 2\)"),
         ("video,label\n", "it lists no videos"),
     ],
 )
@@ -185,30 +272,39 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
         index.list_videos(_config(tmp_path))
     with pytest.raises(UserError, match=r"annotations is 'nowhere.csv': there is no such file"):
         index.list_videos(_config(tmp_path, annotations="nowhere.csv"))
+    with pytest.raises(UserError, match=r"it is a folder; give a file, or with --source the data set"):
+        index.list_videos(_config(tmp_path, annotations=str(tmp_path)))
 
 
 # --- holding out ----------------------------------------------------------------------------------------------------
 
 
-def _held_out(seed: int) -> list[tuple[str, str]]:
-    rows = [{"video_id": f"{name}{i}", "class_name": name, "split": ""} for name in "ab" for i in range(20)]
-    index.hold_out(rows, {"val": 0.2, "test": 0.3}, seed)
-    return [(row["class_name"], row["split"]) for row in rows]
+def _listed(count: int, classes: str = "a", split: str = "") -> list[Listed]:
+    return [Listed(f"{name}{i}", "", class_name=name, split=split) for name in classes for i in range(count)]
 
 
 def test_hold_out_takes_the_share_of_each_class_by_seed() -> None:
-    held = _held_out(0)
+    videos = [*_listed(20, "ab"), *_listed(9, "t", "test")]
+    held = index.hold_out(videos, {"val": 0.2, "test": 0.3}, 0)
     for name in "ab":
-        assert held.count((name, "val")) == 4
-        assert held.count((name, "test")) == 6
-    assert held == _held_out(0)
-    assert held != _held_out(1)
+        assert [held.get(f"{name}{i}") for i in range(20)].count("val") == 4
+        assert [held.get(f"{name}{i}") for i in range(20)].count("test") == 6
+    assert not [video_id for video_id in held if video_id.startswith("t")]
+    assert held == index.hold_out(videos, {"val": 0.2, "test": 0.3}, 0)
+    assert held != index.hold_out(videos, {"val": 0.2, "test": 0.3}, 1)
+    assert held == index.hold_out(videos[::-1], {"val": 0.2, "test": 0.3}, 0)
 
 
 def test_hold_out_leaves_a_video_of_each_class_for_training() -> None:
-    rows = [{"video_id": "a", "class_name": "a", "split": ""}]
-    index.hold_out(rows, {"val": 0.9}, 0)
-    assert rows[0]["split"] == ""
+    assert index.hold_out(_listed(1), {"val": 0.9}, 0) == {}
+    assert len(index.hold_out(_listed(3), {"val": 0.99}, 0)) == 2
+
+
+def test_a_class_that_lost_its_training_videos_gets_one_back() -> None:
+    held = {"a0": "val", "a1": "val", "b0": "val"}
+    rows = [{"video_id": name, "class_name": name[0], "split": "train"} for name in ("a0", "a1", "b0", "b1")]
+    index.keep_learnable(rows, held)
+    assert held == {"a1": "val", "b0": "val"}
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------
@@ -246,6 +342,26 @@ def test_a_manifest_that_is_not_one_is_refused(tmp_path: Path) -> None:
     assert classes(table) == ["a"]
 
 
+def _of_benchmark(table: pa.Table, **about: Any) -> pa.Table:
+    return table.replace_schema_metadata(metadata(["a", "b"], Description(dataset="lvu", **about)))
+
+
+def test_a_manifest_says_what_it_is_of(tmp_path: Path) -> None:
+    assert description(_manifest()) == Description()
+    table = _of_benchmark(_manifest(), task="genre", protocol="windows", listed={"train": 9, "test": 2})
+    pq.write_table(table, tmp_path / "manifest.parquet")
+    about = description(split_of(read_manifest(str(tmp_path)), "train"))
+    assert (about.dataset, about.task, about.protocol, about.listed) == (
+        "lvu",
+        "genre",
+        "windows",
+        {"train": 9, "test": 2},
+    )
+    # Another protocol is another training; how many more were listed is not.
+    assert digest(table) != digest(_of_benchmark(_manifest(), task="genre", protocol="whole"))
+    assert digest(table) == digest(_of_benchmark(_manifest(), task="genre", protocol="windows"))
+
+
 def _check(table: pa.Table, clips: ClipConfig = CLIPS, batch_size: int = 2, labelled: bool = True, **task: Any) -> None:
     check_for_training(table, clips, batch_size, labelled=labelled, **task)
 
@@ -254,6 +370,7 @@ def test_a_sound_manifest_passes() -> None:
     _check(_manifest())
     _check(_manifest(label=[None] * 4, target=[None] * 4), labelled=False)
     _check(_manifest(label=[None] * 4), task="regression")
+    _check(_of_benchmark(_manifest(class_name=["a", "a", "a", "b"])))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +380,11 @@ def test_a_sound_manifest_passes() -> None:
         (_manifest(1, class_name=[None]), "loop.batch_size is 2: split train has 1 videos; give at most 1"),
         (_manifest(label=[0, None, 0, None]), "2 of 4 videos of split train have no label, such as 'v1'"),
         (_manifest(class_name=["a", "a", "a", "b"]), "class 'b' has a single video, v3"),
+        (
+            _manifest(class_name=["a", "a", "b", "b"], split=["train", "train", "val", "test"]),
+            "class 'b' has videos, but none in split train",
+        ),
+        (_manifest(label=[None] * 4), "the videos of split train have a target but no label: set task to regression"),
         (
             _manifest(end_s=[10, 2, 10, 1]),
             r"2 of 4 videos of split train are shorter than 4 frames at that stride, such as 'v1' with 2.00 s; "
