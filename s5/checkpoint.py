@@ -28,10 +28,13 @@ FREE = (
     "decoder.selection.",
     "decoder.dropout",
     "decoder.ssm.lr",
-    "decoder.name",
+    "decoder.attention.implementation",
     "backbone.weights",
     "backbone.frozen",
 )
+
+# Decoders whose weights are the same, those that pretraining does not make apart.
+INTERCHANGEABLE = {"s5", "vis4mer", "vtm"}
 
 Kind = Literal["lsmcl", "class", "regression"]
 
@@ -173,7 +176,7 @@ def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
         found: Any = there
         for part in key.split("."):
             found = found[part]
-        if found != value:
+        if found != value and not (key == "decoder.name" and {found, value} <= INTERCHANGEABLE):
             raise CheckpointError(
                 f"checkpoint {str(folder)!r} is of another architecture: model.{key} is {found!r} there and {value!r} "
                 f"here; give --model.{key} {found}, or the same --preset or --config"

@@ -103,7 +103,7 @@ def merge_reference(
         targets = sorted(torch.topk(scores, k).indices.tolist())
         members: dict[int, list[int]] = {target: [target] for target in targets}
         for token in set(range(len(tokens))) - set(targets):
-            cosines = [float(torch.cosine_similarity(tokens[token], tokens[target], dim=0)) for target in targets]
+            cosines = [torch.cosine_similarity(tokens[token], tokens[target], dim=0).item() for target in targets]
             members[targets[cosines.index(max(cosines))]].append(token)
         merged.append(torch.stack([logits[own].softmax(0) @ tokens[own] for own in members.values()]))
         positions.append(torch.tensor(targets))
