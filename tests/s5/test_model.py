@@ -113,7 +113,7 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.backbone.depth is 1 there and 2 here; give --model.backbone.dep"):
         checkpoint.check_architecture(folder, leaves(asdict(MODEL)) | {"backbone.depth": 2})
     checkpoint.check_architecture(folder, leaves(asdict(MODEL)) | {"decoder.name": "vtm"})
-    with pytest.raises(CheckpointError, match=r"model.decoder.name is 's5' there and 'lst' here; give --model.decoder.n"):
+    with pytest.raises(CheckpointError, match=r"model.decoder.name is 's5' there and 'lst' here; give --model"):
         checkpoint.check_architecture(folder, leaves(asdict(MODEL)) | {"decoder.name": "lst"})
     deeper = VideoModel(replace(MODEL, backbone=replace(MODEL.backbone, depth=2)), 2)
     with pytest.raises(ValueError, match="another architecture"):
