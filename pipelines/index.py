@@ -120,6 +120,11 @@ def list_videos(config: IndexConfig) -> tuple[Listing, int]:
         listing = BENCHMARKS[source](config.annotations)
         files, ignored = _video_files(config.videos)
         videos = by_id(listing.videos, files, config.videos)
+        if all(video.reason for video in videos):
+            raise UserError(
+                f"videos is {config.videos!r}: none of the {len(videos)} videos that the annotations list is in it or "
+                f"below it, such as {videos[0].name}.mp4; {len(files)} other videos are"
+            )
     else:
         files, ignored = _video_files(config.videos)
         listing = own.from_csv(config.annotations, files) if source == "csv" else own.from_folder(files)

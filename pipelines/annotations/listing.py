@@ -152,10 +152,11 @@ class AnnotationFile:
         expected += f" and perhaps {', '.join(optional)}" if optional else ""
         if not any(header):
             raise self.error(f"{self.short} has no column {required[0]}; {expected}")
+        known = (*required, *optional)
         for name in header:
-            if name not in (*required, *optional):
+            if name not in known:
                 raise self.error(
-                    f"{self.short} has an {unknown('column', name[:80], (*required, *optional))}; {expected}"
+                    f"{self.short} has an {unknown('column', name[:80], known)}; separate them with commas"
                 )
         for name in required:
             if name not in header:

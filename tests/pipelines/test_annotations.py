@@ -153,7 +153,10 @@ def test_breakfast_files_lie_by_person_and_camera(tmp_path: Path) -> None:
         (DISHES + "P1-cam-P1_tea,5,tea,0\n", "has action 'tea'; class 0 is 'cereals' elsewhere"),
         (DISHES + "P1-cam-P1_tea,5,,2\n", "test.csv line 2 has action ''"),
         (DISHES + "P1-cam-P1_tea,5,tea\n", "test.csv line 2 has 3 fields"),
-        (DISHES.replace(",", ";") + "P1-cam-P1_tea;5;tea;2\n", "unknown column 'file_name;duration.*with commas"),
+        (
+            DISHES.replace(",", ";") + "P1-cam-P1_tea;5;tea;2\n",
+            "unknown column 'file_name;duration.*separate them with commas",
+        ),
         (DISHES.replace("action,", ""), "has no column action"),
         (DISHES + '"P1-cam-P1_tea,5,tea,2\n' + "x" * 200_000, "test.csv line .* is no csv"),
         (DISHES, "test.csv lists no videos"),

@@ -221,8 +221,15 @@ def test_a_stretch_is_used_of_each_coin_video(tmp_path: Path) -> None:
     assert "beyond the end" in _rejects(tmp_path)["c"]
 
 
+def test_a_folder_without_any_of_the_listed_videos_is_refused(tmp_path: Path) -> None:
+    _touch(tmp_path / "videos", "P00_tea.mp4", "P00/cam01/P00_tea.txt")
+    config = _config(tmp_path, source="breakfast", annotations=_breakfast(tmp_path))
+    with pytest.raises(UserError, match=r"none of the 21 videos .* such as P00/cam01/P00_tea.mp4; 1 other videos are"):
+        index.list_videos(config)
+
+
 def test_a_benchmark_without_a_validation_split_gets_one(tmp_path: Path) -> None:
-    _touch(tmp_path / "videos", "v.mp4")
+    _touch(tmp_path / "videos", "P00/cam01/P00_tea.mp4")
     config = _config(tmp_path, source="breakfast", annotations=_breakfast(tmp_path))
     listing, _ = index.list_videos(config)
     assert index.shares(listing, config) == {"val": index.BENCHMARK_VAL_SHARE}
