@@ -22,7 +22,7 @@ def softmax_attention(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor) -> Tensor:
 
 
 def orthogonal_features(features: int, width: int) -> Tensor:
-    """Draw (features, width) random directions from torch's generator (arXiv 2009.14794, section 2.4).
+    """Draw (features, width) random directions from torch's generator (arXiv 2009.14794).
 
     Each is normally distributed with unit covariance; those of one block of `width` rows are orthogonal.
     """
@@ -106,7 +106,7 @@ def _rows(x_BHLE: Tensor, indices_BHM: Tensor) -> Tensor:
 
 
 def prototype_attention(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, count: int) -> Tensor:
-    """Orthoformer's softmax(Q P^T / sqrt(E)) softmax(P K^T / sqrt(E)) V, O(L M E) (arXiv 2106.05392, section 3.4).
+    """Orthoformer's softmax(Q P^T / sqrt(E)) softmax(P K^T / sqrt(E)) V, O(L M E) (arXiv 2106.05392).
 
     The prototypes P, queries and keys, carry no gradient, as in the authors' code (which looks at queries only).
 
