@@ -131,15 +131,12 @@ class IndexConfig:
     out: str = "out/index"
     """Folder for manifest.parquet and rejects.parquet."""
     source: Literal["auto", "folder", "csv", "lvu", "breakfast", "coin", "kinetics"] = "auto"
-    """What lists the videos: the `folder` itself, a `csv`, or a benchmark's own files; `auto`: `csv` where annotations
-    are given, else `folder`."""
+    """What lists the videos; `auto`: a `csv` where annotations are given, else the `folder`."""
     videos: str = "out/sample"
-    """Folder of videos. `folder`: its subfolders `train`, `val` and `test` are splits, class folders labels; a
-    benchmark: a video is ID.ENDING, there or in any folder below."""
+    """Folder of videos, of a benchmark ID.ENDING at any depth; `folder`: [{train,val,test}/][CLASS/]name.ENDING."""
     annotations: str = ""
-    """`csv`: a file with the column `video` (path below the folder) and any of `label`, `target`, `split`, `start_s`,
-    `end_s`. `lvu`: a task's folder, such as lvu_1.0/genre. `breakfast`, `kinetics`: the folder of train.csv and the
-    others. `coin`: COIN.json."""
+    """A csv with `video` (path below the folder) and any of `label`, `target`, `split`, `start_s`, `end_s`; or the
+    folder of an LVU task, that of the csv files of Breakfast or Kinetics, COIN.json."""
     dataset: str = ""
     """Name of the data set in the manifest; empty for the benchmark's or the folder's name."""
     val_share: float | None = None
@@ -160,9 +157,9 @@ class IndexConfig:
             require(not self.annotations, "annotations", self.annotations, "source folder takes none; give its source")
         elif self.source != "auto":
             require(bool(self.annotations), "annotations", self.annotations, f"give those of source {self.source}")
-        val_share = self.val_share or 0.0
-        require(0 <= val_share < 1, "val_share", self.val_share, "give a value in [0, 1)")
-        require(0 <= self.test_share < 1 - val_share, "test_share", self.test_share, "leave room for training")
+        require(0 <= (self.val_share or 0) < 1, "val_share", self.val_share, "give a value in [0, 1)")
+        room = 1 - (self.val_share or 0)
+        require(0 <= self.test_share < room, "test_share", self.test_share, "leave room for training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,9 +255,8 @@ class EvaluateConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require(self.clips_per_video >= 1, "clips_per_video", self.clips_per_video, "give at least 1")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "give at least 1")
-        require(self.neighbours >= 1, "neighbours", self.neighbours, "give at least 1")
+        for name in ("clips_per_video", "batch_size", "neighbours"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
