@@ -74,7 +74,7 @@ def train_batches(
         VideoError: a video and all its spares fail.
     """
     share = plan.batch_size // world_size
-    reading = Reading(clips, frame_size, pairs)
+    reading = Reading(clips, frame_size, pairs, data.decode_timeout_s)
     segment_steps = max(1, SEGMENT_ROWS // share)
 
     def segment(first: int) -> Generator[ClipBatch]:
@@ -166,7 +166,7 @@ def evaluation_batches(
     if len(mine) == 0:
         return
     rows = _candidates(mine, [0] * len(mine), np.arange(len(mine) + 1))
-    reading = Reading(clips, frame_size, evenly=clips_per_video)
+    reading = Reading(clips, frame_size, timeout_s=data.decode_timeout_s, evenly=clips_per_video)
     for number, batch in enumerate(_decoded(rows, reading, data, decode_tasks, batch_size)):
         yield replace(_without_failed(batch), step=number)
 

@@ -66,11 +66,14 @@ class DecodeConfig:
     """Decode tasks that run at once for all workers together; 0 for as many as the free CPUs allow."""
     clips_per_task: int = 8
     """Videos that one decode task reads."""
+    decode_timeout_s: float = 120.0
+    """Seconds that one video may take before its decoder is ended and the video counts as unreadable."""
 
     def __post_init__(self) -> None:
         require(self.cpus_per_decode > 0, "data.cpus_per_decode", self.cpus_per_decode, "give more than 0")
         require(self.decode_tasks >= 0, "data.decode_tasks", self.decode_tasks, "give 0 or more")
         require(self.clips_per_task >= 1, "data.clips_per_task", self.clips_per_task, "give at least 1")
+        require(self.decode_timeout_s > 0, "data.decode_timeout_s", self.decode_timeout_s, "give more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What the decode tasks of Ray Data run: probe or read the videos of a chunk.
 
-A video that fails is a row with its reason, never an exception. This module imports neither torch nor mlflow, so that
+A video that fails is a row with its reason, never an exception, also where its decoder hangs or crashes: a child of the
+task's process reads it (`video_process`). This module imports neither torch nor mlflow, so that
 a task's process starts 2 s earlier and holds half a GB less.
 
 Shapes: R rows of the output, T frames of a clip, S height and width of a frame in pixels.
@@ -10,26 +11,21 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pyarrow import fs
 
 from pipelines import storage
+from pipelines.video_process import Clips, VideoProcess, VideoTimeoutError
 from s5.clips import evaluation_times, long_short_times
 from s5.config import ClipConfig
-from s5.video import FrameArray, VideoError, probe, read_clips
+from s5.video import FrameArray, VideoError
 
 ATTEMPTS = 2
-"""Times that a video is tried before a spare replaces it."""
+"""Times that a video is tried before a spare replaces it; once where it takes too long."""
 NO_LABEL = -1
 """Label of a clip whose video has none."""
 CANDIDATE = pa.struct(
@@ -43,6 +39,7 @@ CANDIDATE = pa.struct(
         ("fps", pa.float64()),
         ("width", pa.int64()),
         ("height", pa.int64()),
+        ("decoder", pa.string()),
         ("seed", pa.int64()),
     ]
 )
@@ -56,9 +53,12 @@ PROBED = pa.schema(
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("codec", pa.string()),
+        ("decoder", pa.string()),
     ]
 )
 """What `probe_chunk` returns: the facts of a video, or the reason why there are none."""
+# Started by the first video that a task's process reads, and kept for its later tasks.
+_process = VideoProcess()
 # Columns of `decode_chunk` beside the frames.
 LINE_TYPES: dict[str, Any] = {
     "video_id": np.str_,
@@ -79,6 +79,8 @@ class Reading:
     """S in pixels."""
     pairs: bool = False
     """A short clip beside each long one."""
+    timeout_s: float = 120.0
+    """Seconds that one video may take."""
     evenly: int = 0
     """0 for clips at random times; otherwise so many long clips, evenly spread."""
 
@@ -122,19 +124,16 @@ def decode_chunk(rows: pa.Table, reading: Reading) -> dict[str, npt.NDArray[Any]
     return columns
 
 
-def probe_chunk(videos: pa.Table) -> pa.Table:
-    """Return the facts (PROBED) of a chunk of videos with the column `uri`; null ones are passed over."""
-    return pa.Table.from_pylist([_probe(uri) for uri in videos["uri"].to_pylist()], PROBED)
+def probe_chunk(videos: pa.Table, timeout_s: float) -> pa.Table:
+    """Return the facts (PROBED) of a chunk of videos with the column `uri`."""
+    return pa.Table.from_pylist([_probe(uri, timeout_s) for uri in videos["uri"].to_pylist()], PROBED)
 
 
-def _probe(uri: str | None) -> dict[str, Any]:
-    if uri is None:
-        return {}
+def _probe(uri: str, timeout_s: float) -> dict[str, Any]:
     try:
-        with local_copy(uri) as path:
-            return asdict(probe(path))
-    except (VideoError, OSError) as error:
-        return {"reason": str(error)}
+        return asdict(_process.probe(storage.absolute(uri), timeout_s))
+    except VideoError as error:
+        return {"reason": storage.redacted(str(error))}
 
 
 def _line(video: dict[str, Any] | None, failures: list[dict[str, str]]) -> dict[str, Any]:
@@ -153,37 +152,15 @@ def _first_readable(
         for _ in range(ATTEMPTS):
             try:
                 return video, _read(video, reading), failures
-            except (VideoError, OSError) as error:
+            except VideoError as error:
                 reason = str(error)
-        failures.append({"video_id": video["video_id"], "uri": video["uri"], "reason": reason})
+                if isinstance(error, VideoTimeoutError):
+                    break
+        failure = {"video_id": video["video_id"], "uri": video["uri"], "reason": reason}
+        failures.append({name: storage.redacted(text) for name, text in failure.items()})
     return None, [], failures
 
 
 def _read(video: dict[str, Any], reading: Reading) -> list[FrameArray]:
-    times = reading.times(video)
-    with local_copy(video["uri"]) as path:
-        return read_clips(path, times, reading.frame_size, (video["width"], video["height"]))
-
-
-@contextmanager
-def local_copy(uri: str) -> Iterator[str]:
-    """Give a local path for a video: its own, or that of a temporary copy that is deleted afterwards.
-
-    Raises:
-        OSError: the object store cannot be read.
-    """
-    path = storage.absolute(uri)
-    if not storage.is_uri(path):
-        yield path
-        return
-    system, inner = storage.filesystem(uri)
-    with tempfile.TemporaryDirectory(prefix="video-") as folder:
-        copy = Path(folder) / "video"
-        download(system, inner, copy)
-        yield str(copy)
-
-
-def download(system: fs.FileSystem, name: str, path: Path) -> None:
-    """Copy a file of any file system to a local path."""
-    with system.open_input_stream(name) as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
+    clips = Clips(reading.times(video), reading.frame_size, (video["width"], video["height"]), video["decoder"])
+    return _process.read(storage.absolute(video["uri"]), clips, reading.timeout_s)

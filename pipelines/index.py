@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -228,7 +229,8 @@ def _probed(videos: list[Listed], data: DecodeConfig) -> Iterator[dict[str, Any]
     tasks = data.decode_tasks or int(cpus / data.cpus_per_decode)
     dataset = in_chunks(table, data.clips_per_task)
     limit(dataset, tasks * data.cpus_per_decode)
-    probed = dataset.map_batches(probe_chunk, batch_size=None, batch_format="pyarrow", num_cpus=data.cpus_per_decode)
+    probe = partial(probe_chunk, timeout_s=data.decode_timeout_s)
+    probed = dataset.map_batches(probe, batch_size=None, batch_format="pyarrow", num_cpus=data.cpus_per_decode)
     batches: Any = probed.iter_batches(batch_size=None, batch_format="pyarrow")
     for batch in batches:
         yield from batch.to_pylist()

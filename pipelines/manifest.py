@@ -42,9 +42,11 @@ SCHEMA = pa.schema(
         pa.field("width", pa.int64(), nullable=False),
         pa.field("height", pa.int64(), nullable=False),
         pa.field("codec", pa.string()),
+        pa.field("decoder", pa.string()),
     ]
 )
-"""Columns: `start_s` and `end_s` bound what is used of a video of `duration_s`; sizes are in pixels as displayed."""
+"""Columns: `start_s` and `end_s` bound what is used of a video of `duration_s`; sizes are in pixels as displayed;
+`decoder` reads it rightly (`s5.video.choose`)."""
 CLASSES = b"classes"
 """Key of the schema's metadata that holds the names of all classes, as JSON, in the order of their labels."""
 DESCRIPTION = b"description"

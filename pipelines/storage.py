@@ -1,21 +1,44 @@
-"""Files on local disks and object stores under one kind of name: a path or a URI (`s3://`, `gs://`, `file://`).
+"""Files on local disks and object stores under one kind of name: a path or a URI (`s3://`, `gs://`, `file://`), and, to
+be read alone, `http(s)://`.
 
-Every write is atomic: readers see the old file or the new one.
+A name is taken as it is: `%20` in it is no space. It holds no credentials, since names end up in manifests, logs and
+tracking: these come from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS), as does the
+address of another S3 service (AWS_ENDPOINT_URL). What object stores answer for a while is tried again: by pyarrow's
+clients, or here. Every write is atomic: readers see the old file or the new one.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipelines.config import UserError
+
+RAW_SCHEMES = ("s3", "gs", "gcs")
+"""Object stores, whose names are a bucket and a key that may hold any character."""
+WEB_SCHEMES = ("http", "https")
+WHOLE_BYTES = 8 << 20
+"""Videos up to this size are fetched at once; of longer ones only the ranges that are decoded."""
+WEB_TRIES, WEB_TIMEOUT_S = 3, 60.0
+"""Attempts at a web address, and seconds that a server may be silent."""
 
 
 def is_uri(path: str) -> bool:
@@ -30,6 +53,21 @@ def absolute(path: str) -> str:
     return path if is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def redacted(text: str) -> str:
+    """Return a text without the users, passwords and query strings of the URIs in it."""
+    text = re.sub(r"(\w://)[^/@\s]*@", r"\1***@", text)
+    return re.sub(r"(\w://[^?\s'\"]*\?)[^\s'\"]+", r"\1***", text)
+
+
+def check_plain(path: str) -> None:
+    """Raise `UserError` where a URI holds a user, a password or a query string, which may be a signature."""
+    if is_uri(path) and redacted(path) != path:
+        raise UserError(
+            f"{redacted(path)!r} holds credentials or a query: give the name alone, and credentials, endpoint and "
+            "region by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION)"
+        )
+
+
 def join(base: str, *parts: str) -> str:
     """Return a name below another."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -39,34 +77,114 @@ def filesystem(path: str) -> tuple[Any, str]:
     """Return pyarrow's file system for a name, and the name within it.
 
     Raises:
-        UserError: the scheme is unknown.
+        UserError: the scheme is unknown, or one that cannot be listed and written, or the name holds credentials.
     """
+    path = absolute(path)
     if not is_uri(path):
-        return fs.LocalFileSystem(), absolute(path)
+        return fs.LocalFileSystem(), path
+    check_plain(path)
+    scheme, _, inner = path.partition("://")
+    if scheme in WEB_SCHEMES:
+        raise UserError(
+            f"{path!r}: files can be read over {scheme}, not folders or written; give s3://, gs:// or a path"
+        )
     try:
+        if scheme in RAW_SCHEMES:
+            return _bucket(scheme, inner.partition("/")[0]), inner
         found: tuple[Any, str] = fs.FileSystem.from_uri(path)
         return found
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path!r} cannot be reached: {error}") from None
 
 
+@lru_cache(maxsize=16)
+def _bucket(scheme: str, name: str) -> Any:
+    # Finding a bucket's region takes a request, and each client a pool of threads.
+    return fs.FileSystem.from_uri(f"{scheme}://{name}")[0]
+
+
 def exists(path: str) -> bool:
     """Return whether a file or folder is there."""
+    if _is_web(path):
+        try:
+            _web(path, "HEAD").close()
+        except FileNotFoundError:
+            return False
+        return True
     system, inner = filesystem(path)
     return bool(system.get_file_info(inner).type != fs.FileType.NotFound)
 
 
 def is_folder(path: str) -> bool:
     """Return whether there is a folder of that name."""
+    if _is_web(path):
+        return False
     system, inner = filesystem(path)
     return bool(system.get_file_info(inner).type == fs.FileType.Directory)
 
 
 def read_bytes(path: str) -> bytes:
     """Return a file's content."""
+    if _is_web(path):
+        with _web(path) as answer:
+            return bytes(answer.read())
     system, inner = filesystem(path)
     with system.open_input_stream(inner) as stream:
         return bytes(stream.readall())
+
+
+@contextmanager
+def opened(path: str) -> Iterator[str | IO[bytes]]:
+    """Give what a decoder can read: a local path, or an open file that fetches the ranges that are read of it.
+
+    A file on the web is copied to the local disk for as long.
+
+    Raises:
+        OSError: it is not there or cannot be fetched.
+        UserError: see `filesystem`.
+    """
+    path = absolute(path)
+    if not is_uri(path):
+        yield path
+    elif _is_web(path):
+        with tempfile.NamedTemporaryFile(prefix="video-") as copy:
+            with _web(path) as answer:
+                shutil.copyfileobj(answer, copy, 1 << 20)
+            copy.flush()
+            yield copy.name
+    else:
+        system, inner = filesystem(path)
+        with system.open_input_file(inner) as file:
+            yield io.BytesIO(file.read()) if file.size() <= WHOLE_BYTES else file
+
+
+def _is_web(path: str) -> bool:
+    return path.partition("://")[0] in WEB_SCHEMES and is_uri(path)
+
+
+def _web(path: str, method: str = "GET") -> Any:
+    """Return a server's answer, trying again what may pass: lost connections, and its own or passing errors.
+
+    Raises:
+        FileNotFoundError: the server says that there is no such file.
+        OSError: it does not answer, or refuses.
+    """
+    check_plain(path)
+    parts = urlsplit(path)
+    address = parts._replace(path=quote(parts.path, safe="/%")).geturl()
+    for attempt in range(WEB_TRIES):
+        try:
+            return urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=WEB_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(f"the server has no such file ({error.code})") from None
+            if attempt == WEB_TRIES - 1 or (error.code < 500 and error.code not in (408, 429)):
+                raise OSError(f"the server answers {error.code} {error.reason}") from None
+        except urllib.error.URLError as error:
+            if attempt == WEB_TRIES - 1:
+                raise OSError(f"the server cannot be reached ({error.reason})") from None
+        time.sleep(0.5 * 2**attempt)
+    raise AssertionError
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -106,6 +224,8 @@ def write_json(path: str, value: Any) -> None:
 
 def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     """Return a parquet file as a table."""
+    if _is_web(path):
+        return pq.read_table(io.BytesIO(read_bytes(path)), columns=columns)
     system, inner = filesystem(path)
     return pq.read_table(inner, columns=columns, filesystem=system)
 

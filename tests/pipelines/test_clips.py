@@ -12,12 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from pyarrow import fs
 
 from pipelines import clips as clips_module
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.config import DataConfig
-from pipelines.decode import download, local_copy
 from pipelines.manifest import SCHEMA
 from pipelines.plan import ClipPlan
 from s5.batch import ClipBatch
@@ -206,19 +204,6 @@ def test_evaluation_is_shared_among_workers_and_lists_failures(manifest: pa.Tabl
 
 def test_evaluation_of_fewer_videos_than_workers(manifest: pa.Table) -> None:
     assert _evaluate(manifest.slice(0, 1), rank=1, world_size=2) == []
-
-
-def test_a_remote_video_is_copied_and_the_copy_deleted(tmp_path: Path) -> None:
-    path = Path(write_video(tmp_path / "store" / "a b.mp4", 8))
-    copy = tmp_path / "copy"
-    download(fs.SubTreeFileSystem(str(tmp_path / "store"), fs.LocalFileSystem()), "a b.mp4", copy)
-    assert copy.read_bytes() == path.read_bytes()
-    for uri in (str(path), f"file://{path}"):
-        with local_copy(uri) as name:
-            assert name == str(path)
-    assert path.exists()
-    with pytest.raises(OSError, match="nothing"), local_copy("mock:///nothing.mp4"):
-        pass
 
 
 def test_a_replaced_clip_config_changes_the_frames(manifest: pa.Table) -> None:
