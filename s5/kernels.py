@@ -9,7 +9,7 @@ Shapes: H channels, L length, S state (real numbers), N = S / 2 conjugate pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -229,7 +229,7 @@ def dplr_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: 
     The paper (S4, arXiv 2111.00396, section 3) evaluates a Cauchy matrix (see `s4_kernel_reference`) with
     C~ = C (I - Abar^L) as parameter, which ties it to one length. C~ costs log2(L) squarings of a dense (S, S) matrix,
     and for the small S in use these squarings alone already give the kernel, without the Cauchy matrix. Memory is
-    O(H S^2 log L), only held while the kernel or its gradient is computed.
+    O(H S (S log L + sqrt(L))), only held while the kernel or its gradient is computed.
 
     Args:
         dt: (H,) time steps.
@@ -246,15 +246,19 @@ def dplr_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: 
         ValueError: `length` is not positive.
     """
     _check_length(length)
-    return _kernel_of(*discretize_dplr(dt, A, P, B), real_output(C), length)
+
+    def kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return _krylov(*discretize_dplr(dt, A, P, B), real_output(C), length)
+
+    return _made_again(kernel, dt, A, P, B, C)
 
 
-def _kernel_of(A_bar: Tensor, B_bar: Tensor, C_real: Tensor, length: int) -> Tensor:
-    """`_krylov`, whose powers are made again for the gradient instead of kept."""
+def _made_again(kernel: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """`kernel(*parameters)`, of which only the parameters are kept for the gradient."""
     if not torch.is_grad_enabled():
-        return _krylov(A_bar, B_bar, C_real, length)
-    kernel: Tensor = checkpoint(_krylov, A_bar, B_bar, C_real, length, use_reentrant=False, preserve_rng_state=False)
-    return kernel
+        return kernel(*parameters)
+    made: Tensor = checkpoint(kernel, *parameters, use_reentrant=False, preserve_rng_state=False)
+    return made
 
 
 def s4_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, length: int) -> Tensor:
@@ -278,11 +282,14 @@ def s4_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor, leng
         ValueError: `length` is not positive.
     """
     _check_length(length)
-    A_bar, B_bar = discretize_dplr(dt, A, P, B)
-    identity = torch.eye(A_bar.shape[1], dtype=A_bar.dtype, device=A_bar.device)
-    remaining = identity - torch.linalg.matrix_power(A_bar, length)
-    C_real = torch.linalg.solve(remaining.mT, real_output(C_tilde))
-    return _kernel_of(A_bar, B_bar, C_real, length)
+
+    def kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C_tilde: Tensor) -> Tensor:
+        A_bar, B_bar = discretize_dplr(dt, A, P, B)
+        identity = torch.eye(A_bar.shape[1], dtype=A_bar.dtype, device=A_bar.device)
+        remaining = identity - torch.linalg.matrix_power(A_bar, length)
+        return _krylov(A_bar, B_bar, torch.linalg.solve(remaining.mT, real_output(C_tilde)), length)
+
+    return _made_again(kernel, dt, A, P, B, C_tilde)
 
 
 def _check_length(length: int) -> None:
