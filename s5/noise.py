@@ -76,7 +76,8 @@ def uniform(seeds_B: Tensor, stream: str, *shape: int) -> Tensor:
     """
     keys_B = fold(seeds_B, stream)
     counters = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64, device=seeds_B.device)
-    words = _mix(keys_B[:, None] ^ _mix(counters * _GOLDEN))
+    # Mixed as they are: of a multiple of a range, torch's compiler makes an index, which overflows (torch 2.15).
+    words = _mix(keys_B[:, None] ^ _mix(counters))
     top_bits = (words >> 40) & ((1 << 24) - 1)
     return (top_bits.to(torch.float32) * 2.0**-24).reshape(-1, *shape)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -374,6 +375,23 @@ def test_compiles_without_graph_breaks(name: DecoderName) -> None:
         torch._dynamo.config.error_on_recompile = False
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs a C++ compiler on a CPU")
+def test_compiled_s5_equals_eager() -> None:
+    decoder, seeds = pyramid("s5").train(), torch.arange(4)
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
+
+    def gradients(features_BD: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(features_BD.square().sum(), parameters)
+
+    compiled = torch.compile(decoder, fullgraph=True)(tokens(), seeds)
+    expected = decoder(tokens(), seeds)
+    assert torch.equal(compiled.kept[0], expected.kept[0])
+    torch.testing.assert_close(compiled.features_BD, expected.features_BD)
+    for ours, reference in zip(gradients(compiled.features_BD), gradients(expected.features_BD), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-5)
+
+
 def needle_clips(seeds_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """64 tokens of noise, one of which is marked and carries the class; class and place follow from the seed."""
     batch = len(seeds_B)
@@ -415,5 +433,5 @@ def test_selection_learns_to_keep_the_one_token_that_matters() -> None:
         optimizer.step()
         decoder.update_momentum()
     after = kept_share(held_out)
-    assert before < 0.5
-    assert after > 0.75, (before, after, loss.item())
+    assert before < 0.2
+    assert after > 0.5, (before, after, loss.item())  # chance is 1 in 16
