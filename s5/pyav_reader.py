@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 MISSING_SHARE, MISSING_S = 0.05, 0.5
 """A video is truncated where more than this share of the length that the file states, and so many seconds, lack."""
+WHOLE_INDEX = ("mov", "avi")
+"""Formats, as FFmpeg's names begin, whose index is there once they are open; that of others grows with what is read."""
 FAR_S = 10.0
-"""Gap over which seeking is tried where the container has no index."""
+"""Gap over which seeking is tried where the index does not tell."""
 MAX_STRETCH = 4
 """Pixels wider or taller than that are taken for a mistake in the file, and for square ones."""
 NO_SEEKING = ("mpeg",)
@@ -226,7 +228,8 @@ class PyAVReader:
             return False
         entries = self._stream.index_entries
         place = entries.search_timestamp(tick, backward=True) if len(entries) else -1
-        if place >= 0:
+        whole = self._container.format.name.startswith(WHOLE_INDEX)
+        if 0 <= place < len(entries) - 1 or (place >= 0 and whole):
             return bool(entries[place].timestamp > position)
         return (tick - position) * self.time_base > FAR_S
 

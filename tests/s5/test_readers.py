@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import IO, Any, cast
 
 import av
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from s5 import pyav_reader
 from s5.decord_reader import DecordReader
 from s5.pyav_reader import PyAVReader, scan
 from s5.readers import FrameArray
@@ -18,6 +20,20 @@ from tests.s5.videos import code, numbers, write_coded, write_video
 
 FRAMES, FPS = 90, 25
 OPEN_GROUPS = {"x264-params": "open-gop=1:keyint=30:min-keyint=30:bframes=3:b-adapt=0:scenecut=0"}
+
+
+class Counted:
+    """A file that counts the bytes that are read of it."""
+
+    def __init__(self, file: Any) -> None:
+        self.bytes_read = 0
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        content: bytes = self._file.read(size)
+        self.bytes_read += len(content)
+        return content
 
 
 def plainly(path: str) -> list[int]:
@@ -87,6 +103,38 @@ def test_frames_before_the_key_frame_that_they_are_stored_behind(tmp_path: Path)
     assert probe(path).decoder == "pyav"
     for index in range(FRAMES):
         assert shown(path, np.array([index / FPS]), "pyav") == [index]
+
+
+@pytest.mark.parametrize(
+    ("codec", "bframes", "suffix"),
+    [
+        ("libx264", 3, "mp4"),
+        ("libx264", 3, "mkv"),
+        ("libx264", 3, "ts"),
+        ("libx264", 3, "flv"),
+        ("libsvtav1", 0, "webm"),
+        ("mpeg4", 2, "mkv"),
+        ("wmv2", 0, "wmv"),
+    ],
+)
+def test_frames_far_apart(tmp_path: Path, codec: str, bframes: int, suffix: str) -> None:
+    """Key frames are 15 s apart, so that PyAV seeks in every container."""
+    path = write_coded(tmp_path / f"a.{suffix}", codec, FRAMES, 2, bframes=bframes)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        clip = np.sort(rng.permutation(FRAMES)[:3])
+        assert shown(path, (clip + 0.5) / 2, "pyav") == clip.tolist()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_what_lies_between_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = Path(write_coded(tmp_path / f"a.{suffix}", frames=250, fps=2, noise=100))
+    monkeypatch.setattr(pyav_reader, "BUFFER_BYTES", 4096)
+    with path.open("rb", buffering=0) as file:
+        counted = Counted(file)
+        frame = PyAVReader(cast(IO[bytes], counted)).read(np.array([120.0]))[0]
+    assert code(frame) == 240
+    assert counted.bytes_read < 0.4 * path.stat().st_size, path.stat()
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])

@@ -56,11 +56,12 @@ def write_coded(
     pixel_aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
     sound_s: float = 0.0,
+    noise: int = 0,
 ) -> str:
     """Write a video of coded frames with a key frame every 30, and return its name.
 
     `starts` numbers the frames' times in frames at `fps`; `size` is width and height; a second of sound is added for
-    each of `sound_s`.
+    each of `sound_s`; `noise` of up to 100 levels makes files large.
     """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options={"g": "30", "bf": str(bframes)} | (options or {}))
@@ -72,8 +73,12 @@ def write_coded(
         if rotation:
             stream.set_display_rotation(rotation)
         sound = container.add_stream("mp2", rate=16000, layout="mono") if sound_s else None
+        rng = np.random.default_rng(0)
         for index in range(frames):
-            frame = av.VideoFrame.from_ndarray(_blocks(index, size), format="rgb24")
+            picture = _blocks(index, size)
+            if noise:
+                picture = picture // 2 + rng.integers(0, noise, picture.shape, np.uint8) + 20
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = (starts[index] if starts else index), Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
