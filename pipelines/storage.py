@@ -55,7 +55,7 @@ def absolute(path: str) -> str:
 
 def redacted(text: str) -> str:
     """Return a text without the users, passwords and query strings of the URIs in it."""
-    text = re.sub(r"(\w://)[^/@\s]*@", r"\1***@", text)
+    text = re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)
     return re.sub(r"(\w://[^?\s'\"]*\?)[^\s'\"]+", r"\1***", text)
 
 
@@ -104,23 +104,26 @@ def _bucket(scheme: str, name: str) -> Any:
 
 
 def exists(path: str) -> bool:
-    """Return whether a file or folder is there."""
-    if _is_web(path):
-        try:
-            _web(path, "HEAD").close()
-        except FileNotFoundError:
-            return False
-        return True
-    system, inner = filesystem(path)
-    return bool(system.get_file_info(inner).type != fs.FileType.NotFound)
+    """Return whether a file or folder is there; raise `UserError` where that cannot be found out."""
+    return bool(_kind(path) != fs.FileType.NotFound)
 
 
 def is_folder(path: str) -> bool:
-    """Return whether there is a folder of that name."""
-    if _is_web(path):
-        return False
-    system, inner = filesystem(path)
-    return bool(system.get_file_info(inner).type == fs.FileType.Directory)
+    """Return whether there is a folder of that name; raise `UserError` where that cannot be found out."""
+    return bool(_kind(path) == fs.FileType.Directory)
+
+
+def _kind(path: str) -> Any:
+    try:
+        if _is_web(path):
+            _web(path, "HEAD").close()
+            return fs.FileType.File
+        system, inner = filesystem(path)
+        return system.get_file_info(inner).type
+    except FileNotFoundError:
+        return fs.FileType.NotFound
+    except OSError as error:
+        raise UserError(f"{path!r} cannot be reached: {error}") from None
 
 
 def read_bytes(path: str) -> bytes:
