@@ -93,7 +93,7 @@ def _vandermonde(log_A: Tensor, weights: Tensor, length: int) -> Tensor:
         left = _powers(log_A[tile], coarse, fine).mul_(2 * weights[tile, None]).conj_physical_()
         right = _powers(log_A[tile], fine, 1)
         torch.bmm(_real_pairs(left), _real_pairs(right).mT, out=kernel[tile])
-    return kernel.flatten(1)[:, :length].contiguous()
+    return kernel.flatten(1)[:, :length]
 
 
 @torch.library.custom_op("s5::vandermonde_backward", mutates_args=())
@@ -116,7 +116,8 @@ def _vandermonde_backward(grad: Tensor, log_A: Tensor, weights: Tensor) -> tuple
 
 @_vandermonde.register_fake
 def _(log_A: Tensor, weights: Tensor, length: int) -> Tensor:
-    return log_A.real.new_empty(log_A.shape[0], length)
+    coarse, fine = _split(length)
+    return log_A.real.new_empty(log_A.shape[0], coarse * fine)[:, :length]
 
 
 @_vandermonde_backward.register_fake

@@ -128,7 +128,9 @@ class LinearSSM(nn.Module, ABC):
         with torch.autocast(self.skip.device.type, enabled=False):
             C = torch.view_as_complex(self.C)
             causal = self.kernel(C[0], length)
-            causal = torch.cat([causal[:, :1] + self.skip[:, None], causal[:, 1:]], dim=1)
+            # In place where there is no graph; otherwise one copy, and none on the way back.
+            add = causal.index_add if causal.requires_grad else causal.index_add_
+            causal = add(1, torch.zeros(1, dtype=torch.int64, device=causal.device), self.skip[:, None])
             return circular_kernel(length, causal, self.kernel(C[1], length) if self.config.bidirectional else None)
 
     def convolve(self, x_BLD: Tensor) -> Tensor:
