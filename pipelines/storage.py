@@ -137,10 +137,11 @@ def read_bytes(path: str) -> bytes:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[str | IO[bytes]]:
-    """Give what a decoder can read: a local path, or an open file that fetches the ranges that are read of it.
+def opened(path: str, whole: bool = False) -> Iterator[str | IO[bytes]]:
+    """Give what a decoder can read: a local path, or an open file.
 
-    A file on the web is copied to the local disk for as long.
+    Of a long video in an object store, the file fetches the ranges that are read of it or, where it will be read as a
+    `whole`, is a temporary copy. A file on the web is copied always.
 
     Raises:
         OSError: it is not there or cannot be fetched.
@@ -158,7 +159,16 @@ def opened(path: str) -> Iterator[str | IO[bytes]]:
     else:
         system, inner = filesystem(path)
         with system.open_input_file(inner) as file:
-            yield io.BytesIO(file.read()) if file.size() <= WHOLE_BYTES else file
+            if file.size() <= WHOLE_BYTES:
+                yield io.BytesIO(file.read())
+            elif not whole:
+                yield file
+            else:
+                with tempfile.TemporaryFile(prefix="video-") as copy:
+                    # One request: reading packet by packet would take hundreds.
+                    with system.open_input_stream(inner) as stream:
+                        shutil.copyfileobj(stream, copy, 1 << 20)
+                    yield copy
 
 
 def _is_web(path: str) -> bool:

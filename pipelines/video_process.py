@@ -175,7 +175,7 @@ def serve(connection_handle: int, memory_handle: int) -> None:
 def answered(question: Question, memory: IO[bytes]) -> Answer:
     """Probe or read one video; its frames go to the start of `memory`."""
     try:
-        with opened(question.uri) as source:
+        with opened(question.uri, whole=question.clips is None) as source:
             if question.clips is None:
                 return Answer(facts=probe(source))
             read = question.clips
@@ -190,7 +190,7 @@ def answered(question: Question, memory: IO[bytes]) -> Answer:
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[Source]:
+def opened(uri: str, whole: bool) -> Iterator[Source]:
     """Give what a decoder can read of a name; see `storage.opened`."""
     if "://" not in uri:
         yield uri
@@ -200,7 +200,7 @@ def opened(uri: str) -> Iterator[Source]:
     from pipelines.config import UserError
 
     try:
-        with storage.opened(uri) as source:
+        with storage.opened(uri, whole) as source:
             yield source
     except UserError as error:
         raise VideoError(str(error)) from None

@@ -46,6 +46,10 @@ class DecordReader:
             raise VideoError(f"frames {union_V[0]} to {union_V[-1]} fail to decode{_telling(error)}") from None
         return [frames_VHWC[place] for place in np.searchsorted(union_V, indices_U)]
 
+    def close(self) -> None:
+        """Free what decoding holds."""
+        self._reader = None
+
 
 def _errors() -> tuple[type[Exception], ...]:
     """Return what decord raises; most of its native errors are DECORDError, which is no RuntimeError."""

@@ -10,6 +10,7 @@ Shapes: N frames of a video, U times in ascending order, H height and W width of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -68,13 +69,16 @@ def scan(source: Source) -> Contents:
         packets = _packets(container, stream)
         rate = float(stream.average_rate or stream.base_rate or 0)
         codec, name = str(stream.codec_context.codec.canonical_name), str(container.format.name)
-    with PyAVReader(source) as reader:
+    with closing(PyAVReader(source)) as reader:
         first, counted, size, rotation = reader.first, reader.counted, reader.display_size, reader.rotation
         time_base = reader.time_base
     ticks = range(len(packets)) if counted else sorted(pts for pts, _ in packets if pts is not None)
     starts_N = (np.array(ticks, np.float64) - first) * time_base
     # Frames before the first one that can be decoded, as in a recording that was tuned into, do not count.
-    return Contents(codec, name, size, rotation, rate, starts_N[starts_N >= 0], counted, _has_open_groups(packets))
+    starts_N = starts_N[starts_N >= 0]
+    if len(starts_N) == 0:
+        raise VideoError("the times of its packets and of its frames contradict each other")
+    return Contents(codec, name, size, rotation, rate, starts_N, counted, _has_open_groups(packets))
 
 
 def _packets(container: av.container.InputContainer, stream: Any) -> list[tuple[int | None, bool]]:
@@ -88,11 +92,11 @@ def _packets(container: av.container.InputContainer, stream: Any) -> list[tuple[
     try:
         for packet in container.demux():
             time = packet.dts if packet.pts is None else packet.pts
-            if time is not None and packet.time_base is not None:
-                end_s = max(end_s, float((time + (packet.duration or 0)) * packet.time_base))
+            shown_s = float(((time or 0) + (packet.duration or 0)) * (packet.time_base or 0))
+            end_s = max(end_s, shown_s)
             if packet.stream is stream and packet.size and not packet.is_discard:
                 packets.append((packet.pts, packet.is_keyframe))
-                video_end_s = end_s
+                video_end_s = max(video_end_s, shown_s)
     except _error() as error:
         raise VideoError(f"the file is damaged after {end_s:.2f} s{_telling(error)}") from None
     if not packets:
@@ -122,7 +126,7 @@ def _has_open_groups(packets: list[tuple[int | None, bool]]) -> bool:
 
 
 class PyAVReader:
-    """A video opened by PyAV; as a context manager, it is closed at the end.
+    """A video opened by PyAV.
 
     Args:
         source: what to read.
@@ -158,12 +162,10 @@ class PyAVReader:
         self.display_size: tuple[int, int] = _display_size(frame, self._stream.sample_aspect_ratio, self.rotation)
         self._size: tuple[int, int] = size or self.display_size
 
-    def __enter__(self) -> PyAVReader:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the container; an open file that was given stays open."""
+    def close(self) -> None:
+        """Free what decoding holds; an open file that was given stays open."""
+        self._go_on(iter(()), None)
+        self._picture = None
         self._container.close()
 
     def read(self, times_U: FloatArray) -> list[FrameArray]:
@@ -192,8 +194,6 @@ class PyAVReader:
     # --- frames in order ---
 
     def _open(self) -> None:
-        if not isinstance(self._source, str):
-            self._source.seek(0)
         self._container = _opened(self._source)
         self._stream = _video_stream(self._container)
 
@@ -258,6 +258,8 @@ def _opened(source: Source) -> av.container.InputContainer:
     """Open a video file; raise `VideoError` where it is none."""
     import av
 
+    if not isinstance(source, str):
+        source.seek(0)
     try:
         # A file that is a playlist must not make this process fetch what it names.
         options = {"protocol_whitelist": "file"}

@@ -38,6 +38,9 @@ class Reader(Protocol):
             VideoError: a frame fails to decode.
         """
 
+    def close(self) -> None:
+        """Free what decoding holds."""
+
 
 def frame_indices(starts_N: FloatArray, times_U: FloatArray) -> IntArray:
     """Return the indices (U,) of the frames on screen at the given times, for frames that start at `starts_N`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,12 +66,12 @@ def probe(source: Source) -> VideoFacts:
     sampled = starts_N[[0, len(starts_N) // 2, -1]]
     decoder = choose(source, contents)
     try:
-        _open(source, decoder, size).read(sampled)
+        _read(source, decoder, size, sampled)
     except VideoError:
         if decoder == "pyav":
             raise
         decoder = "pyav"
-        _open(source, decoder, size).read(sampled)
+        _read(source, decoder, size, sampled)
     # The last frame stays on screen for as long as a frame does on average.
     shown_s, count = float(starts_N[-1]), len(starts_N)
     if shown_s == 0 and not contents.rate:
@@ -137,11 +138,11 @@ def read_clips(
     width, height = scaled(display_size, size)
     times_U = np.unique(np.concatenate(clips))
     try:
-        frames = _open(source, decoder, (width, height)).read(times_U)
+        frames = _read(source, decoder, (width, height), times_U)
     except VideoError:
         if decoder == "pyav":
             raise
-        frames = _open(source, "pyav", (width, height)).read(times_U)
+        frames = _read(source, "pyav", (width, height), times_U)
     top, left = (height - size) // 2, (width - size) // 2
     square = [frame[top : top + size, left : left + size] for frame in frames]
     return [np.stack([square[place] for place in np.searchsorted(times_U, times_T)]) for times_T in clips]
@@ -155,10 +156,14 @@ def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
     return max(size, round(size * width / height)), size
 
 
-def _open(source: Source, decoder: Decoder, size: tuple[int, int]) -> Reader:
+def _read(source: Source, decoder: Decoder, size: tuple[int, int], times_U: FloatArray) -> list[FrameArray]:
+    reader: Reader
     if decoder == "decord" and isinstance(source, str):
-        return DecordReader(source, *size)
-    return PyAVReader(source, size)
+        reader = DecordReader(source, *size)
+    else:
+        reader = PyAVReader(source, size)
+    with closing(reader):
+        return reader.read(times_U)
 
 
 def checked(source: Source) -> Source:

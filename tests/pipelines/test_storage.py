@@ -7,6 +7,7 @@ import logging
 import threading
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipelines import storage
+from pipelines import decode, storage
 from pipelines.checkpoints import local_checkpoint
 from pipelines.config import UserError
 from pipelines.decode import CANDIDATE, Reading, decode_chunk, probe_chunk
@@ -40,8 +41,8 @@ def s3_service() -> Iterator[str]:
 
 
 @pytest.fixture
-def bucket(s3_service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """Make a bucket, as a user whose settings are in the environment, and return its name."""
+def bucket(s3_service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Make a bucket, as a user whose settings are in the environment, and give its name."""
     settings = {
         "AWS_ENDPOINT_URL": s3_service,
         "AWS_ACCESS_KEY_ID": "AKIATEST",
@@ -52,10 +53,14 @@ def bucket(s3_service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     storage._bucket.cache_clear()
+    # The child that reads videos has the environment of its start.
+    decode._process.close()
     name = f"bucket-{zlib.crc32(request.node.name.encode())}"
     # Not through `storage`, which makes no buckets.
     fs.FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")[0].create_dir(name)
-    return f"s3://{name}"
+    yield f"s3://{name}"
+    decode._process.close()
+    storage._bucket.cache_clear()
 
 
 def _upload(path: str, uri: str) -> str:
@@ -176,6 +181,8 @@ def test_of_a_long_video_only_ranges_are_fetched(bucket: str, tmp_path: Path, mo
     with storage.opened(uri) as source:
         assert isinstance(source, pa.NativeFile)
         assert code(read_frames(source, np.array([100.0]), 64)[0]) == 200
+    with storage.opened(uri, whole=True) as source:
+        assert probe(source) == replace(probe(path), decoder="pyav")
     monkeypatch.setattr(storage, "WHOLE_BYTES", 100 << 20)
     with storage.opened(uri) as source:
         assert not isinstance(source, (str, pa.NativeFile))
