@@ -18,7 +18,7 @@ from s5.ssm import SSMLayer, build_ssm
 
 
 def pool_pairs(x_BLD: Tensor) -> Tensor:
-    """Average neighbours along the sequence: (B, L, D) -> (B, ceil(L / 2), D). A last token without a neighbour stays."""
+    """Average pairs along the sequence: (B, L, D) -> (B, ceil(L / 2), D). A last token without a neighbour stays."""
     batch, length, width = x_BLD.shape
     even = length - length % 2
     pooled_BLD = x_BLD[:, :even].reshape(batch, even // 2, 2, width).mean(2)

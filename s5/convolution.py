@@ -90,7 +90,7 @@ class _Tiles:
 
 @torch.library.custom_op("s5::convolve", mutates_args=())
 def convolve(x_BLD: Tensor, kernel_DM: Tensor, size: int) -> Tensor:
-    """Convolve every channel of (B, L, D) with its kernel, both as `circular_kernel` says: (B, L, D) in the type of x."""
+    """Convolve each channel with its kernel, laid out by `circular_kernel`: (B, L, D) -> same, in the type of x."""
     y_BLD = torch.empty_like(x_BLD, memory_format=torch.contiguous_format)
     tiles = _Tiles(x_BLD, size, kernel_DM.dtype)
     for channels in tiles.channels:

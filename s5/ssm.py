@@ -7,9 +7,10 @@ Shapes: B batch, L sequence, D width (= H channels of a kernel), S state, N = S 
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ __all__ = [
     "S4",
     "S4D",
     "DiagonalSSM",
+    "HintedParameter",
     "LinearSSM",
     "OptimHints",
     "SSMLayer",
@@ -45,17 +47,28 @@ class OptimHints(TypedDict, total=False):
     weight_decay: float
 
 
+class HintedParameter(nn.Parameter):
+    """Parameter whose attribute `optim_hints` says what it asks of the optimiser, in copies too."""
+
+    optim_hints: OptimHints
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HintedParameter:
+        copied: HintedParameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        copied.optim_hints = copy.copy(self.optim_hints)
+        return copied
+
+
 def register_hint(
     parameter: nn.Parameter, *, lr: float | None = None, weight_decay: float | None = None
-) -> nn.Parameter:
-    """Attach optimiser settings to a parameter as its attribute `optim_hints`, and return it. Deep copies lose it."""
-    hints: OptimHints = {}
+) -> HintedParameter:
+    """Return the parameter with optimiser settings attached: an upper bound of its learning rate, its weight decay."""
+    hinted = HintedParameter(parameter.data, parameter.requires_grad)
+    hinted.optim_hints = {}
     if lr is not None:
-        hints["lr"] = lr
+        hinted.optim_hints["lr"] = lr
     if weight_decay is not None:
-        hints["weight_decay"] = weight_decay
-    parameter.optim_hints = hints  # type: ignore[attr-defined]
-    return parameter
+        hinted.optim_hints["weight_decay"] = weight_decay
+    return hinted
 
 
 class StreamState(NamedTuple):

@@ -117,7 +117,7 @@ def test_workers_train_as_one(request: pytest.FixtureRequest, worker: Worker, gr
     for part in (found[worker.__name__] for found in request.getfixturevalue(group)):
         assert part["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         for name, value in whole["weights"].items():
-            torch.testing.assert_close(part["weights"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(part["weights"][name], value, rtol=1e-3, atol=5e-5, msg=name)
 
 
 def collect(rank: int, world: int) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -340,6 +341,12 @@ def test_optimiser_hints(kind: Literal["s4d", "s4"]) -> None:
     own = {"lr": 0.5, "weight_decay": 0.0}
     expected = {"log_dt": own, "log_A_real": own, "A_imag": own, "B": own, "C": None, "skip": {"weight_decay": 0.0}}
     assert hints == (expected if kind == "s4d" else {**expected, "P": own})
+
+
+def test_copies_keep_their_hints() -> None:
+    layer = copy.deepcopy(build_ssm(SSMConfig(lr=0.5), 4).double())
+    assert layer.ssm.log_dt.optim_hints == {"lr": 0.5, "weight_decay": 0.0}
+    assert layer.ssm.log_dt.dtype == torch.float64
 
 
 def test_initial_values() -> None:
