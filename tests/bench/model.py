@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -128,15 +128,18 @@ def measure_peak(case: str, shape: Shape, device: torch.device) -> int:
     """Measure `peak_bytes` in this process."""
     decoder = model(case, device)
     x_BLD = torch.randn(shape.batch, shape.length, WIDTH, device=device)
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-    else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmRSS")
     for _ in range(2):
         train(decoder, x_BLD, shape.frames)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(field: str) -> int:
+    """Read a line of Linux's status of this process; getrusage's peak would be that of the parent before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def fits(case: str, shape: Shape) -> bool:
