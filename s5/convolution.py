@@ -54,9 +54,13 @@ class _Tiles:
         batch, self.length, width = x_BLD.shape
         self.size, self.dtype = size, dtype
         self.on_cpu = x_BLD.device.type == "cpu"
-        # 64 channels of a CPU's tile still make whole cache lines.
-        channels = 64 if self.on_cpu else max(64, _GPU_TILE // (size * max(batch, 1)))
-        samples = max(1, (_CPU_TILE if self.on_cpu else _GPU_TILE) // (size * 64))
+        if self.on_cpu:
+            # Both make whole cache lines; measured: the wider tile is faster until its padded form is 8 MiB.
+            channels = 128 if 128 * size <= 1 << 21 else 64
+            samples = max(1, _CPU_TILE // (size * channels))
+        else:
+            channels = max(64, _GPU_TILE // (size * max(batch, 1)))
+            samples = max(1, _GPU_TILE // (size * channels))
         self.channels = [slice(start, min(start + channels, width)) for start in range(0, width, channels)]
         self.samples = [slice(start, min(start + samples, batch)) for start in range(0, batch, samples)]
         self.padded = x_BLD.new_zeros(min(channels, width), min(samples, batch), size, dtype=dtype)
@@ -116,7 +120,8 @@ def convolve_backward(
             grad_spectrum = tiles.spectrum(grad_BLD, samples, channels)
             if needs_kernel:
                 spectrum = tiles.spectrum(x_BLD, samples, channels)
-                correlation += spectrum.conj_physical_().mul_(grad_spectrum).sum(1)
+                for of_x, of_grad in zip(spectrum.conj_physical_().unbind(1), grad_spectrum.unbind(1), strict=True):
+                    correlation.addcmul_(of_x, of_grad)
             if needs_x:
                 tiles.put_back(grad_spectrum.mul_(response), grad_x_BLD, samples, channels)
         if needs_kernel:
@@ -181,7 +186,10 @@ def convolve_score_backward(grad_BL: Tensor, x_BLD: Tensor, kernel_DM: Tensor, s
         response = tiles.response(kernel_DM, channels)
         correlation = torch.zeros_like(response)
         for samples in tiles.samples:
-            correlation += tiles.spectrum(x_BLD, samples, channels).mul_(grad_BF[samples]).sum(1)
+            for spectrum, grad_F in zip(
+                tiles.spectrum(x_BLD, samples, channels).unbind(1), grad_BF[samples], strict=True
+            ):
+                correlation.addcmul_(spectrum, grad_F)
         grad_D[channels] = response.mul_(correlation).real.sum(1)
     return grad_D
 
