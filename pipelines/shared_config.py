@@ -1,0 +1,76 @@
+"""Settings that several stages share: where runs are logged, workers, and decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from s5.config import require, require_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs are logged (MLflow)."""
+
+    uri: str = ""
+    """Tracking URI; empty for $MLFLOW_TRACKING_URI or else a database file `mlflow.db` beside --out; `off` for none."""
+    experiment: str = "s5"
+    """Name of the MLflow experiment."""
+    run_name: str = ""
+    """Name of the run; empty for the stage's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """Workers and what each of them holds (Ray Train)."""
+
+    num_workers: int = 1
+    """Data-parallel training workers."""
+    cpus_per_worker: float = 1.0
+    """CPUs that a training worker holds for its whole life."""
+    gpus_per_worker: float = 0.0
+    """GPUs of a training worker; more than 0 trains on CUDA with NCCL."""
+    max_failures: int = 3
+    """How often lost workers are replaced, from the last checkpoint, before the run fails."""
+    start_timeout_s: float = 600.0
+    """Seconds that the workers may take to start."""
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 1, "scale.num_workers", self.num_workers, "give at least 1")
+        require(self.cpus_per_worker > 0, "scale.cpus_per_worker", self.cpus_per_worker, "give more than 0")
+        require(self.gpus_per_worker >= 0, "scale.gpus_per_worker", self.gpus_per_worker, "give 0 or more")
+        require(self.max_failures >= 0, "scale.max_failures", self.max_failures, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How decode tasks are shared out (Ray Data)."""
+
+    cpus_per_decode: float = 1.0
+    """CPUs that one decode task holds."""
+    decode_tasks: int = 0
+    """Decode tasks that run at once for all workers together; 0 for as many as the free CPUs allow."""
+    clips_per_task: int = 8
+    """Videos that one decode task reads."""
+    decode_timeout_s: float = 120.0
+    """Seconds that one video may take before its decoder is ended and the video counts as unreadable."""
+
+    def __post_init__(self) -> None:
+        require(self.cpus_per_decode > 0, "data.cpus_per_decode", self.cpus_per_decode, "give more than 0")
+        require(self.decode_tasks >= 0, "data.decode_tasks", self.decode_tasks, "give 0 or more")
+        require(self.clips_per_task >= 1, "data.clips_per_task", self.clips_per_task, "give at least 1")
+        require(self.decode_timeout_s > 0, "data.decode_timeout_s", self.decode_timeout_s, "give more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DecodeConfig):
+    """How clips are decoded for a model."""
+
+    prefetch_batches: int = 2
+    """Batches that are kept ready for each worker."""
+    max_failure_share: float = 0.05
+    """Share of videos that may fail to decode before the run stops."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, "give 0 or more")
+        require_range("data.max_failure_share", self.max_failure_share, 0, 1)
