@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -28,12 +28,14 @@ from pipelines.decode import CANDIDATE, Reading, decode_chunk
 from pipelines.plan import ClipPlan, PlanRows
 from s5.batch import ClipBatch
 from s5.clips import clip_seed
-from s5.config import ClipConfig
+from s5.config import ClipConfig, Protocol
 from s5.video import Failure, VideoError
 
 SEGMENT_ROWS = 4096
 """Videos of one Ray Data execution: its first batch takes a second or two, and its rows are all built beforehand."""
-CANDIDATE_COLUMNS = [field.name for field in CANDIDATE if field.name != "seed"]
+PART_BYTES = 128_000_000
+"""Bytes of frames that a decode task of an evaluation returns, or one clip: a video may have hundreds of windows."""
+CANDIDATE_COLUMNS = [field.name for field in CANDIDATE if field.name not in ("seed", "first_clip", "end_clip")]
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -49,6 +51,7 @@ def train_batches(
     pairs: bool,
     data: DataConfig,
     decode_tasks: int,
+    protocol: Protocol = "uniform",
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
@@ -66,6 +69,7 @@ def train_batches(
         pairs: read a short clip beside each long one, in the same pass over the file.
         data: chunk size, CPUs of a task, batches kept ready.
         decode_tasks: decode tasks that run at once for this worker.
+        protocol: which clip of a video, but for pairs.
         rank: this worker.
         world_size: workers.
         start_step: first step to yield.
@@ -74,7 +78,7 @@ def train_batches(
         VideoError: a video and all its spares fail.
     """
     share = plan.batch_size // world_size
-    reading = Reading(clips, frame_size, pairs, data.decode_timeout_s)
+    reading = Reading(clips, frame_size, pairs, data.decode_timeout_s, protocol)
     segment_steps = max(1, SEGMENT_ROWS // share)
 
     def segment(first: int) -> Generator[ClipBatch]:
@@ -100,12 +104,20 @@ def _training_rows(manifest: pa.Table, rows: PlanRows, seed: int) -> pa.Table:
         clip_seed(seed, int(epoch), video_id)
         for epoch, video_id in zip(epochs, chosen["video_id"].to_pylist(), strict=True)
     ]
-    return _candidates(chosen, seeds, np.concatenate([[0], np.cumsum(counts_R)]))
+    whole = [None] * len(seeds)
+    return _candidates(chosen, seeds, whole, whole, np.concatenate([[0], np.cumsum(counts_R)]))
 
 
-def _candidates(videos: pa.Table, seeds: list[int], offsets: npt.NDArray[np.int64]) -> pa.Table:
+def _candidates(
+    videos: pa.Table,
+    seeds: list[int],
+    first_clips: Sequence[int | None],
+    end_clips: Sequence[int | None],
+    offsets: npt.NDArray[np.int64],
+) -> pa.Table:
     columns = [videos[name].combine_chunks().cast(CANDIDATE.field(name).type) for name in CANDIDATE_COLUMNS]
-    structs = pa.StructArray.from_arrays([*columns, pa.array(seeds, pa.int64())], fields=list(CANDIDATE))
+    columns += [pa.array(values, pa.int64()) for values in (seeds, first_clips, end_clips)]
+    structs = pa.StructArray.from_arrays(columns, fields=list(CANDIDATE))
     return pa.table({"candidates": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs)})
 
 
@@ -154,21 +166,42 @@ def evaluation_batches(
     batch_size: int,
     data: DataConfig,
     decode_tasks: int,
+    protocol: Protocol = "uniform",
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[ClipBatch]:
-    """Yield evenly spread long clips of this worker's videos (rows rank, rank + world_size, ...), in manifest order.
+    """Yield the clips of a protocol of this worker's videos (rows rank, rank + world_size, ...), in manifest order.
 
-    The clips of a video follow each other, perhaps across two batches. A video that fails is listed in `failures` and
-    has no clips. Batches may be smaller than `batch_size`, and workers may have different numbers of them.
+    The clips of a video follow each other, perhaps across batches, and are read in parts of at most PART_BYTES. A part
+    that fails is listed in `failures` and has no clips; `s5.inference.merge` leaves out the rest of that video. Batches
+    may be smaller than `batch_size`, and workers may have different numbers of them.
     """
     mine = manifest.select(CANDIDATE_COLUMNS).take(pa.array(np.arange(rank, len(manifest), world_size)))
     if len(mine) == 0:
         return
-    rows = _candidates(mine, [0] * len(mine), np.arange(len(mine) + 1))
-    reading = Reading(clips, frame_size, timeout_s=data.decode_timeout_s, evenly=clips_per_video)
-    for number, batch in enumerate(_decoded(rows, reading, data, decode_tasks, batch_size)):
+    reading = Reading(clips, frame_size, False, data.decode_timeout_s, protocol, clips_per_video)
+    rows, largest = _evaluation_rows(mine, reading)
+    fit = max(1, PART_BYTES // (largest * reading.bytes_per_clip))
+    data = replace(data, clips_per_task=min(data.clips_per_task, fit))
+    for number, batch in enumerate(_decoded(rows, reading, data, decode_tasks, batch_size, largest)):
         yield replace(_without_failed(batch), step=number)
+
+
+def _evaluation_rows(videos: pa.Table, reading: Reading) -> tuple[pa.Table, int]:
+    """Return rows of one candidate for each part of a video, and the clips of the largest part."""
+    most = max(1, PART_BYTES // reading.bytes_per_clip)
+    parts: list[tuple[int, int, int]] = []
+    for index, video in enumerate(videos.to_pylist()):
+        try:
+            clips = len(reading.times(video | {"first_clip": None, "end_clip": None}))
+        except VideoError:
+            # Too short for the clip: the task that reads it says so.
+            clips = 1
+        parts += [(index, first, min(first + most, clips)) for first in range(0, clips, most)]
+    indices, first_clips, end_clips = zip(*parts, strict=True)
+    chosen = videos.take(pa.array(indices)).combine_chunks()
+    rows = _candidates(chosen, [0] * len(parts), first_clips, end_clips, np.arange(len(parts) + 1))
+    return rows, max(end - first for _, first, end in parts)
 
 
 def _without_failed(batch: ClipBatch) -> ClipBatch:
@@ -189,15 +222,15 @@ def _without_failed(batch: ClipBatch) -> ClipBatch:
 
 
 def _decoded(
-    rows: pa.Table, reading: Reading, data: DataConfig, decode_tasks: int, batch_size: int
+    rows: pa.Table, reading: Reading, data: DataConfig, decode_tasks: int, batch_size: int, clips_per_row: int = 1
 ) -> Generator[ClipBatch]:
     """Run one Ray Data execution over rows of candidates and yield its batches in order."""
     chunk = data.clips_per_task
     dataset = in_chunks(rows, chunk)
     # What is decoded ahead of the training stays in the object store: enough for the tasks that run and the batches
     # that are kept ready, twice, rather than the share of the store that Ray Data would claim for each worker.
-    ahead_bytes = 2 * (decode_tasks * chunk + (data.prefetch_batches + 1) * batch_size) * reading.bytes_per_video
-    limit(dataset, decode_tasks * data.cpus_per_decode, max(256e6, ahead_bytes))
+    ahead = decode_tasks * chunk * clips_per_row + (data.prefetch_batches + 1) * batch_size
+    limit(dataset, decode_tasks * data.cpus_per_decode, max(256e6, 2 * ahead * reading.bytes_per_clip))
     decoded = dataset.map_batches(
         partial(decode_chunk, reading=reading),
         batch_size=None,

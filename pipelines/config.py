@@ -12,6 +12,8 @@ from pipelines.dotted import override as override
 from pipelines.dotted import unknown as unknown
 from s5.config import ClipConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig, require, require_range
 
+ProtocolChoice = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
@@ -204,6 +206,8 @@ class FinetuneConfig:
     """What is learnt: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Clips; only the long stride is used."""
+    protocol: ProtocolChoice = "auto"
+    """Which clips are learnt from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Video model."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.05))
@@ -235,8 +239,12 @@ class EvaluateConfig:
     """Manifest of the videos: a file, or the folder that `index` wrote."""
     split: str = "test"
     """Split to evaluate on."""
-    clips_per_video: int = 1
-    """Clips spread evenly over each video; their predictions are averaged."""
+    protocol: ProtocolChoice = "auto"
+    """Clips whose predictions are averaged: `windows` of T long strides at every second (LVU), `whole`: clips over the
+    whole video (Breakfast, COIN), `multi-clip` (Kinetics) and `uniform`: long clips evenly spread; `auto`: those that
+    fine-tuning was set to, else the manifest's benchmark's; for a pretrained encoder `uniform`."""
+    clips_per_video: int = 0
+    """Clips of each video; 0 for 10 in protocol multi-clip and else 1. `windows` takes all."""
     batch_size: int = 16
     """Clips that the model sees at once."""
     neighbours: int = 5
@@ -249,7 +257,8 @@ class EvaluateConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        for name in ("clips_per_video", "batch_size", "neighbours"):
+        require(self.clips_per_video >= 0, "clips_per_video", self.clips_per_video, "give 0 or more")
+        for name in ("batch_size", "neighbours"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
 
 

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.video_process import Clips, VideoProcess, VideoTimeoutError
-from s5.clips import evaluation_times, long_short_times
-from s5.config import ClipConfig
+from s5.clips import beyond, long_short_times, protocol_times, training_times
+from s5.config import ClipConfig, Protocol
 from s5.video import FrameArray, VideoError
 
 ATTEMPTS = 2
@@ -41,9 +41,12 @@ CANDIDATE = pa.struct(
         ("height", pa.int64()),
         ("decoder", pa.string()),
         ("seed", pa.int64()),
+        ("first_clip", pa.int64()),
+        ("end_clip", pa.int64()),
     ]
 )
-"""A video that a clip may be read from: its columns of the manifest and the seed of its clip."""
+"""A video that a clip may be read from: its columns of the manifest, the seed of its clip, and in evaluation which part
+of its clips is read; null for all."""
 PROBED = pa.schema(
     [
         ("reason", pa.string()),
@@ -81,27 +84,34 @@ class Reading:
     """A short clip beside each long one."""
     timeout_s: float = 120.0
     """Seconds that one video may take."""
-    evenly: int = 0
-    """0 for clips at random times; otherwise so many long clips, evenly spread."""
+    protocol: Protocol = "uniform"
+    """Which clips, but for pairs."""
+    evaluated: int = 0
+    """0 for a random clip or pair; otherwise the clips of a video that the protocol evaluates (`protocol_times`)."""
 
     @property
-    def bytes_per_video(self) -> int:
-        """Bytes of the frames of one video."""
-        return 3 * self.frame_size**2 * self.clips.frames * (self.evenly or 1 + self.pairs)
+    def bytes_per_clip(self) -> int:
+        """Bytes of the frames of one clip, or of a pair."""
+        return 3 * self.frame_size**2 * self.clips.frames * (1 + self.pairs)
 
     def times(self, video: dict[str, Any]) -> list[npt.NDArray[np.float64]]:
         """Return the times (T,) of each clip of a candidate; raise `VideoError` where it is too short."""
         stretch = video["start_s"], video["end_s"], video["fps"]
         try:
-            if self.evenly:
-                return list(evaluation_times(self.clips, *stretch, self.evenly))
-            return list(long_short_times(self.clips, *stretch, video["seed"]))[: 1 + self.pairs]
+            if self.evaluated:
+                times_WT = protocol_times(self.protocol, self.clips, *stretch, self.evaluated)
+                return list(times_WT[video["first_clip"] : video["end_clip"]])
+            if self.pairs:
+                return list(long_short_times(self.clips, *stretch, video["seed"]))
+            return [training_times(self.protocol, self.clips, *stretch, video["seed"])]
         except ValueError as error:
             raise VideoError(str(error)) from None
 
 
 def decode_chunk(rows: pa.Table, reading: Reading) -> dict[str, npt.NDArray[Any]]:
     """Read the clips of a chunk of rows, each with the column `candidates`: a list of CANDIDATE, the first to be read.
+
+    What a window of a video shorter than it shows beyond the end is black: zeros, before the model normalises colours.
 
     Returns:
         Columns `video_id` (empty where no candidate can be read; its frames are black), `seed`, `label`, `target`,
@@ -162,5 +172,10 @@ def _first_readable(
 
 
 def _read(video: dict[str, Any], reading: Reading) -> list[FrameArray]:
-    clips = Clips(reading.times(video), reading.frame_size, (video["width"], video["height"]), video["decoder"])
-    return _process.read(storage.absolute(video["uri"]), clips, reading.timeout_s)
+    times = reading.times(video)
+    clips = Clips(times, reading.frame_size, (video["width"], video["height"]), video["decoder"])
+    frames = _process.read(storage.absolute(video["uri"]), clips, reading.timeout_s)
+    if reading.protocol == "windows":
+        for clip, times_T in zip(frames, times, strict=True):
+            clip[beyond(times_T, video["end_s"])] = 0
+    return frames

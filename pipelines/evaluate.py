@@ -1,10 +1,12 @@
 """Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder's kNN accuracy and nearest clips.
 
-Replicas of the model are Ray actors; each reads its share of the videos through Ray Data.
+The protocol says which clips of a video are read (`s5.clips`); a video's result is their mean. Replicas of the model
+are Ray actors; each reads its share of the videos through Ray Data.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from pipelines.cluster import check_cluster, decode_tasks
 from pipelines.config import EvaluateConfig, UserError, unknown
 from pipelines.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.pictures import NEIGHBOURS, Neighbours, draw_neighbours
+from pipelines.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
 from pipelines.stage import REJECTS, Stage, StageError, stage_run
 from s5 import inference, metrics
 from s5.checkpoint import CheckpointError, Meta, encoder_weights, load_model, read_meta
-from s5.config import ClipConfig
+from s5.config import ClipConfig, Protocol
 from s5.config import from_json as config_from_json
 from s5.inference import ClipOutputs
 
@@ -45,21 +48,28 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             encoder_weights(folder)
         except CheckpointError as error:
             raise UserError(str(error)) from None
-        clips = clips_of(meta)
-        videos = chosen(manifest, config, meta)
-        check_clips(videos, clips)
-        videos = drop_too_short(videos, clips)
+        clips, protocol = clips_of(meta), chosen_protocol(manifest, config, meta)
+        rows = chosen(manifest, config, meta)
+        checked = checked_clips(clips, protocol)
+        check_clips(rows, checked)
+        videos = drop_too_short(rows, checked)
         check_cluster(config.scale, config.data)
         with stage_run("evaluate", config) as stage:
             stage.progress(
-                f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}"
+                f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
+                f"{protocol}: {words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
             )
-            found = outputs(config, folder, meta, clips, videos)
+            found = outputs(config, folder, clips, videos, protocol)
+            used, all_listed = len(videos) - len(found.failures), listed(manifest, config.split)
+            stage.details["protocol"] = protocol
+            stage.metrics |= {f"{config.split}/videos": used, f"{config.split}/listed": all_listed}
+            stage.metrics |= {f"{config.split}/clips": len(found.video_ids)}
             if meta.kind == "lsmcl":
-                pretrained(stage, config, folder, meta, clips, manifest, found)
+                pretrained(stage, config, folder, clips, manifest, protocol, found)
             else:
-                fine_tuned(stage, config, meta, found)
-            stage.counts |= {"videos": len(videos), "unreadable": len(found.failures)}
+                fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
+            stage.progress(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")
+            stage.counts |= {"listed": all_listed, "videos": len(videos), "unreadable": len(found.failures)}
             storage.remove(stage.path(REJECTS))
             stage.reject(found.failures)
             storage.write_json(stage.path("metrics.json"), stage.metrics)
@@ -69,6 +79,22 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def clips_of(meta: Meta) -> ClipConfig:
     """Return the clips that a checkpoint was trained on."""
     return config_from_json(ClipConfig, meta.settings["clips"])
+
+
+def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> Protocol:
+    """Return which clips are read.
+
+    Raises:
+        UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other.
+    """
+    if meta.kind != "lsmcl":
+        return protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
+    if config.protocol == "windows":
+        raise UserError(
+            "protocol is 'windows': a pretrained encoder's clips are compared with each other, and windows a second "
+            "apart find their own neighbours; give uniform or whole"
+        )
+    return "uniform" if config.protocol == "auto" else config.protocol
 
 
 def chosen(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> pa.Table:
@@ -89,7 +115,12 @@ def chosen(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> pa.Table:
 
 
 def outputs(
-    config: EvaluateConfig, folder: Path, meta: Meta, clips: ClipConfig, videos: pa.Table, per_video: int | None = None
+    config: EvaluateConfig,
+    folder: Path,
+    clips: ClipConfig,
+    videos: pa.Table,
+    protocol: Protocol,
+    per_video: int = 0,
 ) -> ClipOutputs:
     """Return what all replicas say of some videos' clips.
 
@@ -105,7 +136,8 @@ def outputs(
     content = ray.put(files)
     settings = {
         "clips": clips,
-        "clips_per_video": per_video or config.clips_per_video,
+        "protocol": protocol,
+        "clips_per_video": per_video or clips_per_video(protocol, config.clips_per_video),
         "batch_size": config.batch_size,
         "data": config.data,
         "decode_tasks": tasks,
@@ -145,20 +177,18 @@ class Replica:
         return inference.run(output, batches, self.device, thumbnails=pretrained)
 
 
-def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutputs) -> None:
-    """Average each video's clips, then write predictions and metrics."""
-    names, values = metrics.per_video(found.values, found.video_ids)
-    first = [found.video_ids.index(name) for name in names]
+def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutputs, clips: Counter[str]) -> None:
+    """Write predictions and metrics of videos, each from so many clips."""
+    names, values, labels, targets = found.video_ids, found.values, found.labels, found.targets
     split = config.split
-    table: dict[str, Any] = {"video_id": names}
+    table: dict[str, Any] = {"video_id": names, "clips": [clips[name] for name in names]}
     if meta.kind == "class":
-        labels = found.labels[first]
         predicted = values.argmax(1)
         hits = int((predicted == labels).sum())
         low, high = metrics.wilson_interval(hits, len(names))
         chance = float(torch.bincount(labels).max()) / len(names)
         stage.metrics |= {f"{split}/accuracy": hits / len(names), f"{split}/accuracy_low": low}
-        stage.metrics |= {f"{split}/accuracy_high": high, f"{split}/chance": chance, f"{split}/videos": len(names)}
+        stage.metrics |= {f"{split}/accuracy_high": high, f"{split}/chance": chance}
         table |= {"label": labels.tolist(), "prediction": predicted.tolist(), "scores": values.tolist()}
         table |= {"predicted_class": [meta.classes[i] for i in predicted.tolist()]}
         stage.progress(
@@ -166,10 +196,9 @@ def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutp
             f"always saying the commonest class gives {chance:.3f}"
         )
     else:
-        targets = found.targets[first]
         mse = float((values[:, 0] - targets).square().mean())
         constant = float((targets - targets.mean()).square().mean())
-        stage.metrics |= {f"{split}/mse": mse, f"{split}/mse_constant": constant, f"{split}/videos": len(names)}
+        stage.metrics |= {f"{split}/mse": mse, f"{split}/mse_constant": constant}
         table |= {"target": targets.tolist(), "prediction": values[:, 0].tolist()}
         stage.progress(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
     storage.write_table(stage.path("predictions.parquet"), pa.table(table))
@@ -180,9 +209,9 @@ def pretrained(
     stage: Stage,
     config: EvaluateConfig,
     folder: Path,
-    meta: Meta,
     clips: ClipConfig,
     manifest: pa.Table,
+    protocol: Protocol,
     found: ClipOutputs,
 ) -> None:
     """Write kNN accuracy where labels exist, how often a clip's nearest one is of the same video, and a picture."""
@@ -190,7 +219,7 @@ def pretrained(
     owner = torch.tensor([names.index(name) for name in found.video_ids])
     clip = torch.arange(len(owner))
     index, similarity = metrics.nearest(found.values, clip, config.neighbours)
-    if config.clips_per_video > 1 and len(names) > 1:
+    if len(owner) > len(names) > 1:
         same = float((owner[index[:, 0]] == owner).float().mean())
         chance = float(np.mean([((owner == o).sum().item() - 1) / (len(owner) - 1) for o in owner]))
         stage.metrics |= {"retrieval/same_video": same, "retrieval/chance": chance, "retrieval/clips": len(owner)}
@@ -198,7 +227,8 @@ def pretrained(
     train = labelled(split_of(manifest, "train"))
     known = found.labels >= 0
     if config.split != "train" and bool(known.any()) and len(train):
-        reference = outputs(config, folder, meta, clips, drop_too_short(train, clips)[:KNN_VIDEOS], per_video=1)
+        train = drop_too_short(train, checked_clips(clips, protocol))[:KNN_VIDEOS]
+        reference = outputs(config, folder, clips, train, protocol, per_video=1)
         top1 = metrics.knn_accuracy(reference.values, reference.labels, found.values[known], found.labels[known])
         stage.metrics |= {"knn/top1": top1, "knn/videos": int(known.sum())}
         stage.progress(f"kNN top-1 {top1:.3f} of {int(known.sum())} clips, {len(reference.labels)} training videos")

@@ -18,10 +18,12 @@ from pipelines.cluster import check_cluster
 from pipelines.config import FinetuneConfig, UserError, flatten
 from pipelines.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.plan import ClipPlan, plan_of, with_batch_size
+from pipelines.protocols import checked_clips, clips_per_video, listed, protocol_of, words
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
 from s5 import checkpoint, inference, metrics
 from s5.checkpoint import CheckpointError, Meta
+from s5.config import Protocol
 from s5.finetune import Supervised
 from s5.loop import Fit
 from s5.model import VideoModel, check_model
@@ -37,6 +39,7 @@ class FinetuneJob:
     val: pa.Table
     classes: list[str]
     plan: ClipPlan
+    protocol: Protocol
     inputs: dict[str, str]
     weights: dict[str, Tensor] | None
     backbone: dict[str, Tensor] | None
@@ -71,9 +74,12 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
     with stage_run("finetune", config, parent_run, inputs) as stage:
         origin = f"from {config.checkpoint}" if job.weights else "from scratch"
         stage.progress(
-            f"{len(job.train)} videos, {len(job.val)} for validation, {origin}, {config.clips.frames} frames a clip, "
+            f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {len(job.val)} of "
+            f"{listed(job.val, 'val')} for validation, {origin}, {config.clips.frames} frames a clip, "
             f"{config.model.decoder.name}, {job.plan.total_steps} steps of {config.loop.batch_size} videos"
         )
+        validated = words(job.protocol, config.clips, clips_per_video(job.protocol))
+        stage.progress(f"protocol {job.protocol}; validation: {validated}")
         if len(job.val) == 0:
             stage.progress("no video in split 'val': the last epoch is kept, not the best; index --val-share makes one")
         outcome = launch(
@@ -89,6 +95,7 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
         stage.metrics |= outcome.fit.metrics
         stage.metrics |= {"best/" + best[0]: outcome.best_score} if outcome.best_score is not None else {}
         stage.counts |= {"videos": len(job.train), "val_videos": len(job.val), "steps": outcome.fit.step}
+        stage.counts |= {"listed": listed(job.train, "train"), "val_listed": listed(job.val, "val")}
         stage.counts |= {"classes": len(job.classes), "resumed_at": outcome.fit.started_at}
         stage.details["checkpoint"] = outcome.best
         stage.progress(f"checkpoint: {outcome.best}")
@@ -98,9 +105,11 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
 def prepare(config: FinetuneConfig) -> FinetuneJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
-    train = drop_too_short(split_of(manifest, "train"), config.clips)
+    protocol = protocol_of(manifest, config.protocol)
+    clips = checked_clips(config.clips, protocol)
+    train = drop_too_short(split_of(manifest, "train"), clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
-    check_for_training(manifest, config.clips, config.loop.batch_size, labelled=True, task=config.task)
+    check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
     weights = None
     inputs = {"manifest": digest(manifest)}
     try:
@@ -115,9 +124,10 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     return FinetuneJob(
         config=config,
         train=train,
-        val=drop_too_short(split_of(manifest, "val"), config.clips),
+        val=drop_too_short(split_of(manifest, "val"), clips),
         classes=classes(manifest) if config.task == "class" else [],
         plan=plan_of(config.loop, len(train)),
+        protocol=protocol,
         inputs=inputs,
         weights=weights,
         backbone=None if weights else backbone_weights(config.model.backbone),
@@ -159,6 +169,7 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
             pairs=False,
             data=config.data,
             decode_tasks=context.decode_tasks,
+            protocol=job.protocol,
             rank=context.rank,
             world_size=context.world_size,
             start_step=start,
@@ -181,10 +192,11 @@ def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[s
         manifest=job.val,
         clips=config.clips,
         frame_size=config.model.backbone.frame_size,
-        clips_per_video=1,
+        clips_per_video=clips_per_video(job.protocol),
         batch_size=max(1, config.loop.batch_size // context.world_size),
         data=config.data,
         decode_tasks=context.decode_tasks,
+        protocol=job.protocol,
         rank=context.rank,
         world_size=context.world_size,
     )
@@ -193,6 +205,7 @@ def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[s
         context.reject(found.failures)
     if not found.video_ids:
         raise VideoError(f"none of the {len(job.val)} videos of split val can be read; index the videos anew")
+    found = inference.by_video(found)
     if config.task == "regression":
         mse = float(F.mse_loss(found.values[:, 0], found.targets))
         return {"val/mse": mse, "val/loss": mse, "val/videos": float(len(found.video_ids))}
@@ -207,7 +220,8 @@ def report_line(stage: Stage, job: FinetuneJob) -> OnRow:
     def report(step: int, row: dict[str, float]) -> None:
         if "val/loss" in row:
             main = "val/accuracy" if "val/accuracy" in row else "val/mse"
-            stage.progress(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f}")
+            read = f"{row['val/videos']:.0f} of {listed(job.val, 'val')} listed videos"
+            stage.progress(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f} on {read}")
             return
         entropy = row.get("train/selection_entropy", math.nan)
         hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""

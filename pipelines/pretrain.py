@@ -17,6 +17,7 @@ from pipelines.cluster import check_cluster
 from pipelines.config import PretrainConfig, UserError
 from pipelines.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
 from pipelines.plan import ClipPlan, plan_of, with_batch_size
+from pipelines.protocols import listed
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
 from s5 import inference
@@ -62,8 +63,8 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
     check_cluster(config.scale, config.data)
     with stage_run("pretrain", config, parent_run, inputs) as stage:
         stage.progress(
-            f"{len(job.train)} videos, {config.clips.frames} frames a clip, masking ratio {config.lsmcl.mask_ratio:g}, "
-            f"{job.plan.total_steps} steps of {config.loop.batch_size} videos"
+            f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {config.clips.frames} frames a clip, "
+            f"masking ratio {config.lsmcl.mask_ratio:g}, {job.plan.total_steps} steps of {config.loop.batch_size}"
         )
         outcome = launch(
             stage,
@@ -75,7 +76,8 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
             report=[report_line(stage, job), *filter(None, [on_row])],
         )
         stage.metrics |= outcome.fit.metrics
-        stage.counts |= {"videos": len(job.train), "steps": outcome.fit.step, "resumed_at": outcome.fit.started_at}
+        stage.counts |= {"videos": len(job.train), "listed": listed(job.train, "train"), "steps": outcome.fit.step}
+        stage.counts |= {"resumed_at": outcome.fit.started_at}
         stage.details["checkpoint"] = outcome.best
         stage.progress(f"checkpoint: {outcome.best}")
     return stage.result

@@ -4,6 +4,10 @@ Rules: a clip of T frames spans (T - 1) strides; it fits a video that is at leas
 its last frame exists. A video that is too short raises `ValueError`, unless `too_short` is `shrink`: there the stride
 becomes the longest that fits. Long and short clips start at times drawn on their own, uniformly over all starts that
 fit (LSTCL, arXiv 2106.09212). Times are seconds after the video's first frame.
+
+A protocol says which clips of a video are learnt from and which its result is put together from (`training_times`,
+`protocol_times`): `uniform` and `multi-clip` take long clips; `windows`, LVU's, all windows; `whole` clips as long as
+the video. In the last two no video is too short.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from s5.config import ClipConfig
+from s5.config import ClipConfig, Protocol
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -85,6 +89,67 @@ def lvu_windows(duration_s: float, window_s: float = 60.0, step_s: float = 1.0) 
         raise ValueError(f"duration_s {duration_s}, window_s {window_s} and step_s {step_s} must be more than 0")
     latest = math.floor(duration_s + TOLERANCE_S) - window_s
     return step_s * np.arange(max(0, math.floor(latest / step_s + TOLERANCE_S)) + 1, dtype=np.float64)
+
+
+def windows(config: ClipConfig, start_s: float, end_s: float, fps: float) -> FloatArray:
+    """Return the times (W, T) of all windows of a stretch, one from every whole second on: a window is T long strides.
+
+    LVU's, of 60 s at 1 frame a second, are 60 frames at a stride of 1 s. Times at or after the end of a stretch that is
+    shorter than a window are to be padded (`beyond`).
+    """
+    stride = stride_s(config, config.long_stride, fps)
+    starts_W = start_s + lvu_windows(end_s - start_s, config.frames * stride)
+    return starts_W[:, None] + stride * np.arange(config.frames, dtype=np.float64)
+
+
+def beyond(times_T: FloatArray, end_s: float) -> npt.NDArray[np.bool_]:
+    """Return which times of a window lie beyond the end of its stretch; their frames are black (zeros)."""
+    return times_T > end_s - TOLERANCE_S
+
+
+def whole(config: ClipConfig, start_s: float, end_s: float, place: float) -> FloatArray:
+    """Return the times (T,) of a clip over a whole stretch: one in each of T equal parts, at `place` in [0, 1) of each.
+
+    Parts as in TSN (arXiv 1608.00859); a shared place keeps the frames equally far apart.
+    """
+    part_s = (end_s - start_s) / config.frames
+    return start_s + part_s * (np.arange(config.frames, dtype=np.float64) + place)
+
+
+def training_times(
+    protocol: Protocol, config: ClipConfig, start_s: float, end_s: float, fps: float, seed: int
+) -> FloatArray:
+    """Return the times (T,) of the clip that a protocol trains on: a random window, place in the parts or long clip.
+
+    Raises:
+        ValueError: the stretch is too short for a long clip.
+    """
+    if protocol not in ("windows", "whole"):
+        return long_short_times(config, start_s, end_s, fps, seed)[0]
+    place = np.random.default_rng(seed).random()
+    if protocol == "whole":
+        return whole(config, start_s, end_s, place)
+    windows_WT = windows(config, start_s, end_s, fps)
+    window_T: FloatArray = windows_WT[int(place * len(windows_WT))]
+    return window_T
+
+
+def protocol_times(
+    protocol: Protocol, config: ClipConfig, start_s: float, end_s: float, fps: float, clips: int
+) -> FloatArray:
+    """Return the times (W, T) of the clips that a video's result is put together from.
+
+    `windows` gives all of them whatever the number `clips`; the others `clips` ones: of `whole`, at places that share
+    the parts evenly, the middle for one; otherwise those of `evaluation_times`.
+
+    Raises:
+        ValueError: the stretch is too short for a long clip.
+    """
+    if protocol == "windows":
+        return windows(config, start_s, end_s, fps)
+    if protocol == "whole":
+        return np.stack([whole(config, start_s, end_s, (clip + 0.5) / clips) for clip in range(clips)])
+    return evaluation_times(config, start_s, end_s, fps, clips)
 
 
 def _clip(config: ClipConfig, stride: float, start_s: float, end_s: float, fps: float, place: float) -> FloatArray:

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 Config = TypeVar("Config")
 
 DecoderName = Literal["s5", "vis4mer", "lst", "performer", "orthoformer", "tsn", "vtm"]
+Protocol = Literal["uniform", "windows", "whole", "multi-clip"]
+"""Which clips of a video are learnt from and which its result is put together from (`s5.clips`)."""
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from s5.batch import ClipBatch
 from s5.distributed import gather_objects
+from s5.metrics import per_video
 from s5.model import VideoModel
 from s5.video import Failure
 
@@ -72,13 +73,21 @@ def run(output: Output, batches: Iterable[ClipBatch], device: torch.device, thum
 
 
 def merge(parts: list[ClipOutputs]) -> ClipOutputs:
-    """Return the clips of all workers in the order of their video ids, so that the order is that of one worker."""
+    """Return the clips of all workers in the order of their video ids, so that the order is that of one worker.
+
+    A video some of whose clips could not be read counts as one failure and has no clips: a result from the rest of them
+    would not be that of the protocol.
+    """
     full = [part for part in parts if part.video_ids]
-    failures = [failure for part in parts for failure in part.failures]
-    if not full:
-        return ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), failures)
+    first: dict[str, Failure] = {}
+    for part in parts:
+        for failure in part.failures:
+            first.setdefault(failure.video_id, failure)
+    failures = list(first.values())
     names = [name for part in full for name in part.video_ids]
-    order = sorted(range(len(names)), key=lambda i: names[i])
+    order = sorted((i for i, name in enumerate(names) if name not in first), key=lambda i: names[i])
+    if not order:
+        return ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), failures)
     shown = [part.thumbnails for part in full if part.thumbnails is not None]
     return ClipOutputs(
         [names[i] for i in order],
@@ -88,6 +97,17 @@ def merge(parts: list[ClipOutputs]) -> ClipOutputs:
         failures,
         torch.cat(shown)[order] if shown else None,
     )
+
+
+def by_video(found: ClipOutputs) -> ClipOutputs:
+    """Return one row a video: the mean over its clips (V, D), its label and target; no thumbnails.
+
+    The class of the mean of probabilities is that of their sum, as LVU's protocol has it.
+    """
+    names, values = per_video(found.values, found.video_ids)
+    place = {name: i for i, name in reversed(list(enumerate(found.video_ids)))}
+    first = [place[name] for name in names]
+    return ClipOutputs(names, values, found.labels[first], found.targets[first], found.failures)
 
 
 def run_on_all(output: Output, batches: Iterable[ClipBatch], device: torch.device) -> ClipOutputs:

@@ -19,7 +19,7 @@ from pipelines.config import DataConfig
 from pipelines.manifest import SCHEMA
 from pipelines.plan import ClipPlan
 from s5.batch import ClipBatch
-from s5.clips import clip_seed, evaluation_times, long_short_times
+from s5.clips import clip_seed, evaluation_times, long_short_times, training_times
 from s5.config import ClipConfig
 from s5.video import VideoError, probe, read_frames
 from tests.s5.videos import numbers, truncate, write_video
@@ -200,6 +200,47 @@ def test_evaluation_is_shared_among_workers_and_lists_failures(manifest: pa.Tabl
     assert names == [["v0", "v4", "v6", "v8"], ["v1", "v5", "v7", "v9"]]
     assert [[failure.video_id for batch in part for failure in batch.failures] for part in parts] == [["v2"], ["v3"]]
     assert all(len(batch.long) == len(batch.video_ids) == len(batch.labels) for part in parts for batch in part)
+
+
+@pytest.mark.parametrize("part_clips", [1, 2, 100])
+def test_windows_are_read_in_parts_and_padded_with_black(
+    manifest: pa.Table, monkeypatch: pytest.MonkeyPatch, part_clips: int
+) -> None:
+    # A part holds so many windows; the frames of v0 (5 s) and v1 (5.1 s) say which they are.
+    monkeypatch.setattr(clips_module, "PART_BYTES", part_clips * 3 * SIZE**2 * 3)
+    clips = ClipConfig(frames=3, long_stride=1.0, short_stride=1.0)
+    two = manifest.slice(0, 2)
+    batches = _evaluate(two, clips=clips, protocol="windows", batch_size=5)
+    names = [name for batch in batches for name in batch.video_ids]
+    assert names == ["v0"] * 3 + ["v1"] * 3
+    assert max(len(batch.long) for batch in batches) <= 5
+    shown = [numbers(clip.numpy()) for batch in batches for clip in batch.long]
+    assert shown == 2 * [[0, 8, 16], [8, 16, 24], [16, 24, 32]]
+
+    short = two.set_column(two.column_names.index("end_s"), SCHEMA.field("end_s"), [[1.5, 2.0]])
+    padded = [clip for batch in _evaluate(short, clips=clips, protocol="windows") for clip in batch.long]
+    assert [numbers(clip.numpy())[:2] for clip in padded] == [[0, 8], [0, 8]]
+    assert not any(clip[2].any() for clip in padded)
+
+
+def test_a_video_of_which_a_part_of_the_windows_fails_is_listed(
+    manifest: pa.Table, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(clips_module, "PART_BYTES", 2 * 3 * SIZE**2 * 3)
+    clips = ClipConfig(frames=3, long_stride=1.0, short_stride=1.0)
+    batches = _evaluate(_broken(manifest, [1], tmp_path).slice(0, 2), clips=clips, protocol="windows")
+    assert [failure.video_id for batch in batches for failure in batch.failures] == ["v1", "v1"]
+    assert [name for batch in batches for name in batch.video_ids] == ["v0"] * 3
+
+
+def test_training_on_windows_takes_one_a_video(manifest: pa.Table) -> None:
+    clips = ClipConfig(frames=3, long_stride=1.0, short_stride=1.0)
+    plan = ClipPlan(VIDEOS, 4, 2, seed=1)
+    for batch in _train(manifest, plan, clips=clips, pairs=False, protocol="windows"):
+        for row, name in enumerate(batch.video_ids):
+            end_s, seed = manifest["end_s"][int(name[1:])].as_py(), int(batch.seeds[row])
+            times = training_times("windows", clips, 0.0, end_s, 8, seed)
+            assert numbers(batch.long[row].numpy()) == (times * 8).astype(int).tolist()
 
 
 def test_evaluation_of_fewer_videos_than_workers(manifest: pa.Table) -> None:

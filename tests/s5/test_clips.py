@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from s5.clips import clip_seed, evaluation_times, fits, long_short_times, longest_stride_s, lvu_windows
+from s5.clips import (
+    beyond,
+    clip_seed,
+    evaluation_times,
+    fits,
+    long_short_times,
+    longest_stride_s,
+    lvu_windows,
+    protocol_times,
+    training_times,
+)
 from s5.config import ClipConfig
 
 CLIPS = ClipConfig(frames=8, long_stride=1.0, short_stride=0.25)
@@ -90,3 +100,59 @@ def test_a_video_shorter_than_an_lvu_window_has_one(duration_s: float) -> None:
 def test_lvu_windows_have_a_length(lengths: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="must be more than 0"):
         lvu_windows(*lengths)
+
+
+LVU = ClipConfig(frames=60, long_stride=1.0, short_stride=1.0)
+
+
+def _slow_windows(duration_s: float) -> list[list[float]]:
+    """LVU's windows by counting: 60 frames at 1 frame a second from every whole second that 60 s fit behind."""
+    starts = [second for second in range(int(duration_s)) if second + 60 <= duration_s] or [0]
+    return [[start + frame for frame in range(60)] for start in starts]
+
+
+@pytest.mark.parametrize("duration_s", [2.5, 59.9, 60.0, 61.2, 152.4])
+def test_windows_are_those_of_lvu(duration_s: float) -> None:
+    times = protocol_times("windows", LVU, 0.0, duration_s, 25.0, clips=1)
+    np.testing.assert_array_equal(times, _slow_windows(duration_s))
+    padded = [[time >= duration_s for time in window] for window in _slow_windows(duration_s)]
+    np.testing.assert_array_equal(beyond(times, duration_s), padded)
+    np.testing.assert_array_equal(protocol_times("windows", LVU, 7.0, 7.0 + duration_s, 25.0, 1), times + 7)
+
+
+def test_the_end_of_a_video_is_padded_to_the_frame() -> None:
+    assert beyond(np.array([2.9, 3.0 - 1e-6, 3.0, 4.0]), 3.0).tolist() == [False, True, True, True]
+
+
+def test_training_windows_are_drawn_among_all() -> None:
+    every = protocol_times("windows", LVU, 0.0, 64.0, 25.0, clips=1)
+    drawn = np.array([training_times("windows", LVU, 0.0, 64.0, 25.0, clip_seed(0, 0, str(i))) for i in range(1000)])
+    starts, counts = np.unique(drawn[:, 0], return_counts=True)
+    np.testing.assert_array_equal(starts, every[:, 0])
+    assert counts.min() > 150
+    np.testing.assert_array_equal(drawn - drawn[:, :1], np.broadcast_to(np.arange(60.0), drawn.shape))
+    # A short video has one window, whatever is drawn.
+    np.testing.assert_array_equal(training_times("windows", LVU, 3.0, 20.0, 25.0, 1)[:2], [3, 4])
+
+
+def test_whole_clips_have_a_frame_in_each_part_of_the_stretch() -> None:
+    (centred,) = protocol_times("whole", CLIPS, 10.0, 26.0, 25.0, clips=1)
+    np.testing.assert_allclose(centred, 10 + 2 * np.arange(8) + 1)
+    three = protocol_times("whole", CLIPS, 10.0, 26.0, 25.0, clips=3)
+    # Together they are as even as one clip of three times the frames.
+    np.testing.assert_allclose(np.diff(np.sort(three.ravel())), 2 / 3)
+    for seed in range(100):
+        times = training_times("whole", CLIPS, 10.0, 26.0, 25.0, seed)
+        np.testing.assert_array_equal((times - 10) // 2, np.arange(8))
+    # Shorter than a long clip, which would not fit.
+    assert protocol_times("whole", CLIPS, 0.0, 0.5, 25.0, clips=1).max() < 0.5
+
+
+def test_the_other_protocols_take_long_clips() -> None:
+    for protocol in ("uniform", "multi-clip"):
+        evaluated = protocol_times(protocol, CLIPS, 0, 17.125, 8, 3)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(evaluated, evaluation_times(CLIPS, 0, 17.125, 8, 3))
+        trained = training_times(protocol, CLIPS, 0, 17.125, 8, 5)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(trained, long_short_times(CLIPS, 0, 17.125, 8, 5)[0])
+        with pytest.raises(ValueError, match=r"clips.long_stride"):
+            protocol_times(protocol, CLIPS, 0, 3.0, 8, 3)  # type: ignore[arg-type]
