@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.config import UserError
 from s5.backbone import Backbone
+from s5.checkpoint import CheckpointError, check_architecture, encoder_weights
 from s5.config import BackboneConfig
 
 
@@ -67,3 +70,39 @@ def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
         raise UserError(
             f"backbone.weights is {config.weights!r}: timm cannot get them ({reason}); give a file, or go online once"
         ) from None
+
+
+def of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of an encoder's weights that is its backbone's."""
+    prefix = "backbone.vit."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def trained_backbone(config: BackboneConfig, path: str) -> Backbone:
+    """Return a frozen backbone with the weights of a checkpoint, or where `path` is empty with its own.
+
+    Raises:
+        UserError: there are no weights, or they are of another backbone.
+    """
+    if not path and not config.weights:
+        raise UserError("model.backbone.weights is '': a random backbone has no features; give weights or --checkpoint")
+    weights = backbone_weights(config)
+    try:
+        if weights is None:
+            with local_checkpoint(path) as folder:
+                check_architecture(folder, {f"backbone.{name}": value for name, value in asdict(config).items()})
+                weights = of_backbone(encoder_weights(folder))
+        backbone = Backbone(replace(config, weights="", frozen=True))
+    except (CheckpointError, ValueError) as error:
+        raise UserError(str(error)) from None
+    backbone.vit.load_state_dict(weights)
+    return backbone.eval()
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return what identifies weights by their names, shapes and values."""
+    sink = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(weights.items()):
+        sink.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sink.update(value.detach().cpu().contiguous().numpy().data)
+    return sink.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import ray
 import ray.exceptions
 
-from pipelines.config import DataConfig, ScaleConfig, UserError
+from pipelines.config import DecodeConfig, ScaleConfig, UserError
 
 # Ray Train moves each worker into a folder of its own, where relative paths end; Ray Data's bars drown progress lines.
 ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
@@ -82,7 +82,7 @@ def free_cpus(scale: ScaleConfig) -> float:
     return total["CPU"] - scale.cpus_per_worker * scale.num_workers
 
 
-def decode_tasks(scale: ScaleConfig, data: DataConfig) -> int:
+def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
     """Return how many decode tasks may run at once beside the training workers, at least one for each worker.
 
     Raises:
@@ -98,11 +98,18 @@ def decode_tasks(scale: ScaleConfig, data: DataConfig) -> int:
     return min(fit, data.decode_tasks) if data.decode_tasks else fit
 
 
-def check_cluster(scale: ScaleConfig, data: DataConfig) -> int:
+def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
     """Start or join Ray and return how many decode tasks fit beside the workers; call it before anything is written.
+
+    Args:
+        scale: the workers.
+        data: decoding; None where nothing is decoded, which gives 0.
 
     Raises:
         UserError: workers and decoding do not fit the cluster.
     """
     ensure_ray()
+    if data is None:
+        free_cpus(scale)
+        return 0
     return decode_tasks(scale, data)

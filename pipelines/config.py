@@ -10,78 +10,13 @@ from pipelines.dotted import UserError as UserError
 from pipelines.dotted import flatten as flatten
 from pipelines.dotted import override as override
 from pipelines.dotted import unknown as unknown
-from s5.config import ClipConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig, require, require_range
+from pipelines.shared_config import DataConfig as DataConfig
+from pipelines.shared_config import DecodeConfig as DecodeConfig
+from pipelines.shared_config import ScaleConfig as ScaleConfig
+from pipelines.shared_config import TrackingConfig as TrackingConfig
+from s5.config import BackboneConfig, ClipConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig, require
 
 ProtocolChoice = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig:
-    """Where runs are logged (MLflow)."""
-
-    uri: str = ""
-    """Tracking URI; empty for $MLFLOW_TRACKING_URI or else a database file `mlflow.db` beside --out; `off` for none."""
-    experiment: str = "s5"
-    """Name of the MLflow experiment."""
-    run_name: str = ""
-    """Name of the run; empty for the stage's name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaleConfig:
-    """Workers and what each of them holds (Ray Train)."""
-
-    num_workers: int = 1
-    """Data-parallel training workers."""
-    cpus_per_worker: float = 1.0
-    """CPUs that a training worker holds for its whole life."""
-    gpus_per_worker: float = 0.0
-    """GPUs of a training worker; more than 0 trains on CUDA with NCCL."""
-    max_failures: int = 3
-    """How often lost workers are replaced, from the last checkpoint, before the run fails."""
-    start_timeout_s: float = 600.0
-    """Seconds that the workers may take to start."""
-
-    def __post_init__(self) -> None:
-        require(self.num_workers >= 1, "scale.num_workers", self.num_workers, "give at least 1")
-        require(self.cpus_per_worker > 0, "scale.cpus_per_worker", self.cpus_per_worker, "give more than 0")
-        require(self.gpus_per_worker >= 0, "scale.gpus_per_worker", self.gpus_per_worker, "give 0 or more")
-        require(self.max_failures >= 0, "scale.max_failures", self.max_failures, "give 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """How decode tasks are shared out (Ray Data)."""
-
-    cpus_per_decode: float = 1.0
-    """CPUs that one decode task holds."""
-    decode_tasks: int = 0
-    """Decode tasks that run at once for all workers together; 0 for as many as the free CPUs allow."""
-    clips_per_task: int = 8
-    """Videos that one decode task reads."""
-    decode_timeout_s: float = 120.0
-    """Seconds that one video may take before its decoder is ended and the video counts as unreadable."""
-
-    def __post_init__(self) -> None:
-        require(self.cpus_per_decode > 0, "data.cpus_per_decode", self.cpus_per_decode, "give more than 0")
-        require(self.decode_tasks >= 0, "data.decode_tasks", self.decode_tasks, "give 0 or more")
-        require(self.clips_per_task >= 1, "data.clips_per_task", self.clips_per_task, "give at least 1")
-        require(self.decode_timeout_s > 0, "data.decode_timeout_s", self.decode_timeout_s, "give more than 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(DecodeConfig):
-    """How clips are decoded for a model."""
-
-    prefetch_batches: int = 2
-    """Batches that are kept ready for each worker."""
-    max_failure_share: float = 0.05
-    """Share of videos that may fail to decode before the run stops."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.prefetch_batches >= 0, "data.prefetch_batches", self.prefetch_batches, "give 0 or more")
-        require_range("data.max_failure_share", self.max_failure_share, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +94,39 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TranscodeConfig:
+    """Re-encode the videos of a manifest to a small size and short groups of pictures, which are cheap to read."""
+
+    out: str = "out/transcode"
+    """Folder for the videos, manifest.parquet and rejects.parquet; a second start with the same folder resumes."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    short_side: int = 224
+    """Short side of the new videos in pixels; smaller ones keep their size."""
+    gop_s: float = 0.0
+    """Seconds between two key frames; 0 for the short stride of the clips, at least 0.25."""
+    quality: int = 20
+    """Constant rate factor of libx264, 1 (best) to 51."""
+    speed: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower"] = "veryfast"
+    """Preset of libx264: slower ones make smaller files."""
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    """Long and short clips that the videos are for."""
+    measured_videos: int = 8
+    """Videos whose clip pairs are read before and after, to say what is gained; 0 to measure nothing."""
+    data: DecodeConfig = field(default_factory=lambda: DecodeConfig(clips_per_task=1, decode_timeout_s=3600.0))
+    """Tasks that transcode; the time limit is for one video."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        even = self.short_side >= 32 and self.short_side % 2 == 0
+        require(even, "short_side", self.short_side, "give an even number of at least 32")
+        require(self.gop_s >= 0, "gop_s", self.gop_s, "give 0 or more")
+        require(1 <= self.quality <= 51, "quality", self.quality, "give 1 (best) to 51")
+        require(self.measured_videos >= 0, "measured_videos", self.measured_videos, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Pretrain with LSMCL: long and short clips of unlabelled videos, momentum encoder, symmetric InfoNCE."""
 
@@ -193,6 +161,53 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The part of a video model that features come from."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Frame encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Encode the frames of a manifest's videos once, by a backbone that stays as it is, for fine-tuning and sweeps."""
+
+    out: str = "out/features"
+    """Folder for the shards, index.parquet and features.json; a second start with the same folder resumes."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    checkpoint: str = ""
+    """Checkpoint that the backbone's weights are taken from: its folder or the --out of `pretrain` or `finetune`; empty
+    for model.backbone.weights."""
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    """What encodes the frames."""
+    frames_per_second: float = 1.0
+    """Frames encoded of a second of video."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast. What is stored is fp16."""
+    chunk_frames: int = 64
+    """Frames that are read, encoded and stored together."""
+    shard_videos: int = 8
+    """Videos of a shard: what a run that was ended has to make anew."""
+    data: DecodeConfig = field(default_factory=DecodeConfig)
+    """Decoding, shared out among the workers; the time limit is for one chunk."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Workers: copies of the backbone."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require(self.frames_per_second > 0, "frames_per_second", self.frames_per_second, "give more than 0")
+        for name in ("chunk_frames", "shard_videos"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        tubelet = self.model.backbone.tubelet
+        require(tubelet == 1, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
+        weights = self.model.backbone.weights
+        if self.checkpoint:
+            require(not weights, "model.backbone.weights", weights, "the checkpoint has weights; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Fine-tune a video model on labels, from a pretrained checkpoint or from scratch."""
 
@@ -202,6 +217,8 @@ class FinetuneConfig:
     """Manifest of the videos: a file, or the folder that `index` wrote."""
     checkpoint: str = ""
     """Pretrained checkpoint to start from: its folder or the --out of `pretrain`; empty to start from scratch."""
+    features: str = ""
+    """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen."""
     task: Literal["class", "regression"] = "class"
     """What is learnt: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
     clips: ClipConfig = field(default_factory=ClipConfig)
@@ -225,6 +242,9 @@ class FinetuneConfig:
         require_divisible(self.loop.batch_size, self.scale.num_workers)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
+        if self.features:
+            frozen = self.model.backbone.frozen
+            require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,12 +340,24 @@ class RunConfig:
 
     sample: SampleConfig = field(default_factory=SampleConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
 
-StageConfig = SampleConfig | IndexConfig | PretrainConfig | FinetuneConfig | EvaluateConfig | SweepConfig | ReportConfig
+StageConfig = (
+    SampleConfig
+    | IndexConfig
+    | TranscodeConfig
+    | PretrainConfig
+    | FeaturesConfig
+    | FinetuneConfig
+    | EvaluateConfig
+    | SweepConfig
+    | ReportConfig
+)
 STAGES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines import provenance
-from pipelines.checkpoints import backbone_weights, local_checkpoint
+from pipelines import feature_batches, feature_store, provenance, storage
+from pipelines.checkpoints import backbone_weights, local_checkpoint, of_backbone, weights_digest
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.cluster import check_cluster
 from pipelines.config import FinetuneConfig, UserError, flatten
+from pipelines.decode import Reading
 from pipelines.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.plan import ClipPlan, plan_of, with_batch_size
 from pipelines.protocols import checked_clips, clips_per_video, listed, protocol_of, words
 from pipelines.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.trainer import OnRow, RayContext, launch
 from s5 import checkpoint, inference, metrics
+from s5.batch import ClipBatch
 from s5.checkpoint import CheckpointError, Meta
 from s5.config import Protocol
 from s5.finetune import Supervised
@@ -70,7 +73,8 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
         progress("finetune", f"{config.out} is finished already; give another --out to train anew")
         return result
     best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
-    check_cluster(config.scale, config.data)
+    data = None if config.features else config.data
+    check_cluster(config.scale, data)
     with stage_run("finetune", config, parent_run, inputs) as stage:
         origin = f"from {config.checkpoint}" if job.weights else "from scratch"
         stage.progress(
@@ -87,7 +91,7 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
             build,
             job,
             scale=config.scale,
-            data=config.data,
+            data=data,
             loop=config.loop,
             best=best if len(job.val) else None,
             report=[report_line(stage, job), *filter(None, [on_row])],
@@ -121,6 +125,11 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
                 inputs["checkpoint"] = checkpoint.digest(folder)
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from None
+    backbone = None if weights else backbone_weights(config.model.backbone)
+    if config.features:
+        # Workers may have another folder.
+        config = replace(config, features=storage.absolute(config.features))
+        inputs["features"] = check_features(config, manifest, protocol, of_backbone(weights) if weights else backbone)
     return FinetuneJob(
         config=config,
         train=train,
@@ -130,9 +139,21 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         protocol=protocol,
         inputs=inputs,
         weights=weights,
-        backbone=None if weights else backbone_weights(config.model.backbone),
+        backbone=backbone,
         commit=provenance.commit(),
     )
+
+
+def check_features(
+    config: FinetuneConfig, manifest: pa.Table, protocol: Protocol, backbone: dict[str, Tensor] | None
+) -> str:
+    """Return the digest of the cached features, after checking that they are those of this backbone and manifest."""
+    if backbone is None:
+        raise UserError("features are of a trained backbone: give the checkpoint or model.backbone.weights they are of")
+    meta = feature_store.read_meta(config.features)
+    feature_store.check_fresh(config.features, meta, config.model.backbone, weights_digest(backbone), digest(manifest))
+    feature_batches.check_stride(meta, config.clips, protocol, manifest)
+    return meta.digest
 
 
 def build(job: FinetuneJob, context: RayContext) -> Fit:
@@ -160,20 +181,7 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
 
     return Fit(
         task=task,
-        batches=lambda start: train_batches(
-            manifest=job.train,
-            plan=job.plan,
-            clips=config.clips,
-            frame_size=config.model.backbone.frame_size,
-            seed=config.loop.seed,
-            pairs=False,
-            data=config.data,
-            decode_tasks=context.decode_tasks,
-            protocol=job.protocol,
-            rank=context.rank,
-            world_size=context.world_size,
-            start_step=start,
-        ),
+        batches=lambda start: training_clips(job, context, start),
         steps=job.plan.total_steps,
         steps_per_epoch=job.plan.steps_per_epoch,
         optim=config.optim,
@@ -185,22 +193,70 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
     )
 
 
-def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[str, float]:
-    """Return the metrics of the validation split, on every worker."""
+def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generator[ClipBatch]:
+    """Return this worker's batches from a step on: of frames, or of cached tokens."""
     config = job.config
-    batches = evaluation_batches(
-        manifest=job.val,
+    if config.features:
+        return feature_batches.train_batches(
+            reader=feature_store.FeatureReader(config.features),
+            manifest=job.train,
+            plan=job.plan,
+            reading=Reading(config.clips, config.model.backbone.frame_size, protocol=job.protocol),
+            seed=config.loop.seed,
+            prefetch=config.data.prefetch_batches,
+            rank=context.rank,
+            world_size=context.world_size,
+            start_step=start,
+        )
+    return train_batches(
+        manifest=job.train,
+        plan=job.plan,
         clips=config.clips,
         frame_size=config.model.backbone.frame_size,
+        seed=config.loop.seed,
+        pairs=False,
+        data=config.data,
+        decode_tasks=context.decode_tasks,
+        protocol=job.protocol,
+        rank=context.rank,
+        world_size=context.world_size,
+        start_step=start,
+    )
+
+
+def validation_clips(job: FinetuneJob, context: RayContext) -> Generator[ClipBatch]:
+    """Return this worker's batches of the validation split: of frames, or of cached tokens."""
+    config = job.config
+    frame_size, batch_size = config.model.backbone.frame_size, max(1, config.loop.batch_size // context.world_size)
+    if config.features:
+        clips = clips_per_video(job.protocol)
+        return feature_batches.evaluation_batches(
+            reader=feature_store.FeatureReader(config.features),
+            manifest=job.val,
+            reading=Reading(config.clips, frame_size, protocol=job.protocol, evaluated=clips),
+            batch_size=batch_size,
+            prefetch=config.data.prefetch_batches,
+            rank=context.rank,
+            world_size=context.world_size,
+        )
+    return evaluation_batches(
+        manifest=job.val,
+        clips=config.clips,
+        frame_size=frame_size,
         clips_per_video=clips_per_video(job.protocol),
-        batch_size=max(1, config.loop.batch_size // context.world_size),
+        batch_size=batch_size,
         data=config.data,
         decode_tasks=context.decode_tasks,
         protocol=job.protocol,
         rank=context.rank,
         world_size=context.world_size,
     )
-    found = inference.run_on_all(inference.scores(model, config.task), batches, context.device)
+
+
+def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[str, float]:
+    """Return the metrics of the validation split, on every worker."""
+    config = job.config
+    found = inference.run_on_all(inference.scores(model, config.task), validation_clips(job, context), context.device)
     if context.rank == 0:
         context.reject(found.failures)
     if not found.video_ids:

@@ -20,14 +20,18 @@ from s5.video import Failure
 RESULT = "result.json"
 RUN = "run.json"
 REJECTS = "rejects.parquet"
-# Ray Train's own folder below --out: checkpoints and the snapshot that a resumed run starts from; and a sweep's trials.
-CHECKPOINTS, TRIALS = "checkpoints", "trials"
+# Ray Train's own folder below --out: checkpoints and the snapshot that a resumed run starts from; a sweep's trials; the
+# videos that were transcoded; cached features.
+CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
 # Key of run.json with the digests of what a stage reads.
 INPUTS = "inputs"
 REJECTS_SCHEMA = pa.schema([("video_id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 SHOWN_REJECTS = 5
 # These say where and how fast a stage runs, not what it computes: they may change when it resumes.
-FREE_SETTINGS = ("scale.", "tracking.", "data.", "loop.keep_checkpoints", "loop.log_every", "concurrent_trials")
+FREE_SETTINGS = (
+    *("scale.", "tracking.", "data."),
+    *("loop.keep_checkpoints", "loop.log_every", "concurrent_trials", "measured_videos"),
+)
 
 
 class StageError(Exception):
@@ -165,7 +169,7 @@ def finished(name: str, config: StageConfig, inputs: Mapping[str, str] | None = 
         return None
     _check_stage(name, config.out, earlier)
     done = storage.exists(storage.join(out, RESULT))
-    if done or any(storage.exists(storage.join(out, folder)) for folder in (CHECKPOINTS, TRIALS)):
+    if done or any(storage.exists(storage.join(out, folder)) for folder in (CHECKPOINTS, TRIALS, VIDEOS, SHARDS)):
         _check_same(config, earlier, to_json(name, config) | {INPUTS: dict(inputs or {})})
     return dict(storage.read_json(storage.join(out, RESULT))) if done else None
 

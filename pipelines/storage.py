@@ -218,6 +218,37 @@ def write_bytes(path: str, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def written(path: str) -> Iterator[str]:
+    """Give the name of a local file to write, which becomes the file of that name unless an error is raised."""
+    system, inner = filesystem(path)
+    folder = inner.rpartition("/")[0]
+    if isinstance(system, fs.LocalFileSystem):
+        part = Path(folder) / f".{uuid.uuid4().hex}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield str(part)
+            part.replace(inner)
+        finally:
+            part.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="video-") as temporary:
+        part = Path(temporary) / "part"
+        yield str(part)
+        system.create_dir(folder, recursive=True)
+        with part.open("rb") as source, system.open_output_stream(inner) as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def size(path: str) -> int:
+    """Return a file's bytes; 0 where a web server does not say."""
+    if _is_web(path):
+        with _web(path, "HEAD") as answer:
+            return int(answer.headers.get("Content-Length") or 0)
+    system, inner = filesystem(path)
+    return int(system.get_file_info(inner).size or 0)
+
+
 def remove(path: str) -> None:
     """Delete a file if it is there."""
     system, inner = filesystem(path)

@@ -104,7 +104,7 @@ def launch(
     payload: Any,
     *,
     scale: ScaleConfig,
-    data: DataConfig,
+    data: DataConfig | None,
     loop: LoopConfig,
     best: tuple[str, str] | None = None,
     report: Sequence[OnRow] = (),
@@ -116,7 +116,7 @@ def launch(
         build: makes one worker's `Fit` from `payload` and its context; it has to pickle.
         payload: what `build` needs, such as the config and the manifest's rows.
         scale: workers.
-        data: decoding, which shares the cluster's CPUs with the workers.
+        data: decoding, which shares the cluster's CPUs with the workers; None where nothing is decoded.
         loop: length and rhythm.
         best: name of the validation metric that picks the best checkpoint, and `max` or `min`.
         report: called in turn on the driver with every row of metrics.
@@ -155,9 +155,8 @@ def launch(
     if storage.exists(stage.path(CHECKPOINTS)):
         stage.recall_rejects()
         stage.progress("resuming from the last checkpoint")
-    stage.progress(
-        f"starting {scale.num_workers} training worker{'s' * (scale.num_workers > 1)} and up to {tasks} decode tasks"
-    )
+    decoding = f" and up to {tasks} decode tasks" if data else ""
+    stage.progress(f"starting {scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
     result = _drive(trainer, mailbox, stage, report)
     return _outcome(result, ray.get(mailbox.failure.remote()), best)
 

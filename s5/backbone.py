@@ -120,6 +120,7 @@ class Backbone(nn.Module):
         self.vit = build_vit(config)
         self.width = int(self.vit.embed_dim)
         self.patches = int(self.vit.patch_embed.num_patches)
+        self.tokens = self.patches + config.cls_token
         statistics = cast(dict[str, Any], self.vit.pretrained_cfg)
         for name in ("mean", "std"):
             values = torch.tensor(statistics[name], dtype=torch.float32).view(1, 3, 1, 1) * 255

@@ -1,6 +1,6 @@
 """What a training step is given.
 
-Shapes: B clips of this worker, T frames, H and W pixels, C colours.
+Shapes: B clips of this worker, T frames, H and W pixels, C colours, N tokens a frame, D their width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ClipBatch:
     video_ids: list[str]
     """Video of each clip: the one that was read, where a spare stands in."""
     long: Tensor
-    """Long clips, uint8 RGB (B, T, H, W, C)."""
+    """Long clips, uint8 RGB (B, T, H, W, C), or in their place the cached tokens of the frames, fp16 (B, T, N, D)."""
     short: Tensor | None
     """Short clips of the same videos and shape, where pairs are asked for."""
     seeds: Tensor

@@ -1,6 +1,6 @@
 """The video model: frame encoder, temporal pyramid and, for a labelled task, a head. It is built from its config alone.
 
-Shapes: B batch, T frames, U time steps, K patches kept of a step, L tokens of a clip, D width.
+Shapes: B batch, T frames, U time steps, N tokens of a step, K patches kept of a step, L tokens of a clip, D width.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from s5.backbone import Backbone
@@ -53,29 +54,38 @@ class VideoModel(nn.Module):
         self.decoder = build_decoder(config.decoder, width)
         self.head = nn.Linear(self.decoder.out_width, outputs) if outputs else None
 
-    def encode(
-        self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None, keep_BUK: Tensor | None = None
-    ) -> DecoderOutput:
+    def encode(self, clips: Tensor, seeds_B: Tensor | None = None, keep_BUK: Tensor | None = None) -> DecoderOutput:
         """Return the features of clips, with what the selection kept.
 
         Args:
-            frames_BTHWC: frames, 0 to 255.
+            clips: frames (B, T, H, W, C), 0 to 255, or the tokens (B, U, N, D) that the backbone makes of them.
             seeds_B: seeds of dropout and Gumbel noise, one a clip; None draws from torch's generator.
-            keep_BUK: patches that masking leaves, None for all.
-        """
-        tokens_BLD = self.projection(self.backbone(frames_BTHWC, keep_BUK))
-        steps = self.backbone.steps(frames_BTHWC.shape[1])
-        return cast(DecoderOutput, self.decoder(tokens_BLD, seeds_B, steps))
+            keep_BUK: patches of frames that masking leaves, None for all.
 
-    def forward(self, frames_BTHWC: Tensor, seeds_B: Tensor | None = None) -> Prediction:
-        """Return predictions for clips of frames, 0 to 255.
+        Raises:
+            ValueError: frames or tokens are not of the backbone's size.
+        """
+        if clips.ndim == 4:
+            tokens_BLD, steps = self._cached(clips), clips.shape[1]
+        else:
+            tokens_BLD, steps = self.backbone(clips, keep_BUK), self.backbone.steps(clips.shape[1])
+        return cast(DecoderOutput, self.decoder(self.projection(tokens_BLD), seeds_B, steps))
+
+    def _cached(self, tokens_BUND: Tensor) -> Tensor:
+        number, width = self.backbone.tokens, self.backbone.width
+        if tokens_BUND.shape[2:] != (number, width):
+            raise ValueError(f"tokens are {tuple(tokens_BUND.shape)}: the backbone gives (B, U, {number}, {width})")
+        return rearrange(tokens_BUND, "b u n d -> b (u n) d").to(self.backbone.mean.dtype)
+
+    def forward(self, clips: Tensor, seeds_B: Tensor | None = None) -> Prediction:
+        """Return predictions for clips: frames or tokens, see `encode`.
 
         Raises:
             ValueError: the model has no head.
         """
         if self.head is None:
             raise ValueError("the model has no head: it was built for pretraining; fine-tune it, or call encode")
-        out = self.encode(frames_BTHWC, seeds_B)
+        out = self.encode(clips, seeds_B)
         return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.entropy, out.keep_ratio)
 
     def load_backbone(self, state: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("s5", "pipelines", "clusters")
-STAGES = ("sample", "index", "pretrain", "finetune", "evaluate", "sweep", "predict", "report")
+STAGES = ("sample", "index", "transcode", "pretrain", "features", "finetune", "evaluate", "sweep", "predict", "report")
 FORBIDDEN = {"s5": ("ray", "mlflow", "pipelines", "clusters"), "pipelines": ("clusters",)}
 ONE_FILE = {
     "mlflow": "pipelines/tracking.py",

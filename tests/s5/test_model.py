@@ -106,6 +106,16 @@ def test_fine_tuning_starts_from_the_pretrained_encoder(tmp_path: Path) -> None:
     assert torch.equal(own[momentum], own["decoder.blocks.0.layer.ssm.log_dt"])
 
 
+def test_tokens_stand_in_for_frames() -> None:
+    model = VideoModel(MODEL, 2).eval()
+    frames, seeds = batch(0).long, batch(0).seeds
+    tokens_BUND = model.backbone(frames).unflatten(1, (frames.shape[1], -1))
+    assert torch.equal(model(tokens_BUND, seeds).logits_BC, model(frames, seeds).logits_BC)
+    assert model(tokens_BUND.half(), seeds).logits_BC.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"tokens are .*: the backbone gives"):
+        model(tokens_BUND[:, :, 1:], seeds)
+
+
 def test_another_architecture_is_named(tmp_path: Path) -> None:
     lsmcl_fit(SoloContext(tmp_path)).run()
     folder = saved(tmp_path)[-1]
