@@ -52,7 +52,7 @@ def words(protocol: Protocol, clips: ClipConfig, per_video: int) -> str:
 
 def listed(videos: pa.Table, split: str) -> int:
     """Return how many videos of a split were listed; those that there are where the manifest does not say."""
-    return description(videos).listed.get(split, len(split_of(videos, split)))
+    return max(description(videos).listed.get(split, 0), len(split_of(videos, split)))
 
 
 def coverage(split: str, used: int, unreadable: int, rows: int, listed: int) -> str:
