@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -219,19 +219,26 @@ def _stretch_fault(video: Listed, duration_s: float) -> str:
 
 
 def _probed(videos: list[Listed], data: DecodeConfig) -> Iterator[dict[str, Any]]:
-    """Yield the facts of each video in order, or the reason why there are none; one Ray Data execution."""
+    """Return the facts of each video in order, or the reason why there are none."""
+    table = pa.table({"uri": pa.array([video.uri for video in videos], pa.string())})
+    return in_tasks(table, partial(probe_chunk, timeout_s=data.decode_timeout_s), data)
+
+
+def in_tasks(rows: pa.Table, work: Callable[[pa.Table], pa.Table], data: DecodeConfig) -> Iterator[dict[str, Any]]:
+    """Yield what `work` makes of chunks of rows, row by row in order; one Ray Data execution.
+
+    Raises:
+        UserError: a task asks for more CPUs than there are.
+    """
     cpus = resources().get("CPU", 0.0)
     if data.cpus_per_decode > cpus:
         raise UserError(f"data.cpus_per_decode is {data.cpus_per_decode:g}: the cluster has {cpus:g} CPUs; lower it")
-    if not videos:
+    if len(rows) == 0:
         return
-    table = pa.table({"uri": pa.array([video.uri for video in videos], pa.string())})
-    tasks = data.decode_tasks or int(cpus / data.cpus_per_decode)
-    dataset = in_chunks(table, data.clips_per_task)
-    limit(dataset, tasks * data.cpus_per_decode)
-    probe = partial(probe_chunk, timeout_s=data.decode_timeout_s)
-    probed = dataset.map_batches(probe, batch_size=None, batch_format="pyarrow", num_cpus=data.cpus_per_decode)
-    batches: Any = probed.iter_batches(batch_size=None, batch_format="pyarrow")
+    dataset = in_chunks(rows, data.clips_per_task)
+    limit(dataset, (data.decode_tasks or int(cpus / data.cpus_per_decode)) * data.cpus_per_decode)
+    done = dataset.map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=data.cpus_per_decode)
+    batches: Any = done.iter_batches(batch_size=None, batch_format="pyarrow")
     for batch in batches:
         yield from batch.to_pylist()
 

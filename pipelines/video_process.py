@@ -1,4 +1,5 @@
-"""A child process that probes and reads videos, so that a decoder that hangs or crashes costs one video, not the task.
+"""A child process that probes, reads and encodes videos, so that a decoder that hangs or crashes costs one video, not
+the task.
 
 decord can spin for ever without letting go of Python's lock (decord issue 373): only the end of its process helps. The
 child takes one video at a time, starts in 0.3 s, and holds neither torch nor Ray. Its frames come back through a file
@@ -47,11 +48,31 @@ class Clips:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How and where to a video is encoded."""
+
+    path: str
+    """Local file to write."""
+    short_side: int
+    """Short side in pixels at most; an even number."""
+    gop_s: float
+    """Seconds between two key frames."""
+    quality: int
+    """Constant rate factor of libx264."""
+    speed: str
+    """Preset of libx264."""
+    fps: float
+    """Mean frame rate of the video."""
+    num_frames: int
+    """Frames of the video."""
+
+
+@dataclass(frozen=True)
 class Question:
-    """A video, and the clips that are read of it or None for its facts."""
+    """A video, and what is done with it: its clips are read, it is encoded anew, or None for its facts."""
 
     uri: str
-    clips: Clips | None
+    work: Clips | Encoding | None
     timeout_s: float
 
 
@@ -62,6 +83,8 @@ class Answer:
     facts: VideoFacts | None = None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     reason: str = ""
+    unwritable: str = ""
+    """Why the new video cannot be written: no fault of the old one."""
 
 
 class VideoProcess:
@@ -93,6 +116,12 @@ class VideoProcess:
                 memory.readinto(clip.data)
         return frames
 
+    def encode(self, uri: str, encoding: Encoding, timeout_s: float) -> VideoFacts:
+        """Encode a video anew and return the new facts; see `encoding.encode`, and `probe` for the other errors."""
+        facts = self._ask(Question(uri, encoding, timeout_s)).facts
+        assert facts is not None
+        return facts
+
     def close(self) -> None:
         """End the child."""
         if self._connection is not None:
@@ -116,6 +145,8 @@ class VideoProcess:
             # Also where this task is interrupted: the child's answer must not be taken for that of the next video.
             if answer is None:
                 self.close()
+        if answer.unwritable:
+            raise OSError(answer.unwritable)
         if answer.reason:
             raise VideoError(answer.reason)
         return answer
@@ -173,13 +204,15 @@ def serve(connection_handle: int, memory_handle: int) -> None:
 
 
 def answered(question: Question, memory: IO[bytes]) -> Answer:
-    """Probe or read one video; its frames go to the start of `memory`."""
+    """Probe, read or encode one video; frames that are read go to the start of `memory`."""
+    work = question.work
     try:
-        with opened(question.uri, whole=question.clips is None) as source:
-            if question.clips is None:
+        with opened(question.uri, whole=not isinstance(work, Clips)) as source:
+            if work is None:
                 return Answer(facts=probe(source))
-            read = question.clips
-            clips = read_clips(source, read.clips, read.size, read.display_size, read.decoder)
+            if not isinstance(work, Clips):
+                return _encoded(source, work)
+            clips = read_clips(source, work.clips, work.size, work.display_size, work.decoder)
     except (VideoError, OSError) as error:
         return Answer(reason=str(error))
     memory.seek(0)
@@ -187,6 +220,16 @@ def answered(question: Question, memory: IO[bytes]) -> Answer:
         memory.write(clip.data)
     memory.flush()
     return Answer(shapes=[clip.shape for clip in clips])
+
+
+def _encoded(source: Source, encoding: Encoding) -> Answer:
+    # Only here: PyAV's import is not needed to read by decord.
+    from pipelines.encoding import encode
+
+    try:
+        return Answer(facts=encode(source, encoding))
+    except OSError as error:
+        return Answer(unwritable=error.strerror or str(error))
 
 
 @contextmanager

@@ -172,6 +172,21 @@ class PyAVReader:
         """Return the pictures at ascending times; see `Reader`."""
         return [self._drawn(self._at(float(time))) for time in times_U]
 
+    def resize(self, size: tuple[int, int]) -> None:
+        """Set the width and height in pixels of the pictures, as displayed."""
+        self._size, self._picture = size, None
+
+    def pictures(self) -> Iterator[tuple[int, FrameArray]]:
+        """Yield the pictures of all frames from the first on, each with its time in ticks of `time_base` after it.
+
+        Raises:
+            VideoError: a frame fails to decode.
+        """
+        while self._coming is not None:
+            place, frame = self._coming
+            yield place - self.first, self._drawn(frame)
+            self._coming = next(self._frames, None)
+
     def _at(self, time_s: float) -> Any:
         """Return the frame on screen at a time that is not before the last one asked for."""
         tick = int(np.floor(self.first + (time_s + TOLERANCE_S) / self.time_base))

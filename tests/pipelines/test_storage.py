@@ -122,6 +122,29 @@ def test_files_on_s3_have_any_name(bucket: str, name: str) -> None:
     assert not storage.exists(uri)
 
 
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_a_file_written_in_parts_is_there_whole_or_not_at_all(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = str(tmp_path / "local") if place == "local" else request.getfixturevalue("bucket")
+    path = storage.join(folder, "below", "a.mp4")
+
+    def fail() -> None:
+        with storage.written(path) as part:
+            Path(part).write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not storage.exists(path)
+    with storage.written(path) as part:
+        Path(part).write_bytes(b"whole")
+        assert not storage.exists(path)
+    assert storage.read_bytes(path) == b"whole"
+    assert storage.size(path) == 5
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_tables_and_folders_on_s3(bucket: str, tmp_path: Path) -> None:
     table = pa.table({"a": [1, 2], "b": ["x", "y"]})
     storage.check_writable(bucket + "/out")
