@@ -15,7 +15,7 @@ from pipelines import evaluate, finetune, storage
 from pipelines.config import EvaluateConfig, FinetuneConfig, UserError, override
 from pipelines.manifest import MANIFEST, SCHEMA, Description, metadata
 from pipelines.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
-from s5.checkpoint import load_model
+from s5.checkpoint import Meta, load_model
 from s5.config import ClipConfig
 from s5.video import probe, read_frames
 from tests.pipelines.test_training import MODEL
@@ -163,3 +163,12 @@ def test_a_manifest_that_does_not_say_what_was_listed() -> None:
     table = pa.Table.from_pylist([row | {"fps": 8.0, "num_frames": 8, "width": 32, "height": 32}], SCHEMA)
     assert (listed(table, "val"), listed(table, "test")) == (1, 0)
     assert listed(_manifest(Description(listed={"val": 5})), "val") == 5
+
+
+def test_a_pretrained_encoder_is_not_asked_for_windows() -> None:
+    lvu = _manifest(Description(dataset="lvu", protocol="windows"))
+    meta = Meta(kind="lsmcl", step=1, model={}, settings={})
+    assert evaluate.chosen_protocol(lvu, EvaluateConfig(), meta) == "uniform"
+    assert evaluate.chosen_protocol(lvu, EvaluateConfig(protocol="whole"), meta) == "whole"
+    with pytest.raises(UserError, match="protocol is 'windows': a pretrained encoder's clips are compared"):
+        evaluate.chosen_protocol(lvu, EvaluateConfig(protocol="windows"), meta)
