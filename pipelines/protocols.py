@@ -40,9 +40,9 @@ def checked_clips(clips: ClipConfig, protocol: Protocol) -> ClipConfig:
 def words(protocol: Protocol, clips: ClipConfig, per_video: int) -> str:
     """Return what is read of each video, in words, with a warning where windows are not LVU's."""
     if protocol == "whole":
-        return f"{per_video} of {clips.frames} frames over the whole of each video"
+        return f"clips of {clips.frames} frames over the whole video, {per_video} of each"
     if protocol != "windows":
-        return f"{per_video} of {clips.frames} frames spread evenly over each video"
+        return f"long clips of {clips.frames} frames, {per_video} spread evenly over each video"
     length = clips.frames * clips.long_stride
     every = f"windows of {length:g} {clips.unit} at every second of each video, the end of short ones black"
     if clips.unit == "seconds" and abs(length - LVU_WINDOW_S) < 1e-6:
