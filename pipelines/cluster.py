@@ -60,6 +60,11 @@ def resources() -> dict[str, float]:
     return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
+def node_cpus() -> list[float]:
+    """Return the CPUs of each node."""
+    return [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def own_node() -> str:
     """Return the resource that only this process' node has: a task that asks for some of it runs here."""
     return f"node:{ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]

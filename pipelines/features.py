@@ -24,7 +24,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.checkpoints import trained_backbone, weights_digest
 from pipelines.clips import in_chunks, limit
-from pipelines.cluster import check_cluster
+from pipelines.cluster import check_cluster, node_cpus
 from pipelines.config import FeaturesConfig
 from pipelines.decode import ATTEMPTS
 from pipelines.feature_store import (
@@ -65,7 +65,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
     if (result := finished("features", config, inputs)) is not None:
         progress("features", f"{config.out} is finished already; give another --out to encode anew")
         return result
-    decoders = max(1, check_cluster(config.scale, config.data) // config.scale.num_workers)
+    decoders = decoders_each(config, check_cluster(config.scale, config.data), node_cpus())
     with stage_run("features", config, inputs=inputs) as stage:
         shards = -(-len(manifest) // config.shard_videos)
         done = finished_shards(stage.out)
@@ -82,6 +82,22 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
         _tell(stage, index, meta, kept=len(done))
     return stage.result
+
+
+def decoders_each(config: FeaturesConfig, tasks: int, nodes: list[float]) -> int:
+    """Return how many of the decode tasks each worker has, at least one: it lies on one of the nodes with all of them.
+
+    Args:
+        config: workers, and CPUs of each and of a decode task.
+        tasks: decode tasks that the whole cluster has CPUs for.
+        nodes: CPUs of each node.
+    """
+    workers = config.scale.num_workers
+    for decoders in range(tasks // workers, 1, -1):
+        each = config.scale.cpus_per_worker + decoders * config.data.cpus_per_decode
+        if sum(int(cpus / each + 1e-6) for cpus in nodes) >= workers:
+            return decoders
+    return 1
 
 
 def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> FeatureMeta:

@@ -256,6 +256,16 @@ def test_training_from_features_follows_training_from_frames(
     assert rejected[0] == rejected[1] != []
 
 
+@pytest.mark.parametrize(
+    ("workers", "nodes", "decoders"),
+    [(1, [2.0], 3), (2, [2.0], 1), (1, [16.0, 16.0], 31), (2, [16.0, 16.0], 31), (3, [16.0, 16.0], 15), (1, [0.5], 1)],
+)
+def test_a_worker_and_its_decoders_fit_on_a_node(workers: int, nodes: list[float], decoders: int) -> None:
+    config = encoding("manifest", "", Path("out"), **{"scale.num_workers": workers})
+    tasks = int((sum(nodes) - workers * 0.5) / 0.5)
+    assert features.decoders_each(config, tasks, nodes) == decoders
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
