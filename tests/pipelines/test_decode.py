@@ -251,7 +251,7 @@ def test_training_goes_on_past_videos_that_hang_or_crash(
             frame_size=32,
             seed=7,
             pairs=True,
-            data=DataConfig(clips_per_task=2, decode_timeout_s=3.0),
+            data=DataConfig(clips_per_task=2, decode_timeout_s=10.0),
             decode_tasks=2,
         )
     )
