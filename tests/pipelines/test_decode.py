@@ -240,6 +240,7 @@ def test_training_goes_on_past_videos_that_hang_or_crash(
     def chunk(table: pa.Table, reading: Reading) -> Any:
         sys.path.insert(0, fake_decord)
         os.environ["PYTHONPATH"] = fake_decord
+        decode._process.close()  # The worker may have read videos before, with the real decord.
         return decode.decode_chunk(table, reading)
 
     monkeypatch.setattr(clips_module, "decode_chunk", chunk)

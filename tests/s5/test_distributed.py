@@ -115,7 +115,7 @@ def finetune(rank: int, world: int) -> dict[str, Any]:
 def test_workers_train_as_one(request: pytest.FixtureRequest, worker: Worker, group: str) -> None:
     whole = worker(0, 1)
     for part in (found[worker.__name__] for found in request.getfixturevalue(group)):
-        assert part["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert part["losses"] == pytest.approx(whole["losses"], rel=1e-4)
         for name, value in whole["weights"].items():
             torch.testing.assert_close(part["weights"][name], value, rtol=1e-3, atol=5e-5, msg=name)
 
