@@ -15,7 +15,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 
-from s5.config import AttentionConfig, DecoderConfig, SelectionConfig, SSMConfig
+from s5.config import AttentionConfig, DecoderConfig, SelectionConfig
 from s5.decoders import Consensus, Pyramid, build_decoder
-from s5.kernels import s4_kernel_reference, s4d_kernel_reference, truncated_output
-from s5.ssm import DPLRSSM, LinearSSM, SSMLayer, build_ssm
+from tests.bench.plain import WIDTH, call, kept_storages, layers
 from tests.bench.record import Row, alternate, ratio, table, write
-
-WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -102,21 +97,6 @@ def saved_bytes(config: DecoderConfig, shape: Shape, width: int = WIDTH, fake: b
     return {"input": tokens, "step": sum(size for key, size in storages.items() if key not in own)}
 
 
-def kept_storages(forward: Callable[[], object]) -> dict[int, int]:
-    """Return the bytes of every storage that autograd keeps of a forward pass, by the storage's address."""
-    storages: dict[int, int] = {}
-    alive = []  # An address may be used again once its storage is gone.
-
-    def pack(value: Tensor) -> Tensor:
-        storages[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-        alive.append(value)
-        return value
-
-    with saved_tensors_hooks(pack, lambda value: value):
-        forward()
-    return storages
-
-
 def peak_bytes(case: str, shape: Shape, device: torch.device) -> int | None:
     """Return the most memory that two training steps take in a fresh process, without what was there before them."""
     command = [sys.executable, "-m", "tests.bench.model", "--device", str(device), "--peak", case, shape.name]
@@ -155,16 +135,12 @@ def decoders(shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     built = {name: model(name, device) for name in MODELS if fits(name, shape)}
     found: dict[str, Any] = {"batch": shape.batch, "length": shape.length}
     for kind, run in (("train", train), ("forward", infer)):
-        cases = {name: _call(run, decoder, x_BLD, shape.frames) for name, decoder in built.items()}
+        cases = {name: call(run, decoder, x_BLD, shape.frames) for name, decoder in built.items()}
         found[f"{kind}_seconds"] = alternate(cases, rounds, device)
     del built
     found["saved_bytes"] = {name: saved_bytes(c, shape, fake=not fits(name, shape)) for name, c in MODELS.items()}
     found["peak_bytes"] = {name: peak_bytes(name, shape, device) for name in MODELS if fits(name, shape)}
     return found
-
-
-def _call(run: Callable[..., None], *arguments: object) -> Callable[[], None]:
-    return lambda: run(*arguments)
 
 
 def plain_law(rounds: int, device: torch.device) -> dict[str, Any]:
@@ -173,7 +149,7 @@ def plain_law(rounds: int, device: torch.device) -> dict[str, Any]:
     decoder = model("lst plain", device)
     for length in PLAIN_LENGTHS:
         x_BLD = torch.randn(1, length, WIDTH, device=device)
-        seconds[length] = median(alternate({"step": _call(train, decoder, x_BLD, 60)}, rounds, device)["step"])
+        seconds[length] = median(alternate({"step": call(train, decoder, x_BLD, 60)}, rounds, device)["step"])
     lengths = torch.tensor(list(seconds), dtype=torch.float64)
     terms = torch.stack([lengths, lengths**2], dim=1)
     values = torch.tensor(list(seconds.values()), dtype=torch.float64)[:, None]
@@ -188,7 +164,7 @@ def growth(rounds: int, device: torch.device) -> dict[str, list[float]]:
     decoder = model("s5 keep 0.5", device)
     cases = {}
     for length in (1_024, 2_048, 4_096, 8_192, 16_384, 32_768):
-        cases[str(length)] = _call(train, decoder, torch.randn(1, length, WIDTH, device=device), 64)
+        cases[str(length)] = call(train, decoder, torch.randn(1, length, WIDTH, device=device), 64)
     return alternate(cases, rounds, device)
 
 
@@ -200,66 +176,11 @@ def branch(rounds: int, device: torch.device) -> dict[str, Any]:
         x_BLD = torch.randn(shape.batch, shape.length, WIDTH, device=device)
         kept_BKD = x_BLD[:, : shape.length // 2].contiguous()
         cases = {
-            "s5": _call(train, model("s5 keep 0.5", device), x_BLD, shape.frames),
-            "kept tokens only": _call(train, model("vis4mer", device), kept_BKD, 1),
+            "s5": call(train, model("s5 keep 0.5", device), x_BLD, shape.frames),
+            "kept tokens only": call(train, model("vis4mer", device), kept_BKD, 1),
         }
         found[shape.name] = alternate(cases, rounds, device)
     return found
-
-
-class PlainSSM(nn.Module):
-    """The textbook form of a layer: whole Vandermonde or Cauchy matrix, FFT of twice the length."""
-
-    def __init__(self, layer: SSMLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def _kernel(self, ssm: LinearSSM, length: int) -> Tensor:
-        dt, A, B = ssm.log_dt.exp(), ssm.eigenvalues, torch.view_as_complex(ssm.B)
-        C = torch.view_as_complex(ssm.C)[0]
-        if isinstance(ssm, DPLRSSM):
-            P = torch.view_as_complex(ssm.P)
-            return s4_kernel_reference(dt, A, P, B, truncated_output(dt, A, P, C, length), length)
-        return s4d_kernel_reference(dt, A, B, C, length)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        length, ssm = x_BLD.shape[1], self.layer.ssm
-        x_BDL = x_BLD.transpose(1, 2)
-        spectrum = torch.fft.rfft(x_BDL, n=2 * length) * torch.fft.rfft(self._kernel(ssm, length), n=2 * length)
-        y_BDL = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + ssm.skip[:, None] * x_BDL
-        mixed: Tensor = self.layer.output(nn.functional.gelu(y_BDL.transpose(1, 2)))
-        return mixed
-
-
-def layers(rounds: int, device: torch.device) -> dict[str, Any]:
-    """Time a training step of each kind of layer against its plain form, L = 2,048."""
-    x_BLD = torch.randn(1, 2_048, WIDTH, device=device)
-    found: dict[str, Any] = {}
-    for kind in ("s4d", "s4"):
-        torch.manual_seed(0)
-        layer = build_ssm(SSMConfig(kind=kind), WIDTH).to(device)
-        plain = PlainSSM(layer)
-        with torch.no_grad():
-            difference = (layer(x_BLD) - plain(x_BLD)).abs().max() / plain(x_BLD).abs().max()
-
-        def step(module: nn.Module) -> None:
-            module.zero_grad()
-            module(x_BLD).square().sum().backward()
-
-        cases = {"ours": _call(step, layer), "plain": _call(step, plain)}
-        found[kind] = {"seconds": alternate(cases, rounds, device), "largest_relative_difference": float(difference)}
-    found["s4_saved_bytes"] = {state: s4_saved_bytes(state, 2_048) for state in (32, 64, 128)}
-    return found
-
-
-def s4_saved_bytes(state: int, length: int) -> int:
-    """Return the bytes that an S4 layer keeps for backward, its tokens and parameters apart."""
-    layer = build_ssm(SSMConfig(kind="s4", state=state), WIDTH)
-    x_BLD = torch.randn(1, length, WIDTH)
-    storages = kept_storages(lambda: layer(x_BLD))
-    own = {value.untyped_storage()._cdata for value in (*layer.parameters(), x_BLD)}
-    return sum(size for key, size in storages.items() if key not in own)
 
 
 def limits(device: torch.device) -> dict[str, Any]:
@@ -277,7 +198,7 @@ def limits(device: torch.device) -> dict[str, Any]:
             decoder, x_BLD = model(case, device), torch.randn(shape.batch, shape.length, WIDTH, device=device)
             with FlopCounterMode(display=False) as counter:
                 train(decoder, x_BLD, shape.frames)
-            step = median(alternate({"step": _call(train, decoder, x_BLD, shape.frames)}, 3, device)["step"])
+            step = median(alternate({"step": call(train, decoder, x_BLD, shape.frames)}, 3, device)["step"])
             least = counter.get_total_flops() / peak
             found[f"{shape.name} {case}"] = {
                 "product_flops": counter.get_total_flops(),
