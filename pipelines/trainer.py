@@ -6,8 +6,8 @@ Nothing here knows what is trained: a stage hands in a function that builds the 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from pipelines import storage
 from pipelines.cluster import check_cluster
 from pipelines.config import DataConfig, ScaleConfig, UserError
 from pipelines.mailbox import Mailbox
-from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, in_thread, signals_received
+from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, signals_received
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
 from s5.loop import Fit, FitResult, TrainingError
@@ -191,31 +191,39 @@ def _drive(
     report: Sequence[OnRow],
 ) -> Any:
     """Run the trainer in a thread; the main thread takes rows, and signals, on which `fit` itself would abort."""
+    ended: list[Any] = []
+
+    def fit() -> None:
+        try:
+            ended.append(trainer.fit())
+        except Exception as error:  # noqa: BLE001  handed to the caller below, whatever it is
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
     asked = False
     with signals_received(stage, "saving a checkpoint first") as received:
-        fit = in_thread(trainer.fit)
-        while not fit.done():
-            wait([fit], POLL_SECONDS)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
             if received and not asked:
                 asked = True
                 mailbox.request_stop.remote()
             _pass_on(mailbox, stage, report)
         _pass_on(mailbox, stage, report)
-    error = fit.exception()
-    if error is not None:
+    outcome = ended[0]
+    if isinstance(outcome, Exception):
         failure = ray.get(mailbox.failure.remote())
         if not failure:
-            storage.write_bytes(stage.path(ERROR), f"{error}\n".encode())
-            raise StageError(f"training failed: {_cause(error)}; all of it is in {stage.path(ERROR)}") from error
+            storage.write_bytes(stage.path(ERROR), f"{outcome}\n".encode())
+            raise StageError(f"training failed: {_cause(outcome)}; all of it is in {stage.path(ERROR)}") from outcome
         raise StageError(failure)
-    result: Any = fit.result()
-    fit_result: FitResult | None = result.return_value
+    fit_result: FitResult | None = outcome.return_value
     if received and fit_result is not None and fit_result.stopped:
         raise StoppedError(
             f"stopped at step {fit_result.step} as asked; the checkpoint is kept, and the same command resumes",
             128 + received[0],
         )
-    return result
+    return outcome
 
 
 def _pass_on(mailbox: Any, stage: Stage, report: Sequence[OnRow]) -> None:

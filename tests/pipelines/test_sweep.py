@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipelines import index, sample, space, sweep, trials
+from pipelines import index, sample, space, sweep
 from pipelines.config import (
     FinetuneConfig,
     IndexConfig,
@@ -107,7 +107,7 @@ def test_entries_without_or_with_two_values_are_named(entries: tuple[str, ...], 
 )
 def test_a_metric_that_no_trial_has_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        trials.check_metric(override(SweepConfig(), changes))
+        sweep.check_metric(override(SweepConfig(), changes))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_a_metric_that_no_trial_has_is_refused(changes: dict[str, Any], message:
     [("val/mse", "min"), ("train/loss", "min"), ("val/mae", "min"), ("knn/top1", "max"), ("val/accuracy", "max")],
 )
 def test_errors_and_losses_are_minimised(metric: str, order: str) -> None:
-    assert trials.order(SweepConfig(metric=metric)) == order
+    assert sweep.order(SweepConfig(metric=metric)) == order
 
 
 def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space_ = ("finetune.checkpoint=a,b", "model.backbone.weights=timm,w.pt,s3://b/w.pt")
     config = SweepConfig(out="out", space=space_, stages="finetune")
-    plans = trials.plan(config, space.parse(config))
+    plans = sweep.plan(config, space.parse(config))
     settings = [each.stages["finetune"] for each in plans]
     assert {each.manifest for each in settings} == {f"{tmp_path}/out/index/manifest.parquet"}
     assert {each.checkpoint for each in settings if isinstance(each, FinetuneConfig)} == {
