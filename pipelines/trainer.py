@@ -27,7 +27,8 @@ from pipelines.mailbox import Mailbox
 from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, signals_received
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
-from s5.loop import Fit, FitResult, TrainingError
+from s5.context import TrainingError
+from s5.loop import Fit, FitResult
 from s5.video import Failure, VideoError
 
 ERROR = "error.txt"
@@ -79,6 +80,9 @@ class RayContext:
     def stop_requested(self) -> bool:
         """Ask the driver's mailbox; rank 0 alone, the loop tells the others."""
         return self.rank == 0 and bool(ray.get(self._mailbox.stop_requested.remote()))
+
+    def beat(self, phase: str) -> None:
+        """Do nothing yet."""
 
 
 @dataclass(frozen=True)

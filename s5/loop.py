@@ -6,11 +6,11 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,103 +18,8 @@ from torch import Tensor, nn
 from s5 import checkpoint, distributed, optim
 from s5.batch import ClipBatch
 from s5.config import LoopConfig, OptimConfig
-from s5.video import Failure
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
-
-
-class Task(Protocol):
-    """What is trained: a module that owns the model and the loss."""
-
-    def __call__(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return `loss` and other scalars of this worker's share of a batch."""
-
-    def before_step(self, progress: float) -> None:
-        """Set what follows a schedule, for a share of the training from 0 to 1."""
-
-    def after_step(self, progress: float) -> dict[str, float]:
-        """Update what is not trained by gradient; return what is to be logged of it."""
-
-
-class WorkerContext(Protocol):
-    """The surroundings of one training process."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return a module whose backward pass averages gradients over the workers."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hand on a row of metrics; called on rank 0."""
-
-    def reject(self, failures: list[Failure]) -> None:
-        """Hand on videos that could not be read; called on the rank that met them."""
-
-    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
-        """Keep a checkpoint; called on every rank at the same step, with a folder on rank 0 alone."""
-
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Give the folder of the checkpoint to resume from, if any; it may be gone afterwards."""
-
-    def stop_requested(self) -> bool:
-        """Return whether this process has been asked to stop."""
-
-
-@dataclass
-class SoloContext:
-    """One process without Ray: tests, a single machine, and the baseline that Ray's overhead is measured against."""
-
-    folder: Path | None = None
-    """Where checkpoints go, one folder a step; None keeps none."""
-    keep: int = 2
-    """Checkpoints kept."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rank: int = 0
-    world_size: int = 1
-    rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    """All rows logged, with their steps."""
-    rejects: list[Failure] = field(default_factory=list)
-    """Videos that could not be read."""
-    stop: bool = False
-    """Whether to stop after the current step."""
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module itself."""
-        return module
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append a row."""
-        self.rows.append((step, dict(metrics)))
-
-    def reject(self, failures: list[Failure]) -> None:
-        """Append videos that could not be read."""
-        self.rejects += failures
-
-    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
-        """Move the checkpoint to its place and drop the oldest ones."""
-        if self.folder is None or folder is None:
-            return
-        target = self.folder / f"step_{checkpoint.read_meta(folder).step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder, target)
-        for old in self._saved()[: -self.keep]:
-            shutil.rmtree(old)
-
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Give the last complete checkpoint."""
-        return nullcontext(next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None))
-
-    def stop_requested(self) -> bool:
-        """Return whether `stop` has been set."""
-        return self.stop
-
-    def _saved(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*")) if self.folder and self.folder.is_dir() else []
+from s5.context import Task, TrainingError, WorkerContext
+from s5.pace import Window
 
 
 @dataclass(frozen=True)
@@ -129,45 +34,6 @@ class FitResult:
     """Last value of every metric."""
     stopped: bool
     """Whether it ended early because it was asked to."""
-
-
-class Window:
-    """Means of metrics, throughput and the share of time spent waiting for data, between two rows of the log."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew."""
-        self.sums: dict[str, Tensor] = {}
-        self.steps = self.videos = self.failures = 0
-        self.waited = 0.0
-        self.started = time.perf_counter()
-
-    def add(self, scalars: Mapping[str, Tensor], batch: ClipBatch, waited: float) -> None:
-        """Take up one step, without waiting for the device."""
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value.detach())) + value.detach()
-        self.steps += 1
-        self.videos += len(batch.video_ids)
-        self.failures += len(batch.failures)
-        self.waited += waited
-
-    def row(self, clips_per_video: int) -> dict[str, float]:
-        """Return the means over steps and workers; every worker has to call it."""
-        means = distributed.mean(torch.stack([value.float() for value in self.sums.values()]) / self.steps)
-        row = {f"train/{name}": float(value) for name, value in zip(self.sums, means, strict=True)}
-        seconds = time.perf_counter() - self.started
-        shares = torch.tensor([self.waited / seconds, self.failures], device=means.device)
-        waited, failures = distributed.mean(shares).tolist()
-        return row | {
-            "train/clips_per_second": self.steps * self.batch_size * clips_per_video / seconds,
-            "train/step_seconds": seconds / self.steps,
-            "train/data_wait_share": waited,
-            # A mean in fp32 times the number of workers may fall just short of the count.
-            "data/failures": round(failures * distributed.world_size()),
-        }
 
 
 @dataclass
@@ -225,9 +91,11 @@ class Fit:
         window = Window(self.loop.batch_size)
         stopped = False
         for step in range(start + 1, self.steps + 1):
+            self.context.beat(f"step {step}: waiting for data")
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
+            self.context.beat(f"step {step}: training")
             scalars = self._step(model, batch.to(self.context.device), step)
             window.add(scalars, batch, waited)
             if batch.failures:
@@ -315,6 +183,7 @@ class Fit:
         """Evaluate where it is due, then save; all workers take part."""
         found: dict[str, float] = {}
         if self.evaluate is not None and evaluated and self._is_evaluated(step):
+            self.context.beat(f"step {step}: evaluating")
             self.task.eval()
             with torch.no_grad():
                 found = self.evaluate()
@@ -322,6 +191,7 @@ class Fit:
             self.metrics |= found
             if self.context.rank == 0:
                 self.context.log(found, step)
+        self.context.beat(f"step {step}: saving")
         if self.context.rank != 0:
             self.context.save(None, found)
             return

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s5 import distributed
 from s5.batch import ClipBatch
+from s5.context import SoloContext
 from s5.finetune import Supervised
-from s5.loop import SoloContext
 from s5.lsmcl import LSMCL
 from s5.model import VideoModel
 from s5.video import Failure

@@ -9,7 +9,9 @@ import torch
 
 from s5.batch import ClipBatch
 from s5.checkpoint import read_meta
-from s5.loop import Fit, SoloContext, TrainingError, Window
+from s5.context import SoloContext, TrainingError
+from s5.loop import Fit
+from s5.pace import Window
 from s5.video import Failure
 from tests.s5.toys import STEPS, batch, batches, finetune_fit, losses, lsmcl_fit, saved, stopping
 

@@ -12,8 +12,8 @@ import torch
 from s5 import checkpoint
 from s5.checkpoint import CheckpointError, load_model
 from s5.config import ModelConfig, from_json
+from s5.context import SoloContext
 from s5.finetune import Supervised
-from s5.loop import SoloContext
 from s5.model import VideoModel, check_model
 from tests.s5.toys import MODEL, STEPS, batch, finetune_fit, lsmcl_fit, saved
 

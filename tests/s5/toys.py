@@ -20,8 +20,9 @@ from s5.config import (
     SelectionConfig,
     SSMConfig,
 )
+from s5.context import SoloContext
 from s5.finetune import Supervised
-from s5.loop import Fit, SoloContext
+from s5.loop import Fit
 from s5.lsmcl import LSMCL
 from s5.model import VideoModel
 

@@ -1,0 +1,119 @@
+"""What the training loop sees of its surroundings: the task, and the context of one training process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from s5 import checkpoint
+from s5.batch import ClipBatch
+from s5.video import Failure
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class Task(Protocol):
+    """What is trained: a module that owns the model and the loss."""
+
+    def __call__(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return `loss` and other scalars of this worker's share of a batch."""
+
+    def before_step(self, progress: float) -> None:
+        """Set what follows a schedule, for a share of the training from 0 to 1."""
+
+    def after_step(self, progress: float) -> dict[str, float]:
+        """Update what is not trained by gradient; return what is to be logged of it."""
+
+
+class WorkerContext(Protocol):
+    """The surroundings of one training process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module whose backward pass averages gradients over the workers."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand on a row of metrics; called on rank 0."""
+
+    def reject(self, failures: list[Failure]) -> None:
+        """Hand on videos that could not be read; called on the rank that met them."""
+
+    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
+        """Keep a checkpoint; called on every rank at the same step, with a folder on rank 0 alone."""
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """Give the folder of the checkpoint to resume from, if any; it may be gone afterwards."""
+
+    def stop_requested(self) -> bool:
+        """Return whether this process has been asked to stop."""
+
+    def beat(self, phase: str) -> None:
+        """Take note that this process is alive and what it does next, such as "step 7: waiting for data"."""
+
+
+@dataclass
+class SoloContext:
+    """One process without Ray: tests, a single machine, and the baseline that Ray's overhead is measured against."""
+
+    folder: Path | None = None
+    """Where checkpoints go, one folder a step; None keeps none."""
+    keep: int = 2
+    """Checkpoints kept."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    world_size: int = 1
+    rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """All rows logged, with their steps."""
+    rejects: list[Failure] = field(default_factory=list)
+    """Videos that could not be read."""
+    stop: bool = False
+    """Whether to stop after the current step."""
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the module itself."""
+        return module
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append a row."""
+        self.rows.append((step, dict(metrics)))
+
+    def reject(self, failures: list[Failure]) -> None:
+        """Append videos that could not be read."""
+        self.rejects += failures
+
+    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
+        """Move the checkpoint to its place and drop the oldest ones."""
+        if self.folder is None or folder is None:
+            return
+        target = self.folder / f"step_{checkpoint.read_meta(folder).step:08d}"
+        shutil.rmtree(target, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, target)
+        for old in self._saved()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """Give the last complete checkpoint."""
+        return nullcontext(next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None))
+
+    def stop_requested(self) -> bool:
+        """Return whether `stop` has been set."""
+        return self.stop
+
+    def beat(self, phase: str) -> None:
+        """Do nothing: nobody watches."""
+
+    def _saved(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*")) if self.folder and self.folder.is_dir() else []
