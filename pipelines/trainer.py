@@ -27,11 +27,12 @@ from pipelines.mailbox import Mailbox
 from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, signals_received
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
-from s5.context import TrainingError
+from s5.context import NotFiniteError, TrainingError
 from s5.loop import Fit, FitResult
 from s5.video import Failure, VideoError
 
 ERROR = "error.txt"
+NOT_FINITE = "not_finite.json"
 POLL_SECONDS = 0.5
 # Errors that come back the same however often the workers are restarted.
 LASTING = (TrainingError, CheckpointError, VideoError, UserError, ValueError, FloatingPointError)
@@ -40,13 +41,14 @@ LASTING = (TrainingError, CheckpointError, VideoError, UserError, ValueError, Fl
 class RayContext:
     """`s5.loop.WorkerContext` inside a Ray Train worker."""
 
-    def __init__(self, mailbox: Any, decode_tasks: int) -> None:
+    def __init__(self, mailbox: Any, decode_tasks: int, out: str) -> None:
         train = ray.train.get_context()
         self.rank = train.get_world_rank()
         self.world_size = train.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self.decode_tasks = max(1, decode_tasks // self.world_size)
         self._mailbox = mailbox
+        self._out = out
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module under DDP; running statistics are already the same on all workers."""
@@ -76,6 +78,10 @@ class RayContext:
             return
         with checkpoint.as_directory() as folder:
             yield Path(folder)
+
+    def keep_file(self, file: Path, name: str) -> None:
+        """Store a file below --out."""
+        storage.write_bytes(storage.join(self._out, name), file.read_bytes())
 
     def stop_requested(self) -> bool:
         """Ask the driver's mailbox; rank 0 alone, the loop tells the others."""
@@ -135,7 +141,13 @@ def launch(
     mailbox = _mailbox()
     trainer = ray.train.torch.TorchTrainer(
         _work,  # type: ignore[arg-type]
-        train_loop_config={"build": build, "payload": payload, "mailbox": mailbox, "decode_tasks": tasks},
+        train_loop_config={
+            "build": build,
+            "payload": payload,
+            "mailbox": mailbox,
+            "decode_tasks": tasks,
+            "out": stage.out,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
             use_gpu=scale.gpus_per_worker > 0,
@@ -170,9 +182,15 @@ def _work(config: dict[str, Any]) -> FitResult | None:
     mailbox = config["mailbox"]
     if ray.get(mailbox.failure.remote()):
         return None
-    context = RayContext(mailbox, config["decode_tasks"])
+    context = RayContext(mailbox, config["decode_tasks"], config["out"])
     try:
         return config["build"](config["payload"], context).run()  # type: ignore[no-any-return]
+    except NotFiniteError as error:
+        path = storage.join(config["out"], NOT_FINITE)
+        if context.rank == 0:
+            storage.write_json(path, [step._asdict() for step in error.skipped])
+        ray.get(mailbox.fail.remote(f"{error}; the videos of all these steps are in {path}"))
+        raise
     except LASTING as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise

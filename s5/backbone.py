@@ -20,6 +20,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from s5 import noise
 from s5.config import BackboneConfig
@@ -117,6 +118,8 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
+        """Whether blocks keep their input alone for the backward pass."""
         self.vit = build_vit(config)
         self.width = int(self.vit.embed_dim)
         self.patches = int(self.vit.patch_embed.num_patches)
@@ -193,7 +196,10 @@ class Backbone(nn.Module):
         if keep_BUK is not None:
             index = rearrange(keep_BUK, "b u k -> (b u) k 1").expand(-1, -1, x.shape[-1])
             x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, index)], dim=1)
-        x = self.vit.norm(self.vit.blocks(self.vit.norm_pre(x)))
+        x = self.vit.norm_pre(x)
+        for block in self.vit.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        x = self.vit.norm(x)
         if self.config.cls_token:
             # Registers, which come after the class token, only serve the blocks.
             return torch.cat([x[:, :1], x[:, prefix:]], dim=1)

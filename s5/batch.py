@@ -35,6 +35,23 @@ class ClipBatch:
     """Regression target of each clip, float32 (B,); NaN for none."""
     failures: list[Failure]
     """Videos of this batch that could not be read."""
+    global_size: int = 0
+    """Clips (or pairs) of all workers at this step, shared out by `distributed.share_of`; 0 for those here alone."""
+
+    @property
+    def total(self) -> int:
+        """Clips (or pairs) of all workers at this step."""
+        return self.global_size or len(self.video_ids)
+
+    def parts(self, rows: int) -> list[ClipBatch]:
+        """Return the batch in parts of at most `rows` clips."""
+        return [self._slice(slice(first, first + rows)) for first in range(0, len(self.video_ids), rows)]
+
+    def _slice(self, rows: slice) -> ClipBatch:
+        short = None if self.short is None else self.short[rows]
+        seeds, labels, targets = self.seeds[rows], self.labels[rows], self.targets[rows]
+        ids, long = self.video_ids[rows], self.long[rows]
+        return replace(self, video_ids=ids, long=long, short=short, seeds=seeds, labels=labels, targets=targets)
 
     def to(self, device: torch.device) -> ClipBatch:
         """Return the batch with its tensors on a device."""

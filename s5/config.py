@@ -289,6 +289,8 @@ class OptimConfig:
     """Share of the training that the learning rate rises linearly for."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 for no limit."""
+    fused: bool = True
+    """Update all weights in one kernel."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "give a positive number")
@@ -309,8 +311,20 @@ class LoopConfig:
     """Videos in the global batch, all workers together; 0 for as many as there are, up to 32."""
     seed: int = 0
     """Seed of the initial weights, the order of the videos, the clips, the masks and all noise."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: autocast; state-space parameters, FFT and losses stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16`, `fp16`: autocast; weights, their moving averages, state-space parameters, FFT and losses stay in fp32.
+    `fp16` scales the loss."""
+    micro_batch: int = 0
+    """Videos that a worker's model sees at once, to save memory: a larger share is computed in parts, with the
+    gradient of the whole (for LSMCL by gradient caching, one forward pass more); 0 for all at once."""
+    recompute: bool = False
+    """Activation checkpointing: blocks of backbone and decoder keep their input alone for the backward pass."""
+    compile: bool = False
+    """Compile backbone and decoder with torch.compile."""
+    max_skipped: int = 5
+    """Steps in a row that are skipped where loss or gradient are not finite; one more ends the run."""
+    profile_steps: int = 0
+    """Steps, after the first three, whose trace by torch's profiler rank 0 keeps; 0 for none."""
     log_every: int = 10
     """Steps between two rows of logged metrics."""
     checkpoint_every: int = 0
@@ -323,5 +337,8 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "log_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), "give at least 1")
-        for name in ("steps", "batch_size", "checkpoint_every", "evaluate_every"):
+        remedy = "give fp32, bf16 or fp16"
+        require(self.precision in ("fp32", "bf16", "fp16"), "loop.precision", self.precision, remedy)
+        counts = ("steps", "batch_size", "checkpoint_every", "evaluate_every", "micro_batch", "max_skipped")
+        for name in (*counts, "profile_steps"):
             require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "give 0 or more")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,45 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
+class SkippedStep(NamedTuple):
+    """A step that changed nothing, since its loss or gradient was not finite."""
+
+    step: int
+    """Number of the step, from 1."""
+    video_ids: list[str]
+    """Videos of its batch."""
+
+
+class NotFiniteError(TrainingError):
+    """Loss or gradient were not finite in too many steps in a row."""
+
+    def __init__(self, skipped: list[SkippedStep]) -> None:
+        first, last = skipped[0], skipped[-1]
+        videos = ", ".join(last.video_ids[:3])
+        super().__init__(
+            f"loss or gradient are not finite in steps {first.step} to {last.step}, more in a row than "
+            f"loop.max_skipped allows: lower optim.lr, raise optim.warmup, or look at the videos of the last of them "
+            f"({videos}{', ...' if len(last.video_ids) > 3 else ''}); the last checkpoint is kept"
+        )
+        self.skipped = skipped
+
+
 class Task(Protocol):
     """What is trained: a module that owns the model and the loss."""
 
     def __call__(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return `loss` and other scalars of this worker's share of a batch."""
+        """Return `loss` and other scalars of this worker's share of a batch: their mean over workers is the batch's."""
+
+    def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return, with gradient, what of `__call__` belongs to each row alone: (B, ...), B rows."""
+
+    def targets(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return the same without gradient, of what is not trained."""
+
+    def losses(
+        self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
+    ) -> dict[str, Tensor]:
+        """Return `__call__`'s scalars from what `encode` and `targets` make of the batch's rows."""
 
     def before_step(self, progress: float) -> None:
         """Set what follows a schedule, for a share of the training from 0 to 1."""
@@ -58,6 +92,9 @@ class WorkerContext(Protocol):
 
     def stop_requested(self) -> bool:
         """Return whether this process has been asked to stop."""
+
+    def keep_file(self, file: Path, name: str) -> None:
+        """Store a file among the run's results; called on rank 0."""
 
     def beat(self, phase: str) -> None:
         """Take note that this process is alive and what it does next, such as "step 7: waiting for data"."""
@@ -111,6 +148,12 @@ class SoloContext:
     def stop_requested(self) -> bool:
         """Return whether `stop` has been set."""
         return self.stop
+
+    def keep_file(self, file: Path, name: str) -> None:
+        """Copy a file beside the checkpoints."""
+        if self.folder is not None:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, self.folder / name)
 
     def beat(self, phase: str) -> None:
         """Do nothing: nobody watches."""

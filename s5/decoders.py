@@ -6,10 +6,12 @@ Shapes: B batch, L sequence, D width, K kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from s5 import noise
 from s5.attention import ATTENTIONS
@@ -46,6 +48,10 @@ class Decoder(nn.Module, ABC):
         super().__init__()
         self.width = width
         self.out_width = out_width
+        self.recompute = False
+        """Whether blocks keep their input alone for the backward pass."""
+        self.check_finite = True
+        """Whether `forward` looks for NaN and infinity, for which it has to wait for a GPU."""
 
     @abstractmethod
     def decode(self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int) -> DecoderOutput:
@@ -64,7 +70,8 @@ class Decoder(nn.Module, ABC):
 
         Raises:
             ValueError: the tokens do not have the decoder's width, there are none, or the frames cannot share them.
-            FloatingPointError: tokens or features are not finite; found only where the decoder is not compiled.
+            FloatingPointError: tokens or features are not finite; found only where the decoder is not compiled, and
+                with `check_finite`.
         """
         if self.training and seeds_B is None:
             seeds_B = noise.fresh_seeds(x_BLD.shape[0], x_BLD.device)
@@ -74,7 +81,8 @@ class Decoder(nn.Module, ABC):
         if frames < 1 or x_BLD.shape[1] % frames:
             raise ValueError(f"frames is {frames}: give a divisor of the number of tokens, {x_BLD.shape[1]}")
         out = self.decode(x_BLD, seeds_B, frames)
-        if not torch.compiler.is_compiling() and not torch.isfinite(out.features_BD).all():
+        looks = self.check_finite and not torch.compiler.is_compiling()
+        if looks and not torch.isfinite(out.features_BD).all():
             _explain_not_finite(x_BLD, out.features_BD)
         return out
 
@@ -162,7 +170,8 @@ class Pyramid(Decoder):
         keep_ratio = 1.0
         for block in self.blocks:
             length = x_BLD.shape[1]
-            x_BLD, selected = block(x_BLD, seeds_B)
+            mix = partial(checkpoint, block, use_reentrant=False) if self.recompute else block
+            x_BLD, selected = mix(x_BLD, seeds_B)
             if selected is not None:
                 selections.append(selected)
                 keep_ratio *= selected.indices.shape[1] / length

@@ -5,6 +5,7 @@ With no process group every function is the identity, so that the same lines run
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TypeVar, cast
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 Value = TypeVar("Value")
+BUCKET = 2**23
+"""Numbers that are averaged over workers in one message."""
 
 
 def world_size() -> int:
@@ -25,14 +28,31 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def share_of(total: int, rank: int, world: int) -> range:
+    """Return which rows of a global batch are a worker's: contiguous, and as even as they can be."""
+    return range(rank * total // world, (rank + 1) * total // world)
+
+
+def weight(rows: int, total: int) -> float:
+    """Return the factor that makes the mean over workers of means over their rows the mean over all `total` rows."""
+    return rows * world_size() / total
+
+
 @torch.no_grad()
-def gather(x_BD: Tensor) -> Tensor:
-    """Return the rows of all workers in the order of their ranks, without gradient; every worker has as many."""
-    if world_size() == 1:
+def gather(x_BD: Tensor, total: int) -> Tensor:
+    """Return the `total` rows of all workers in the order of their ranks, without gradient.
+
+    Every worker holds the rows that `share_of` gives it. What is sent is padded to the largest share.
+    """
+    world = world_size()
+    if world == 1:
         return x_BD
-    parts = [torch.empty_like(x_BD) for _ in range(world_size())]
-    dist.all_gather(parts, x_BD.contiguous())
-    return torch.cat(parts)
+    sizes = [len(share_of(total, rank, world)) for rank in range(world)]
+    padded = x_BD.new_zeros(max(sizes), *x_BD.shape[1:])
+    padded[: len(x_BD)] = x_BD
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 @torch.no_grad()
@@ -55,8 +75,45 @@ def any_worker(flag: bool, device: torch.device) -> bool:
     return bool(raised.item())
 
 
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the workers, as DDP does, after a backward pass in several parts."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        sizes = [gradient.numel() for gradient in bucket]
+        for gradient, values in zip(bucket, torch.split(flat, sizes), strict=True):
+            gradient.copy_(values.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in groups of at most `BUCKET` numbers, or of one larger tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def copy_from_first(module: nn.Module) -> None:
+    """Give every worker the weights and buffers of rank 0, as DDP does when it is made."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
 def _total(values: Tensor) -> Tensor:
     """Return the sum over all workers; its gradient crosses workers too."""
+    if world_size() == 1:
+        return values
     return cast(Tensor, all_reduce(values))  # type: ignore[no-untyped-call]
 
 
@@ -64,19 +121,22 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of (B, D) with the statistics of the global batch, on CPU (gloo) as on GPU (NCCL).
 
     PyTorch's `SyncBatchNorm` runs on GPUs only. Statistics are in fp32 and their gradient crosses workers, so that
-    values and gradients do not depend on the number of workers. Every worker has to hold as many rows.
+    values and gradients do not depend on the number of workers, nor on how the rows are shared among them. A batch
+    that is not finite leaves the running statistics as they are.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised rows; running statistics are used in evaluation."""
-        if not self.training or world_size() == 1:
+        if not self.training:
             return super().forward(input)
         x_BD = input.float()
-        count = x_BD.shape[0] * world_size()
         # The second moment is taken about the global mean in a second pass: E[x^2] - E[x]^2 cancels.
-        mean_D = _total(x_BD.sum(0)) / count
+        rows = x_BD.new_full((1,), x_BD.shape[0])
+        sums = _total(torch.cat([x_BD.sum(0), rows]))
+        count = sums[-1].detach()
+        mean_D = sums[:-1] / count
         variance_D = _total((x_BD - mean_D).square().sum(0)) / count
-        self._track(mean_D.detach(), variance_D.detach() * count / max(count - 1, 1))
+        self._track(mean_D.detach(), variance_D.detach() * count / (count - 1).clamp(min=1))
         normalised: Tensor = (x_BD - mean_D) * torch.rsqrt(variance_D + self.eps)
         if self.affine:
             normalised = normalised * self.weight + self.bias
@@ -87,9 +147,10 @@ class BatchNorm(nn.BatchNorm1d):
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         share = 0.1 if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean_D, share)
-        self.running_var.lerp_(variance_D, share)
-        self.num_batches_tracked += 1
+        finite = mean_D.isfinite().all() & variance_D.isfinite().all()
+        for running_D, new_D in ((self.running_mean, mean_D), (self.running_var, variance_D)):
+            running_D.lerp_(torch.where(finite, new_D, running_D), share)
+        self.num_batches_tracked += finite
 
 
 def gather_objects(value: Value) -> list[Value]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from s5 import checkpoint, distributed, optim
 from s5.batch import ClipBatch
 from s5.config import LoopConfig, OptimConfig
-from s5.context import Task, TrainingError, WorkerContext
-from s5.pace import Window
+from s5.context import NotFiniteError, SkippedStep, Task, TrainingError, WorkerContext
+from s5.pace import Trace, Window, model_flops, peak_flops
+from s5.step import Stepper, prepare
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Fit:
     """Least time between two questions to the context whether to stop."""
     metrics: dict[str, float] = field(default_factory=dict)
     failures: int = 0
+    skipped: list[SkippedStep] = field(default_factory=list)
+    """Steps skipped since the last that was taken."""
     next_poll: float = 0.0
 
     def run(self) -> FitResult:
@@ -63,7 +66,8 @@ class Fit:
         left of the grace time belongs to the checkpoint. After the last step there is nothing to stop.
 
         Raises:
-            TrainingError: tokens, the loss or its gradient are not finite, or too many videos failed to decode.
+            TrainingError: loss or gradient were not finite in too many steps in a row (`NotFiniteError`), or too many
+                videos failed to decode.
             CheckpointError: the checkpoint to resume from does not fit.
         """
         torch.manual_seed(self.loop.seed)
@@ -82,13 +86,26 @@ class Fit:
         return FitResult(step, start, self.metrics, stopped)
 
     def _train(self, start: int) -> tuple[int, bool]:
+        # Parts of a batch average their gradients themselves, once.
+        if self.loop.micro_batch:
+            distributed.copy_from_first(self.task)
+        model = self.task if self.loop.micro_batch else self.context.wrap(self.task)
+        self.task.train()
+        task = cast(Task, self.task)
+        device = self.context.device
+        self.stepper = Stepper(task, model, self.optimizer, self.optim.clip_norm, self.loop, device)
         with closing(self.batches(start)) as batches:
             return self._train_on(batches, start)
 
     def _train_on(self, batches: Iterator[ClipBatch], start: int) -> tuple[int, bool]:
-        model = self.context.wrap(self.task)
-        model.train()
-        window = Window(self.loop.batch_size)
+        window = Window(self.loop.batch_size, peak=peak_flops(self.context.device, self.loop.precision))
+        trace = Trace(self.context, start + 4, self.loop.profile_steps)
+        self.context.beat(f"step {start + 1}: waiting for the first batch")
+        first = next(batches)
+        window.flops = model_flops(self.task, first.to(self.context.device))
+        # Not before: what is compiled or computed anew would be counted wrongly.
+        prepare(self.task, self.loop)
+        batches = chain([first], batches)
         stopped = False
         for step in range(start + 1, self.steps + 1):
             self.context.beat(f"step {step}: waiting for data")
@@ -96,13 +113,15 @@ class Fit:
             batch = next(batches)
             waited = time.perf_counter() - began
             self.context.beat(f"step {step}: training")
-            scalars = self._step(model, batch.to(self.context.device), step)
-            window.add(scalars, batch, waited)
+            trace.before(step)
+            scalars, taken = self._step(batch.to(self.context.device), step)
+            window.add(scalars, batch, waited, time.perf_counter() - began, taken)
+            trace.after(step)
             if batch.failures:
                 self.context.reject(batch.failures)
             stopped = step < self.steps and self._is_stopped(step)
             saves = stopped or self._is_due(step)
-            # Before each checkpoint too: it takes up all failures so far, and weights that are not finite raise first.
+            # Before each checkpoint too: it takes up all failures so far.
             if saves or step % self.loop.log_every == 0 or step == start + 1:
                 self._log(window, step, clips_per_video=1 if batch.short is None else 2)
             if saves:
@@ -123,25 +142,30 @@ class Fit:
             self.next_poll = time.monotonic() + self.poll_seconds
         return distributed.any_worker(asked, self.context.device)
 
-    def _step(self, model: nn.Module, batch: ClipBatch, step: int) -> dict[str, Tensor]:
-        """Take one optimiser step; the schedules depend on the step alone."""
+    def _step(self, batch: ClipBatch, step: int) -> tuple[dict[str, Tensor], bool]:
+        """Take one optimiser step, or skip it; the schedules depend on the step alone, and so on the videos seen."""
         task = cast(Task, self.task)
         share = optim.schedule((step - 1) / self.steps, self.optim.warmup) if step > 1 else self._first_share()
         rate = optim.set_learning_rate(self.optimizer, share)
         task.before_step((step - 1) / self.steps)
-        with torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.loop.precision == "bf16"):
-            try:
-                scalars: dict[str, Tensor] = model(batch)
-            except FloatingPointError as error:
-                raise TrainingError(f"{error}; this is step {step}, and the last checkpoint is kept") from error
-        scalars["loss"].backward()  # type: ignore[no-untyped-call]
-        limit = self.optim.clip_norm or math.inf
-        norm = nn.utils.clip_grad_norm_([p for p in self.task.parameters() if p.requires_grad], limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        extra = task.after_step(step / self.steps) | {"learning_rate": rate}
+        scalars, taken = self.stepper(batch)
+        extra = {"learning_rate": rate}
+        if taken:
+            extra |= task.after_step(step / self.steps)
+            self.skipped.clear()
+        else:
+            self._skip(batch, step)
         device = scalars["loss"].device
-        return scalars | {"gradient_norm": norm} | {k: torch.tensor(v, device=device) for k, v in extra.items()}
+        return scalars | {name: torch.tensor(value, device=device) for name, value in extra.items()}, taken
+
+    def _skip(self, batch: ClipBatch, step: int) -> None:
+        """Take note of a step whose loss or gradient is not finite; too many in a row end the run."""
+        if self.stepper.seeks_scale:
+            return
+        self.skipped.append(SkippedStep(step, batch.video_ids))
+        if len(self.skipped) > self.loop.max_skipped:
+            videos = [chain.from_iterable(distributed.gather_objects(step.video_ids)) for step in self.skipped]
+            raise NotFiniteError([SkippedStep(s.step, list(ids)) for s, ids in zip(self.skipped, videos, strict=True)])
 
     def _first_share(self) -> float:
         """Let the first step of a warm-up do something."""
@@ -150,18 +174,13 @@ class Fit:
     def _log(self, window: Window, step: int, clips_per_video: int) -> None:
         row = window.row(clips_per_video)
         self.failures += int(row["data/failures"])
-        row |= {"data/failures_total": self.failures, "train/epoch": step / self.steps_per_epoch}
+        skipped = self.metrics.get("train/skipped_steps_total", 0) + row["train/skipped_steps"]
+        row |= {"data/failures_total": self.failures, "train/skipped_steps_total": skipped}
+        row |= {"train/epoch": step / self.steps_per_epoch}
         self.metrics |= row
         window.reset()
         if self.context.rank == 0:
             self.context.log(row, step)
-        # A gradient that is not finite has spoilt the weights, though the loss it came from was finite.
-        for name in ("train/loss", "train/gradient_norm"):
-            if not math.isfinite(row[name]):
-                raise TrainingError(
-                    f"{name} is {row[name]} at step {step}: lower optim.lr, raise optim.warmup, or clip "
-                    "gradients with optim.clip_norm; the last checkpoint is kept"
-                )
         seen = step * self.loop.batch_size
         if self.failures > self.max_failure_share * seen and self.failures > 1:
             raise TrainingError(

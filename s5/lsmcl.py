@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -86,6 +87,33 @@ class LSMCL(nn.Module):
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return the loss of a batch of pairs, and what tells whether the task works, as scalars."""
+        views = self._views(batch)
+        encoded = {"features": self._features(self.encoder, *views)}
+        with torch.no_grad():
+            targets = {"features": self._features(self.momentum_encoder, *views)}
+        return self.losses(encoded, targets, batch)
+
+    def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return what of the online branch belongs to each pair alone: its long and short clip's features (B, 2, D)."""
+        return {"features": self._features(self.encoder, *self._views(batch))}
+
+    @torch.no_grad()
+    def targets(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return the same of the momentum branch, without gradient."""
+        return {"features": self._features(self.momentum_encoder, *self._views(batch))}
+
+    def losses(
+        self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
+    ) -> dict[str, Tensor]:
+        """Return the scalars of a whole batch, whose pairs are one another's negatives, from what encodes each pair."""
+        queries = [self.predictor(self.projector(x)) for x in encoded["features"].unbind(1)]
+        with torch.no_grad():
+            projected = [self.momentum_projector(x).float() for x in targets["features"].unbind(1)]
+            keys = [distributed.gather(x, batch.total) for x in projected]
+        return self._losses(queries, keys)
+
+    def _views(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return all long, then all short clips as both branches see them, their seeds and the patches that stay."""
         assert batch.short is not None, "LSMCL needs pairs of clips"
         keep = [self._mask(batch, view) for view in ("long", "short")]
         keep_2BUK = None if keep[0] is None else torch.cat(cast(list[Tensor], keep))
@@ -96,14 +124,10 @@ class LSMCL(nn.Module):
                 colour_jitter(batch.short, batch.seeds, "short/jitter", strength),
             ]
         )
-        seeds_2B = torch.cat([batch.seeds, ~batch.seeds])
+        return frames, torch.cat([batch.seeds, ~batch.seeds]), keep_2BUK
 
-        online = self.encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2)
-        queries = [self.predictor(self.projector(x)) for x in online]
-        with torch.no_grad():
-            target = self.momentum_encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2)
-            keys = [distributed.gather(self.momentum_projector(x).float()) for x in target]
-        return self._losses(queries, keys)
+    def _features(self, encoder: VideoModel, frames: Tensor, seeds_2B: Tensor, keep_2BUK: Tensor | None) -> Tensor:
+        return torch.stack(encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2), dim=1)
 
     def _mask(self, batch: ClipBatch, view: str) -> Tensor | None:
         backbone = self.encoder.backbone
@@ -111,7 +135,8 @@ class LSMCL(nn.Module):
         return random_masking(batch.seeds, f"{view}/mask", steps, backbone.patches, kept)
 
     def _losses(self, queries: list[Tensor], keys: list[Tensor]) -> dict[str, Tensor]:
-        first = distributed.rank() * len(queries[0])
+        total = len(keys[0])
+        first = distributed.share_of(total, distributed.rank(), distributed.world_size()).start
         query_long, query_short = queries
         key_long, key_short = keys
         # Short predicts long and long predicts short.
@@ -125,13 +150,15 @@ class LSMCL(nn.Module):
             positives.append(own.mean())
             negatives.append((similarity_BG.detach().sum(1) - own).mean() / max(others, 1))
             hits.append((similarity_BG.argmax(1) == first + torch.arange(len(own), device=own.device)).float().mean())
-        return {
+        scalars = {
             "loss": losses[0] + losses[1],
             "top1": torch.stack(hits).mean(),
             "similarity_positive": torch.stack(positives).mean(),
             "similarity_negative": torch.stack(negatives).mean(),
             "embedding_spread": embedding_spread(torch.cat(keys)),
         }
+        weight = distributed.weight(len(query_long), total)
+        return {name: value * weight for name, value in scalars.items()}
 
     def before_step(self, progress: float) -> None:
         """Do nothing: only the momentum follows a schedule, after the step."""

@@ -41,7 +41,7 @@ def _undecayed(module: nn.Module) -> set[str]:
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW over a module's trained weights."""
-    return torch.optim.AdamW(parameter_groups(module, config), betas=config.betas)
+    return torch.optim.AdamW(parameter_groups(module, config), betas=config.betas, fused=config.fused)
 
 
 def schedule(progress: float, warmup: float) -> float:
