@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +16,12 @@ import torch
 from s5.config import AttentionConfig, DecoderConfig, SSMConfig
 from tests.bench import record
 from tests.bench.model import Shape, saved_bytes
+from tests.bench.processes import cpu_seconds, cpu_seconds_since, resident_bytes
 from tests.bench.record import Row, alternate, ratio, write
 
 SHAPE = Shape("small", 8, 128, 16)
 TOKENS = 8 * 128 * 64 * 4
+MIB = 2**20
 
 
 def test_rows_say_whether_the_target_is_met() -> None:
@@ -70,3 +76,40 @@ def test_what_a_pyramid_of_state_spaces_keeps() -> None:
     half = saved_bytes(DecoderConfig(name="s5", blocks=1, ssm=ssm), SHAPE, 64)
     assert half["input"] == TOKENS
     assert TOKENS * 0.875 <= half["step"] - kernel / 2 <= TOKENS * 0.975
+
+
+@contextmanager
+def _parent_and_child(before: str = "", after: str = "") -> Iterator[int]:
+    """Give the id of a process that runs `before`, then splits in two, and both run `after` and wait."""
+    script = (
+        f"import os, sys, time\n{before}\nchild = os.fork() == 0\n{after}\nos.write(1, b'ready\\n')\nsys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(2)] == [b"ready\n"] * 2
+        yield parent.pid
+
+
+def test_memory_of_a_child_counts() -> None:
+    with _parent_and_child() as without, _parent_and_child(after=f"held = child and b'x' * {200 * MIB}") as held:
+        assert resident_bytes(held) - resident_bytes(without) == pytest.approx(200 * MIB, rel=0.05)
+        # Both are below this process, which is what is counted where no process is named.
+        assert resident_bytes() > resident_bytes(held) + resident_bytes(without)
+
+
+def test_memory_that_a_child_shares_counts_once() -> None:
+    with _parent_and_child() as without, _parent_and_child(before=f"held = b'x' * {200 * MIB}") as shared:
+        assert resident_bytes(shared) - resident_bytes(without) == pytest.approx(200 * MIB, rel=0.05)
+
+
+def test_cpu_time_of_a_child_counts() -> None:
+    busy = "while child and time.process_time() < 1: pass"
+    begin = cpu_seconds()
+    with _parent_and_child(after=busy) as parent:
+        used = cpu_seconds(parent)
+        assert len(used) == 2
+        assert 0.9 <= sum(used.values()) <= 1.5
+        assert cpu_seconds_since(begin) >= 0.9
+        # Both wait: what they have used before does not count again.
+        assert cpu_seconds_since(used, parent) <= 0.2
+    assert cpu_seconds(parent) == {}

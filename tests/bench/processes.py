@@ -1,4 +1,4 @@
-"""Memory and CPU time of this process and all below it, Ray's too, as Linux counts them."""
+"""Memory and CPU time of a process, this one if none is named, and all below it, Ray's too, as Linux counts them."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def resident_bytes() -> int:
+def resident_bytes(root: int | None = None) -> int:
     """Return the memory of the family; what is shared counts once."""
     total = 0
-    for process in _family():
+    for process in _family(root):
         lines = _text(f"/proc/{process}/smaps_rollup").splitlines()
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return 1024 * total
 
 
-def cpu_seconds() -> dict[int, float]:
+def cpu_seconds(root: int | None = None) -> dict[int, float]:
     """Return the CPU time so far of each process of the family."""
-    stats = {process: _stat(process) for process in _family()}
+    stats = {process: _stat(process) for process in _family(root)}
     tick = os.sysconf("SC_CLK_TCK")
     return {process: (int(stat[11]) + int(stat[12])) / tick for process, stat in stats.items() if stat}
 
 
-def cpu_seconds_since(before: dict[int, float]) -> float:
+def cpu_seconds_since(before: dict[int, float], root: int | None = None) -> float:
     """Return the CPU time since then of the processes that are still there."""
-    return sum(seconds - before.get(process, 0.0) for process, seconds in cpu_seconds().items())
+    return sum(seconds - before.get(process, 0.0) for process, seconds in cpu_seconds(root).items())
 
 
-def _family() -> Iterator[int]:
+def _family(root: int | None) -> Iterator[int]:
+    root = root or os.getpid()
     found = {int(folder.name): _stat(int(folder.name)) for folder in Path("/proc").glob("[0-9]*")}
     parents = {process: int(stat[1]) for process, stat in found.items() if stat}
     for process in parents:
         ancestor = process
-        while ancestor in parents and ancestor != os.getpid():
+        while ancestor in parents and ancestor != root:
             ancestor = parents[ancestor]
-        if ancestor == os.getpid():
+        if ancestor == root and root in parents:
             yield process
 
 
