@@ -2,11 +2,14 @@
 
 model.safetensors      weights and buffers of the task that was trained
 optimizer.safetensors  moments and step counts of the optimiser
-meta.json              kind, step, model settings, classes, and all settings of the run
+meta.json              kind, step, model settings, classes, all settings of the run, and digests of the other files
+
+meta.json is written last: a folder without it is a save that was cut short. Its own digest is its last key.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,14 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from s5.config import ModelConfig, from_json
 from s5.model import VideoModel
 
-FORMAT = 1
+FORMAT = 2
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
 # Settings of the model that do not change the encoder's weights or what they compute.
 FREE = (
@@ -43,6 +46,19 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there, is damaged, or does not fit; the message says which and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is not what was saved: an earlier one may do."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        # Both are handed on, so that it pickles.
+        super().__init__(where, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        where, reason = self.args
+        return f"checkpoint {where!r} is damaged: {reason}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Meta:
     """What a checkpoint says of itself."""
@@ -58,24 +74,67 @@ class Meta:
     settings: dict[str, Any] = field(default_factory=dict)
     """All settings of the run."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics at that step."""
+    """Last value of every metric at that step."""
+    evaluated: dict[str, float] = field(default_factory=dict)
+    """Metrics of the evaluation of these very weights; empty where there was none at that step."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Numbers that training goes on from besides weights and moments, such as the scale of an fp16 loss."""
     commit: str = "unknown"
     """Commit of the code."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each other file; filled in where they are written."""
     format: int = FORMAT
     """Version of this layout."""
 
 
-def save(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta) -> None:
-    """Write a checkpoint; meta.json comes last, so that a folder without it is known to be cut short."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.detach().contiguous() for key, value in task.state_dict().items()}, folder / MODEL)
+def contents(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that each file of a checkpoint holds, as they are: on their device, not copied."""
     moments = {
-        f"{index}.{name}": value.detach().contiguous()
+        f"{index}.{name}": value.detach()
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
-    save_file(moments, folder / OPTIMIZER)
-    (folder / META).write_text(json.dumps(asdict(meta), indent=2))
+    return {MODEL: {name: value.detach() for name, value in task.state_dict().items()}, OPTIMIZER: moments}
+
+
+def meta_bytes(meta: Meta) -> bytes:
+    """Return the content of meta.json."""
+    values = asdict(meta)
+    return json.dumps(values | {"digest": _digest(values)}, indent=2).encode()
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def parse_meta(content: bytes, where: str) -> Meta:
+    """Return what a meta.json says.
+
+    Args:
+        content: of the file.
+        where: the checkpoint's path or URI, for messages.
+
+    Raises:
+        DamagedError: it is not what was written.
+        CheckpointError: it has a layout of another version.
+    """
+    try:
+        values = dict(json.loads(content))
+        digest = values.pop("digest", None)
+        if digest is not None and digest != _digest(values):
+            raise DamagedError(where, f"{META} is not what was saved (digests differ)")
+        if (layout := values.get("format")) != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {where!r} has layout {layout!r}, and this version reads {FORMAT}: use the version that "
+                f"made it (commit {values.get('commit', 'unknown')}), or train anew with another --out"
+            )
+        if digest is None:
+            raise DamagedError(where, f"{META} has no digest")
+        return Meta(**values)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DamagedError(where, f"{META}: {error}") from None
 
 
 def read_meta(folder: Path) -> Meta:
@@ -85,43 +144,58 @@ def read_meta(folder: Path) -> Meta:
         CheckpointError: the folder is no checkpoint, is damaged, or has a layout of another version.
     """
     try:
-        values = json.loads((folder / META).read_text())
-        meta = Meta(**values)
+        return parse_meta((folder / META).read_bytes(), str(folder))
     except FileNotFoundError:
-        raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {META}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {str(folder)!r} has a damaged {META}: {error}") from None
-    if meta.format != FORMAT:
-        raise CheckpointError(f"checkpoint {str(folder)!r} has layout {meta.format}: this version reads {FORMAT}")
+        raise DamagedError(str(folder), f"it has no {META}: no checkpoint, or one whose save was cut short") from None
+    except OSError as error:
+        raise _unreadable(folder, META, error) from None
+
+
+def verify(folder: Path, names: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Meta:
+    """Compare a checkpoint's files with the digests taken when they were saved, and return what it says of itself.
+
+    Raises:
+        DamagedError: a file is missing, or not what was saved; says which.
+        CheckpointError: it has a layout of another version.
+    """
+    meta = read_meta(folder)
+    for name in names:
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DamagedError(str(folder), f"{name} is missing") from None
+        except OSError as error:
+            raise _unreadable(folder, name, error) from None
+        if found != meta.files.get(name):
+            raise DamagedError(str(folder), f"{name} is not what was saved (digests differ)")
     return meta
 
 
+def _unreadable(folder: Path, name: str, error: OSError) -> Exception:
+    """Return what to raise: a bad sector is damage; what else keeps a file from being read may pass."""
+    return DamagedError(str(folder), f"{name}: {error.strerror}") if error.errno == errno.EIO else error
+
+
 def digest(folder: Path) -> str:
-    """Return what identifies a checkpoint: a digest of its weights."""
-    with (folder / MODEL).open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=12)).hexdigest()
-
-
-def read_weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
-    """Return the tensors of one of a checkpoint's files, on the CPU.
+    """Return what identifies a checkpoint: the digest of its weights.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the folder is no checkpoint, or is damaged.
     """
-    try:
-        return load_file(folder / name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {str(folder)!r} is damaged: {name}: {error}") from None
+    return read_meta(folder).files[MODEL]
 
 
 def restore(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Meta:
     """Load a checkpoint into the task and optimiser that it was saved from, and return its meta data.
 
+    Digests are not compared: see `verify`.
+
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     meta = read_meta(folder)
-    weights = read_weights(folder)
+    weights = read_weights(folder, MODEL)
     try:
         task.load_state_dict(weights)
     except RuntimeError as error:
@@ -134,10 +208,26 @@ def restore(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return meta
 
 
+def read_weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
+    """Return the tensors of one of a checkpoint's files, on the CPU; digests are not compared.
+
+    Raises:
+        DamagedError: the file is missing, or cannot be read as what it is.
+    """
+    try:
+        return load_file(folder / name)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(str(folder), f"{name}: {error}") from None
+
+
 def encoder_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint's video model: the online encoder of LSMCL, or the fine-tuned model."""
-    prefix = "encoder." if read_meta(folder).kind == "lsmcl" else "model."
-    return {k.removeprefix(prefix): v for k, v in read_weights(folder).items() if k.startswith(prefix)}
+    """Return the weights of a checkpoint's video model: the online encoder of LSMCL, or the fine-tuned model.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or its weights are damaged.
+    """
+    prefix = "encoder." if verify(folder, (MODEL,)).kind == "lsmcl" else "model."
+    return {k.removeprefix(prefix): v for k, v in read_weights(folder, MODEL).items() if k.startswith(prefix)}
 
 
 def load_model(folder: Path) -> tuple[VideoModel, Meta]:
@@ -181,15 +271,3 @@ def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
                 f"checkpoint {str(folder)!r} is of another architecture: model.{key} is {found!r} there and {value!r} "
                 f"here; give --model.{key} {found}, or the same --preset or --config"
             )
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether a folder is a checkpoint whose files all open."""
-    try:
-        read_meta(folder)
-        for name in (MODEL, OPTIMIZER):
-            with safe_open(folder / name, framework="pt") as content:
-                content.keys()
-    except (CheckpointError, SafetensorError, OSError):
-        return False
-    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,8 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from s5 import checkpoint
 from s5.batch import ClipBatch
+from s5.keeping import Checkpoints
+from s5.store import LocalStore
 from s5.video import Failure
 
 
@@ -74,21 +74,23 @@ class WorkerContext(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    checkpoints: Checkpoints | None
+    """Those of the run; None keeps none."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose backward pass averages gradients over the workers."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hand on a row of metrics; called on rank 0."""
+        """Hand on a row of metrics; called on rank 0, from any thread."""
 
     def reject(self, failures: list[Failure]) -> None:
         """Hand on videos that could not be read; called on the rank that met them."""
 
-    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
-        """Keep a checkpoint; called on every rank at the same step, with a folder on rank 0 alone."""
+    def tell(self, message: str) -> None:
+        """Hand on a sentence for the user; called on rank 0, from any thread."""
 
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Give the folder of the checkpoint to resume from, if any; it may be gone afterwards."""
+    def saved(self, step: int) -> None:
+        """Take note that there is a checkpoint of that step: on the store now, or gone on from; on rank 0."""
 
     def stop_requested(self) -> bool:
         """Return whether this process has been asked to stop."""
@@ -108,6 +110,8 @@ class SoloContext:
     """Where checkpoints go, one folder a step; None keeps none."""
     keep: int = 2
     """Checkpoints kept."""
+    best: tuple[str, str] | None = None
+    """Metric of the evaluation by which the best checkpoint is kept too, and `max` or `min`."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world_size: int = 1
@@ -115,8 +119,14 @@ class SoloContext:
     """All rows logged, with their steps."""
     rejects: list[Failure] = field(default_factory=list)
     """Videos that could not be read."""
+    told: list[str] = field(default_factory=list)
+    """What the user was told."""
     stop: bool = False
     """Whether to stop after the current step."""
+    checkpoints: Checkpoints | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(LocalStore(self.folder), self.keep, self.best) if self.folder else None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module itself."""
@@ -130,20 +140,12 @@ class SoloContext:
         """Append videos that could not be read."""
         self.rejects += failures
 
-    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
-        """Move the checkpoint to its place and drop the oldest ones."""
-        if self.folder is None or folder is None:
-            return
-        target = self.folder / f"step_{checkpoint.read_meta(folder).step:08d}"
-        shutil.rmtree(target, ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder, target)
-        for old in self._saved()[: -self.keep]:
-            shutil.rmtree(old)
+    def tell(self, message: str) -> None:
+        """Append a sentence."""
+        self.told.append(message)
 
-    def latest_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """Give the last complete checkpoint."""
-        return nullcontext(next((path for path in reversed(self._saved()) if checkpoint.is_complete(path)), None))
+    def saved(self, step: int) -> None:
+        """Do nothing: `checkpoints` knows."""
 
     def stop_requested(self) -> bool:
         """Return whether `stop` has been set."""
@@ -157,6 +159,3 @@ class SoloContext:
 
     def beat(self, phase: str) -> None:
         """Do nothing: nobody watches."""
-
-    def _saved(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*")) if self.folder and self.folder.is_dir() else []

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,6 +17,7 @@ from s5.batch import ClipBatch
 from s5.config import LoopConfig, OptimConfig
 from s5.context import NotFiniteError, SkippedStep, Task, TrainingError, WorkerContext
 from s5.pace import Trace, Window, model_flops, peak_flops
+from s5.saving import Saver
 from s5.step import Stepper, prepare
 
 
@@ -58,6 +56,9 @@ class Fit:
     skipped: list[SkippedStep] = field(default_factory=list)
     """Steps skipped since the last that was taken."""
     next_poll: float = 0.0
+    extra: dict[str, float] = field(default_factory=dict)
+    """State of the scale of an fp16 loss that the run goes on from."""
+    saver: Saver | None = None
 
     def run(self) -> FitResult:
         """Train from the latest checkpoint to the end, or until a stop is requested; a stop leaves a checkpoint.
@@ -68,22 +69,39 @@ class Fit:
         Raises:
             TrainingError: loss or gradient were not finite in too many steps in a row (`NotFiniteError`), or too many
                 videos failed to decode.
-            CheckpointError: the checkpoint to resume from does not fit.
+            CheckpointError: the checkpoint to resume from does not fit, or there were some and none is sound.
+            SaveError: the last checkpoint could not be written.
         """
         torch.manual_seed(self.loop.seed)
         self.task.to(self.context.device)
         self.optimizer = optim.build_optimizer(self.task, self.optim)
-        start = 0
-        with self.context.latest_checkpoint() as latest:
-            if latest is not None:
-                meta = checkpoint.restore(latest, self.task, self.optimizer)
-                start, self.metrics = meta.step, dict(meta.metrics)
-                self.failures = int(self.metrics.get("data/failures_total", 0))
+        start = self._resume()
         stopped = False
         step = start
         if start < self.steps:
-            step, stopped = self._train(start)
+            with self._saver(start) as self.saver:
+                step, stopped = self._train(start)
+            self.metrics |= self.saver.row if self.saver else {}
         return FitResult(step, start, self.metrics, stopped)
+
+    def _resume(self) -> int:
+        """Go on from the latest sound checkpoint, the same on all workers; return its step, 0 where there is none."""
+        if self.context.checkpoints is None:
+            return 0
+        with self.context.checkpoints.resumed(self.context.rank, self.context.tell) as folder:
+            if folder is None:
+                return 0
+            meta = checkpoint.restore(folder, self.task, self.optimizer)
+        self.metrics, self.extra = dict(meta.metrics), meta.extra
+        self.failures = int(self.metrics.get("data/failures_total", 0))
+        if self.context.rank == 0:
+            self.context.saved(meta.step)
+        return meta.step
+
+    def _saver(self, start: int) -> AbstractContextManager[Saver | None]:
+        """Return what saves checkpoints: on one worker, since all hold the same."""
+        checkpoints = self.context.checkpoints
+        return Saver(checkpoints, self.context, start) if checkpoints and self.context.rank == 0 else nullcontext()
 
     def _train(self, start: int) -> tuple[int, bool]:
         # Parts of a batch average their gradients themselves, once.
@@ -94,6 +112,8 @@ class Fit:
         task = cast(Task, self.task)
         device = self.context.device
         self.stepper = Stepper(task, model, self.optimizer, self.optim.clip_norm, self.loop, device)
+        if self.extra:
+            self.stepper.scaler.load_state_dict(self.extra)
         with closing(self.batches(start)) as batches:
             return self._train_on(batches, start)
 
@@ -211,12 +231,7 @@ class Fit:
             if self.context.rank == 0:
                 self.context.log(found, step)
         self.context.beat(f"step {step}: saving")
-        if self.context.rank != 0:
-            self.context.save(None, found)
-            return
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint_"))
-        try:
-            checkpoint.save(folder, self.task, self.optimizer, self.meta(step, dict(self.metrics)))
-            self.context.save(folder, found)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.saver is not None:
+            extra = self.stepper.scaler.state_dict()
+            meta = replace(self.meta(step, dict(self.metrics)), evaluated=found, extra=extra)
+            self.saver.save(self.task, self.optimizer, meta)

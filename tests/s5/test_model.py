@@ -133,16 +133,17 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
 def test_damage_is_told(tmp_path: Path) -> None:
     lsmcl_fit(SoloContext(tmp_path)).run()
     folder = saved(tmp_path)[-1]
-    assert checkpoint.is_complete(folder)
+    assert checkpoint.verify(folder).step == STEPS
     (folder / "optimizer.safetensors").unlink()
-    assert not checkpoint.is_complete(folder)
+    with pytest.raises(CheckpointError, match=r"is damaged: optimizer.safetensors is missing"):
+        checkpoint.verify(folder)
     (folder / "model.safetensors").write_bytes(b"text")
     with pytest.raises(CheckpointError, match=r"is damaged: model.safetensors"):
         load_model(folder)
     (folder / "meta.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"damaged meta.json"):
+    with pytest.raises(CheckpointError, match=r"is damaged: meta.json"):
         checkpoint.read_meta(folder)
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.read_meta(tmp_path)
 
 
