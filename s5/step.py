@@ -72,7 +72,7 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def visible(loss: Tensor) -> Tensor:
     """Return the loss, with a gradient that is not finite where the loss is not: all workers see the gradient."""
-    return torch.where(loss.isfinite(), loss, loss * torch.nan)
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 class Stepper:

@@ -18,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from s5 import distributed
 from s5.batch import ClipBatch
+from s5.config import LoopConfig
 from s5.context import SoloContext
 from s5.finetune import Supervised
 from s5.lsmcl import LSMCL
 from s5.model import VideoModel
+from s5.step import Stepper
 from s5.video import Failure
 from tests.s5.toys import MODEL, TASK, batch, lsmcl_fit
 
@@ -33,7 +35,8 @@ def _enter(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    workers: tuple[Worker, ...] = (pretrain,) if world > 2 else (normalise, pretrain, finetune, collect, stop)
+    workers: tuple[Worker, ...] = (pretrain, pretrain_unevenly, finetune, finetune_unevenly, in_parts)
+    workers += (normalise, collect, stop) if world == 2 else ()
     found = {worker.__name__: worker(rank, world) for worker in workers}
     torch.save(found, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
@@ -55,6 +58,18 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return together(4, tmp_path_factory.mktemp("four"))
 
 
+def mine(size: int, rank: int, world: int) -> slice:
+    """Return which rows of a global batch are this worker's."""
+    share = distributed.share_of(size, rank, world)
+    return slice(share.start, share.stop)
+
+
+def share(step: int, size: int, rank: int, world: int) -> ClipBatch:
+    """Return this worker's rows of a global batch."""
+    rows = mine(size, rank, world)
+    return replace(batch(step, size, first=rows.start, stop=rows.stop), global_size=size)
+
+
 def normalise(rank: int, world: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(BATCH, 5, dtype=torch.float32) * 3 + 100
@@ -62,13 +77,13 @@ def normalise(rank: int, world: int) -> dict[str, torch.Tensor]:
     norm = distributed.BatchNorm(5)
     with torch.no_grad():
         norm.weight.copy_(torch.arange(1.0, 6.0))
-    share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    mine = x[share].clone().requires_grad_()
-    out = norm(mine)
-    # The loss is a mean over workers, as under DDP.
-    ((out - target[share]).square().mean() / world).backward()
-    assert mine.grad is not None
-    return {"out": out.detach(), "grad": mine.grad, "mean": norm.running_mean, "var": norm.running_var}
+    rows = mine(BATCH, rank, world)
+    part = x[rows].clone().requires_grad_()
+    out = norm(part)
+    # The loss is a mean over all rows.
+    ((out - target[rows]).square().mean(1).sum() / BATCH).backward()
+    assert part.grad is not None
+    return {"out": out.detach(), "grad": part.grad, "mean": norm.running_mean, "var": norm.running_var}
 
 
 @pytest.mark.slow
@@ -82,22 +97,25 @@ def test_batch_norm_has_the_statistics_of_the_global_batch(two: list[dict[str, A
         torch.testing.assert_close(part["var"], whole["var"], rtol=1e-4, atol=1e-5)
 
 
-def train(task: nn.Module, rank: int, world: int) -> dict[str, Any]:
-    """Return the losses of all workers and the weights after some steps of plain SGD.
+def train(task: nn.Module, rank: int, world: int, size: int = BATCH) -> dict[str, Any]:
+    """Return the losses of all workers, the first gradients and the weights after some steps of plain SGD.
 
     AdamW would blow rounding noise up: it divides a gradient near zero by its own size.
     """
     model = DistributedDataParallel(task, broadcast_buffers=False) if world > 1 else task
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.05)
-    losses = []
+    scalars: list[dict[str, float]] = []
+    gradients: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        out = model(batch(step, BATCH, first=rank * BATCH // world, stop=(rank + 1) * BATCH // world))
+        out = model(share(step, size, rank, world))
         out["loss"].backward()
-        losses.append(float(distributed.mean(out["loss"])))
+        scalars.append({name: float(distributed.mean(value)) for name, value in out.items()})
+        gradients = gradients or {k: p.grad.clone() for k, p in task.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
         task.after_step(step / STEPS)  # type: ignore[operator]
-    return {"losses": losses, "weights": {k: v.clone() for k, v in task.state_dict().items()}}
+    weights = {name: value.clone() for name, value in task.state_dict().items()}
+    return {"scalars": scalars, "gradients": gradients, "weights": weights}
 
 
 def pretrain(rank: int, world: int) -> dict[str, Any]:
@@ -105,25 +123,62 @@ def pretrain(rank: int, world: int) -> dict[str, Any]:
     return train(LSMCL(MODEL, TASK), rank, world)
 
 
+def pretrain_unevenly(rank: int, world: int) -> dict[str, Any]:
+    """A batch that the workers cannot share evenly: seven pairs."""
+    torch.manual_seed(0)
+    return train(LSMCL(MODEL, TASK), rank, world, BATCH - 1)
+
+
 def finetune(rank: int, world: int) -> dict[str, Any]:
     torch.manual_seed(0)
     return train(Supervised(VideoModel(MODEL, 2), "class"), rank, world)
 
 
+def finetune_unevenly(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return train(Supervised(VideoModel(MODEL, 2), "class"), rank, world, BATCH - 1)
+
+
+def in_parts(rank: int, world: int) -> dict[str, Any]:
+    """Steps that several workers take in parts of at most two pairs, and one worker at once."""
+    torch.manual_seed(0)
+    task = LSMCL(MODEL, TASK)
+    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.05)
+    config = LoopConfig(micro_batch=2 if world > 1 else 0)
+    stepper = Stepper(task, task, optimizer, 0.0, config, torch.device("cpu"))
+    for step in range(STEPS):
+        stepper(share(step, BATCH - 1, rank, world))
+        task.after_step(step / STEPS)
+    return task.state_dict()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("worker", "group"), [(pretrain, "two"), (finetune, "two"), (pretrain, "four")])
+@pytest.mark.parametrize("group", ["two", "four"])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(request: pytest.FixtureRequest, group: str) -> None:
+    """The negatives of each pair are those of all workers and all parts."""
+    whole = in_parts(0, 1)
+    for part in (found["in_parts"] for found in request.getfixturevalue(group)):
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["two", "four"])
+@pytest.mark.parametrize("worker", [pretrain, pretrain_unevenly, finetune, finetune_unevenly])
 def test_workers_train_as_one(request: pytest.FixtureRequest, worker: Worker, group: str) -> None:
+    """Metrics, gradients, running statistics, weights and momentum branch; also of a batch shared unevenly."""
     whole = worker(0, 1)
     for part in (found[worker.__name__] for found in request.getfixturevalue(group)):
-        assert part["losses"] == pytest.approx(whole["losses"], rel=1e-4)
-        for name, value in whole["weights"].items():
-            torch.testing.assert_close(part["weights"][name], value, rtol=1e-3, atol=5e-5, msg=name)
+        for found, expected in zip(part["scalars"], whole["scalars"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        for kind in ("gradients", "weights"):
+            for name, value in whole[kind].items():
+                torch.testing.assert_close(part[kind][name], value, rtol=1e-3, atol=5e-5, msg=f"{kind} {name}")
 
 
 def collect(rank: int, world: int) -> tuple[Any, ...]:
     rows = torch.full((2, 3), float(rank))
     flag = distributed.any_worker(rank == world - 1, torch.device("cpu"))
-    return distributed.gather(rows), distributed.gather_objects(f"rank{rank}"), flag, distributed.mean(rows)
+    return distributed.gather(rows, 2 * world), distributed.gather_objects(f"rank{rank}"), flag, distributed.mean(rows)
 
 
 @pytest.mark.slow
@@ -150,8 +205,7 @@ def stop(rank: int, world: int) -> tuple[int, bool, float]:
     def source(start: int) -> Generator[ClipBatch]:
         for step in range(start, 8):
             context.stop = rank == 0 and step + 1 == 3
-            share = batch(step, BATCH, first=rank * BATCH // world, stop=(rank + 1) * BATCH // world)
-            yield replace(share, failures=[Failure("a", "a.mp4", "truncated")])
+            yield replace(share(step, BATCH, rank, world), failures=[Failure("a", "a.mp4", "truncated")])
 
     result = lsmcl_fit(context, source, log_every=100).run()
     return result.step, result.stopped, result.metrics["data/failures_total"]
@@ -164,8 +218,12 @@ def test_all_workers_stop_at_the_same_step_between_two_rows(two: list[dict[str, 
 
 def test_one_process_needs_no_group() -> None:
     x = torch.randn(3, 4)
-    assert torch.equal(distributed.gather(x), x)
+    assert torch.equal(distributed.gather(x, 3), x)
     assert distributed.gather_objects("a") == ["a"]
     assert not distributed.any_worker(False, torch.device("cpu"))
     plain, own = nn.BatchNorm1d(4), distributed.BatchNorm(4)
-    assert torch.equal(plain(x), own(x))
+    torch.testing.assert_close(plain(x), own(x))
+    torch.testing.assert_close(plain.state_dict(), own.state_dict())
+    before = own.running_mean.clone()  # type: ignore[union-attr]
+    own(x * torch.nan)
+    assert torch.equal(before, own.running_mean)  # type: ignore[arg-type]

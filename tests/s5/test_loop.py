@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +10,8 @@ import pytest
 import torch
 
 from s5.batch import ClipBatch
-from s5.checkpoint import read_meta
-from s5.context import SoloContext, TrainingError
+from s5.checkpoint import read_meta, read_weights
+from s5.context import NotFiniteError, SoloContext, TrainingError
 from s5.loop import Fit
 from s5.pace import Window
 from s5.video import Failure
@@ -18,26 +20,17 @@ from tests.s5.toys import STEPS, batch, batches, finetune_fit, losses, lsmcl_fit
 Source = Callable[[int], Generator[ClipBatch]]
 
 
-def broken(at: int) -> Source:
-    """Return a source whose step number `at`, from 1, has frames that are not numbers."""
+def broken(at: Iterable[int], stop_at: int = 0, context: SoloContext | None = None) -> Source:
+    """Return a source whose steps of these numbers, from 1, have frames that are not numbers."""
 
     def source(start: int) -> Generator[ClipBatch]:
         for item in batches(start):
-            yield replace(item, long=item.long.float() * torch.nan) if item.step + 1 == at else item
+            if context is not None:
+                context.stop = item.step + 1 == stop_at
+            nan = torch.full(item.long.shape, torch.nan)
+            yield replace(item, long=nan, short=nan) if item.step + 1 in at else item
 
     return source
-
-
-def spoilt(fit: Fit, name: str, at: int) -> Fit:
-    """Return the run with a scalar of step number `at`, from 1, that is not a number."""
-    step = fit._step
-
-    def broken_step(model: torch.nn.Module, item: ClipBatch, number: int) -> dict[str, torch.Tensor]:
-        scalars = step(model, item, number)
-        return scalars | {name: torch.tensor(torch.nan)} if number == at else scalars
-
-    fit._step = broken_step  # type: ignore[method-assign]
-    return fit
 
 
 def failing(steps: Iterable[int]) -> Source:
@@ -99,14 +92,6 @@ def test_checkpoints_come_each_epoch_and_the_oldest_go(tmp_path: Path) -> None:
     assert [read_meta(path).step for path in saved(every)] == [3, 6, 8]
 
 
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path: Path) -> None:
-    lsmcl_fit(SoloContext(tmp_path, keep=2)).run()
-    before, last = saved(tmp_path)
-    (last / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes()[:1000])
-    with SoloContext(tmp_path).latest_checkpoint() as latest:
-        assert latest == before
-
-
 def test_evaluation_runs_on_its_epochs_and_at_the_end() -> None:
     context = SoloContext()
     fit = lsmcl_fit(context, evaluate_every=0)
@@ -145,37 +130,62 @@ def test_workers_ask_each_other_less_often_where_the_answer_waits(
     assert [step for step in range(1, steps[-1] + 1) if fit._is_stopped(step)] == steps
 
 
-def test_frames_that_are_not_finite_stop_with_the_remedy() -> None:
-    with pytest.raises(TrainingError, match=r"tokens have NaN .* in samples \[0, 1, 2, 3\] .*lower optim.lr.* step 3"):
-        lsmcl_fit(SoloContext(), broken(at=3)).run()
+@pytest.mark.parametrize("make", [lsmcl_fit, finetune_fit])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make: Callable[..., Fit]) -> None:
+    """Weights, optimiser, moving averages and running statistics: neither of the step itself nor later."""
+    context = SoloContext()
+    fit = make(context, broken(at=[3]), log_every=1)
+    before: dict[str, torch.Tensor] = {}
+    step = fit._step
+
+    def watched(item: ClipBatch, number: int) -> tuple[dict[str, torch.Tensor], bool]:
+        before.update({name: value.clone() for name, value in fit.task.state_dict().items()})
+        moments = copy.deepcopy(fit.optimizer.state_dict()["state"])
+        scalars, taken = step(item, number)
+        assert taken == (number != 3)
+        if not taken:
+            assert not scalars["loss"].isfinite()
+            torch.testing.assert_close(fit.task.state_dict(), before, rtol=0, atol=0)
+            torch.testing.assert_close(fit.optimizer.state_dict()["state"], moments, rtol=0, atol=0)
+        return scalars, taken
+
+    fit._step = watched  # type: ignore[method-assign]
+    result = fit.run()
+    assert all(value.isfinite().all() for value in fit.task.state_dict().values())
+    assert [row["train/skipped_steps"] for _, row in context.rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert [math.isnan(loss) for loss in losses(context)] == [False, False, True, False, False, False, False, False]
+    assert result.metrics["train/skipped_steps_total"] == 1
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_remedy() -> None:
-    with pytest.raises(TrainingError, match=r"train/loss is nan at step 3: lower optim.lr"):
-        spoilt(lsmcl_fit(SoloContext()), "loss", at=3).run()
+def test_means_leave_out_steps_that_were_skipped() -> None:
+    """Between two rows of the log too."""
+    every, rare = SoloContext(), SoloContext()
+    lsmcl_fit(every, broken(at=[3])).run()
+    lsmcl_fit(rare, broken(at=[3]), log_every=4).run()
+    expected = [losses(every)[1], losses(every)[3]]
+    assert losses(rare)[1] == pytest.approx(sum(expected) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("stop_at", [0, 7])
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, stop_at: int) -> None:
-    """Neither by the checkpoint of an epoch nor by that of a stop, though the log is rarer than both."""
-    context = SoloContext(tmp_path, keep=1)
-
-    def source(start: int) -> Generator[ClipBatch]:
-        for item in batches(start):
-            context.stop = item.step + 1 == stop_at
-            yield item
-
-    with pytest.raises(TrainingError, match=rf"train/loss is nan at step {stop_at or STEPS}"):
-        spoilt(lsmcl_fit(context, source, log_every=100), "loss", at=6).run()
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run_with_their_videos(tmp_path: Path) -> None:
+    fit = lsmcl_fit(SoloContext(tmp_path), broken(at=[3, 5, 6, 7]), max_skipped=2, checkpoint_every=4)
+    with pytest.raises(
+        NotFiniteError, match=r"in steps 5 to 7, more in a row than loop.max_skipped .*lower optim.lr"
+    ) as e:
+        fit.run()
+    assert [step.step for step in e.value.skipped] == [5, 6, 7]
+    assert e.value.skipped[0].video_ids == [f"video{row}" for row in range(4)]
     assert [read_meta(path).step for path in saved(tmp_path)] == [4]
 
 
-def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
-    """The loss of that step is finite, but the weights after it are not."""
-    fit = lsmcl_fit(SoloContext(tmp_path), log_every=100, checkpoint_every=3)
-    with pytest.raises(TrainingError, match=r"train/gradient_norm is nan at step 6: lower optim.lr"):
-        spoilt(fit, "gradient_norm", at=6).run()
-    assert [read_meta(path).step for path in saved(tmp_path)] == [3]
+@pytest.mark.parametrize("stop_at", [0, 7])
+def test_weights_are_finite_in_every_checkpoint(tmp_path: Path, stop_at: int) -> None:
+    """Of the end as of a stop, and the count of skipped steps goes on from there."""
+    context = SoloContext(tmp_path, keep=9)
+    lsmcl_fit(context, broken([6], stop_at, context), log_every=100).run()
+    for path in saved(tmp_path):
+        assert all(value.isfinite().all() for value in read_weights(path).values())
+    result = lsmcl_fit(SoloContext(tmp_path), broken([8]), log_every=100).run()
+    assert result.metrics["train/skipped_steps_total"] == (2 if stop_at else 1)
 
 
 def test_failures_are_counted_over_a_stop_between_two_rows(tmp_path: Path) -> None:
@@ -197,7 +207,9 @@ def test_failures_of_three_workers_are_a_whole_number(monkeypatch: pytest.Monkey
     monkeypatch.setattr("s5.distributed.world_size", lambda: 3)
     monkeypatch.setattr("s5.distributed.mean", lambda values: values / 3)
     window = Window(4)
-    window.add({"loss": torch.ones(())}, replace(batch(0), failures=[Failure("a", "a.mp4", "truncated")] * 5), 0.0)
+    window.add(
+        {"loss": torch.ones(())}, replace(batch(0), failures=[Failure("a", "a.mp4", "truncated")] * 5), 0.0, 1.0, True
+    )
     assert window.row(1)["data/failures"] == 5
 
 
