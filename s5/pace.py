@@ -132,7 +132,8 @@ def model_flops(task: nn.Module, batch: ClipBatch) -> float:
     Every worker has to call it. Weights, gradients and running statistics stay as they are.
     """
     row = batch.parts(1)[0]
-    row = replace(row, long=torch.zeros_like(row.long), global_size=distributed.world_size())
+    short = None if row.short is None else torch.zeros_like(row.short)
+    row = replace(row, long=torch.zeros_like(row.long), short=short, global_size=distributed.world_size())
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     training = task.training
     task.eval()
