@@ -29,6 +29,7 @@ from pipelines.plan import ClipPlan, PlanRows
 from s5.batch import ClipBatch
 from s5.clips import clip_seed
 from s5.config import ClipConfig, Protocol
+from s5.distributed import share_of
 from s5.video import Failure, VideoError
 
 SEGMENT_ROWS = 4096
@@ -77,7 +78,7 @@ def train_batches(
     Raises:
         VideoError: a video and all its spares fail.
     """
-    share = plan.batch_size // world_size
+    share = len(share_of(plan.batch_size, rank, world_size))
     reading = Reading(clips, frame_size, pairs, data.decode_timeout_s, protocol)
     segment_steps = max(1, SEGMENT_ROWS // share)
 
@@ -91,7 +92,7 @@ def train_batches(
         if "" in batch.video_ids:
             tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in batch.failures)
             raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
-        yield replace(batch, step=step, epoch=step // plan.steps_per_epoch)
+        yield replace(batch, step=step, epoch=step // plan.steps_per_epoch, global_size=plan.batch_size)
 
 
 def _training_rows(manifest: pa.Table, rows: PlanRows, seed: int) -> pa.Table:

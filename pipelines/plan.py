@@ -1,8 +1,8 @@
 """The clip plan: which video is trained on at which step, by seed alone and independent of the number of workers.
 
 An epoch is a permutation of the videos, cut to whole global batches; which videos are left over changes from epoch to
-epoch. A step's batch is shared among the workers in contiguous parts, so a run may resume at any step on any number of
-workers with nothing trained twice and nothing left out.
+epoch. A step's batch is shared among the workers in contiguous parts, as even as they can be, so a run may resume at
+any step on any number of workers with nothing trained twice and nothing left out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from s5.config import LoopConfig
+from s5.distributed import share_of
 
 IntArray = npt.NDArray[np.int64]
 
@@ -76,14 +77,13 @@ class ClipPlan:
         """Return one worker's part of the steps `start_step` to `stop_step` (exclusive).
 
         Raises:
-            ValueError: the global batch cannot be shared evenly, or the steps lie outside the plan.
+            ValueError: there are more workers than a global batch has videos, or the steps lie outside the plan.
         """
-        if self.batch_size % world_size or not 0 <= rank < world_size:
-            raise ValueError(f"world_size is {world_size}: give a divisor of the batch size, {self.batch_size}")
+        if not 0 <= rank < world_size <= self.batch_size:
+            raise ValueError(f"world_size is {world_size}: give at most the batch size, {self.batch_size}")
         if not 0 <= start_step <= stop_step <= self.total_steps:
             raise ValueError(f"steps {start_step} to {stop_step} are not within 0 to {self.total_steps}")
-        share = self.batch_size // world_size
-        mine = np.arange(rank * share, (rank + 1) * share)
+        mine = np.array(share_of(self.batch_size, rank, world_size))
         videos: list[IntArray] = []
         spares: list[IntArray] = []
         order = np.empty(0, dtype=np.int64)
@@ -94,7 +94,7 @@ class ClipPlan:
             batch = order[index * self.batch_size : (index + 1) * self.batch_size]
             videos.append(batch[mine])
             spares.append(self._spares(order, index)[mine])
-        steps = np.repeat(np.arange(start_step, stop_step, dtype=np.int64), share)
+        steps = np.repeat(np.arange(start_step, stop_step, dtype=np.int64), len(mine))
         return PlanRows(
             step=steps,
             epoch=steps // self.steps_per_epoch,
@@ -126,7 +126,7 @@ class ClipPlan:
 
 
 def with_batch_size(loop: LoopConfig, num_videos: int, num_workers: int) -> LoopConfig:
-    """Return the settings with a global batch in place of 0: as many videos as there are, evenly shared, up to 32."""
+    """Return the settings with a global batch in place of 0: as many videos as there are up to 32, evenly shared."""
     if loop.batch_size:
         return loop
     fit = min(num_videos, AUTOMATIC_BATCH) // num_workers * num_workers

@@ -36,7 +36,7 @@ def test_override_converts_and_checks() -> None:
         ({"optim.lr": "fast"}, "optim.lr is 'fast': input should be a valid number"),
         ({"optim.lr": -1}, "optim.lr is -1.0: give a positive number"),
         ({"model.decoder.name": "s6"}, "model.decoder.name is 's6': input should be 's5', 'vis4mer', 'lst', "),
-        ({"scale.num_workers": 3}, "loop.batch_size is 32: give a multiple of scale.num_workers, 3"),
+        ({"scale.num_workers": 33}, "loop.batch_size is 32: give at least scale.num_workers, 33, or 0"),
         ({"model.backbone.tubelet": 3}, "backbone.tubelet is 3: give a divisor of the 16 frames of a clip"),
     ],
 )
