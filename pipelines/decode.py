@@ -26,6 +26,8 @@ from s5.video import FrameArray, VideoError
 
 ATTEMPTS = 2
 """Times that a video is tried before a spare replaces it; once where it takes too long."""
+AGAIN = 0.1
+"""Share of its time limit that a video is given where it took too long before, in the same process."""
 NO_LABEL = -1
 """Label of a clip whose video has none."""
 CANDIDATE = pa.struct(
@@ -62,6 +64,8 @@ PROBED = pa.schema(
 """What `probe_chunk` returns: the facts of a video, or the reason why there are none."""
 # Started by the first video that a task's process reads, and kept for its later tasks.
 _process = VideoProcess()
+# Why, by uri, videos took too long in this process. They are tried again in later epochs: it may have been the storage.
+_slow: dict[str, str] = {}
 # Columns of `decode_chunk` beside the frames.
 LINE_TYPES: dict[str, Any] = {
     "video_id": np.str_,
@@ -165,6 +169,7 @@ def _first_readable(
             except VideoError as error:
                 reason = str(error)
                 if isinstance(error, VideoTimeoutError):
+                    reason = _slow.setdefault(video["uri"], reason)
                     break
         failure = {"video_id": video["video_id"], "uri": video["uri"], "reason": reason}
         failures.append({name: storage.redacted(text) for name, text in failure.items()})
@@ -174,7 +179,9 @@ def _first_readable(
 def _read(video: dict[str, Any], reading: Reading) -> list[FrameArray]:
     times = reading.times(video)
     clips = Clips(times, reading.frame_size, (video["width"], video["height"]), video["decoder"])
-    frames = _process.read(storage.absolute(video["uri"]), clips, reading.timeout_s)
+    timeout_s = reading.timeout_s * (AGAIN if video["uri"] in _slow else 1.0)
+    frames = _process.read(storage.absolute(video["uri"]), clips, timeout_s)
+    _slow.pop(video["uri"], None)
     if reading.protocol == "windows":
         for clip, times_T in zip(frames, times, strict=True):
             clip[beyond(times_T, video["end_s"])] = 0

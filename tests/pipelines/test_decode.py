@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,39 @@ def test_what_cannot_be_read_is_a_listed_failure(tmp_path: Path) -> None:
         assert f'"video_id": "{kind} video"' in failures
     assert columns["long"].shape == columns["short"].shape == (len(KINDS) + 1, 4, 32, 32, 3)
     assert not columns["long"][-1].any()
+
+
+@pytest.mark.usefixtures("fake_decord")
+def test_a_video_that_hangs_again_costs_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "hangs.mp4", 40)
+    process = VideoProcess()
+    limits: list[float] = []
+
+    def read(uri: str, clips: Clips, timeout_s: float) -> Any:
+        if uri == path:
+            limits.append(timeout_s)
+        return VideoProcess.read(process, uri, clips, timeout_s)
+
+    monkeypatch.setattr(process, "read", read)
+    monkeypatch.setattr(decode, "_process", process)
+    monkeypatch.setattr(decode, "_slow", {})
+    rows = _rows([_candidate(path), _candidate(write_video(tmp_path / "spare.mp4", 40))])
+    try:
+        epochs = [decode_chunk(rows, READING) for _ in range(3)]
+        assert limits == [2.0, 0.2, 0.2]
+        for columns in epochs:
+            assert columns["video_id"].tolist() == ["spare"]
+            assert columns["failures"].tolist() == epochs[0]["failures"].tolist()
+        assert "data.decode_timeout_s, 2 s" in epochs[0]["failures"][0]
+
+        # It was the storage: once it is read, it is given its whole time again.
+        Path(path).rename(tmp_path / "h.mp4")
+        monkeypatch.setitem(decode._slow, str(tmp_path / "h.mp4"), "slow")
+        good = _rows([_candidate(str(tmp_path / "h.mp4"))])
+        assert decode_chunk(good, replace(READING, timeout_s=100.0))["video_id"].tolist() == ["h"]
+        assert list(decode._slow) == [path]
+    finally:
+        process.close()
 
 
 def test_a_password_in_a_name_stays_out_of_the_failures(tmp_path: Path) -> None:
