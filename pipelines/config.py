@@ -265,6 +265,9 @@ class EvaluateConfig:
     fine-tuning was set to, else the manifest's benchmark's; for a pretrained encoder `uniform`."""
     clips_per_video: int = 0
     """Clips of each video; 0 for 10 in protocol multi-clip and else 1. `windows` takes all."""
+    features: str = ""
+    """Cached features to read in place of videos, of the checkpoint's own backbone: the --out of `features`. Not for a
+    pretrained encoder, whose clips are shown."""
     batch_size: int = 16
     """Clips that the model sees at once."""
     neighbours: int = 5

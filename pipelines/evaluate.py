@@ -7,6 +7,9 @@ are Ray actors; each reads its share of the videos through Ray Data.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,8 @@ import pyarrow as pa
 import ray
 import torch
 
-from pipelines import storage
-from pipelines.checkpoints import local_checkpoint
+from pipelines import feature_batches, storage
+from pipelines.checkpoints import local_checkpoint, of_backbone
 from pipelines.clips import evaluation_batches
 from pipelines.cluster import check_cluster, decode_tasks
 from pipelines.config import EvaluateConfig, UserError, unknown
@@ -25,8 +28,9 @@ from pipelines.pictures import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
 from pipelines.stage import REJECTS, Stage, StageError, stage_run
 from s5 import inference, metrics
+from s5.batch import ClipBatch
 from s5.checkpoint import CheckpointError, Meta, encoder_weights, load_model, read_meta
-from s5.config import ClipConfig, Protocol
+from s5.config import BackboneConfig, ClipConfig, Protocol
 from s5.config import from_json as config_from_json
 from s5.inference import ClipOutputs
 
@@ -45,7 +49,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with local_checkpoint(config.checkpoint) as folder:
         try:
             meta = read_meta(folder)
-            encoder_weights(folder)
+            weights = encoder_weights(folder)
         except CheckpointError as error:
             raise UserError(str(error)) from None
         clips, protocol = clips_of(meta), chosen_protocol(manifest, config, meta)
@@ -53,8 +57,16 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         checked = checked_clips(clips, protocol)
         check_clips(rows, checked)
         videos = drop_too_short(rows, checked)
-        check_cluster(config.scale, config.data)
-        with stage_run("evaluate", config) as stage:
+        inputs = {}
+        if config.features:
+            # Replicas may have another folder.
+            config = replace(config, features=storage.absolute(config.features))
+            backbone = config_from_json(BackboneConfig, meta.model["backbone"])
+            inputs["features"] = feature_batches.check_features(
+                config.features, manifest, clips, protocol, backbone, of_backbone(weights)
+            )
+        check_cluster(config.scale, None if config.features else config.data)
+        with stage_run("evaluate", config, inputs=inputs) as stage:
             stage.progress(
                 f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
                 f"{protocol}: {words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
@@ -85,10 +97,16 @@ def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> P
     """Return which clips are read.
 
     Raises:
-        UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other.
+        UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other, or
+            cached features, which cannot be shown.
     """
     if meta.kind != "lsmcl":
         return protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
+    if config.features:
+        raise UserError(
+            f"features is {config.features!r}: a pretrained encoder's clips are shown, which features are not; leave "
+            "it out"
+        )
     if config.protocol == "windows":
         raise UserError(
             "protocol is 'windows': a pretrained encoder's clips are compared with each other, and windows a second "
@@ -128,7 +146,6 @@ def outputs(
         StageError: more videos than data.max_failure_share could not be read.
     """
     world = min(config.scale.num_workers, len(videos))
-    tasks = max(1, decode_tasks(config.scale, config.data) // world)
     replica: Any = ray.remote(Replica).options(
         num_cpus=config.scale.cpus_per_worker, num_gpus=config.scale.gpus_per_worker
     )
@@ -140,11 +157,15 @@ def outputs(
         "clips_per_video": per_video or clips_per_video(protocol, config.clips_per_video),
         "batch_size": config.batch_size,
         "data": config.data,
-        "decode_tasks": tasks,
         "world_size": world,
     }
+    if config.features:
+        read = partial(feature_batches.evaluation_batches, features=config.features)
+    else:
+        read = partial(evaluation_batches, decode_tasks=max(1, decode_tasks(config.scale, config.data) // world))
+    read = partial(read, **settings)
     replicas = [replica.remote(content) for _ in range(world)]
-    parts = ray.get([actor.run.remote(videos, settings, rank) for rank, actor in enumerate(replicas)])
+    parts = ray.get([actor.run.remote(videos, read, rank) for rank, actor in enumerate(replicas)])
     found = inference.merge(parts)
     if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
         first = found.failures[0]
@@ -168,12 +189,12 @@ class Replica:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
 
-    def run(self, videos: pa.Table, settings: dict[str, Any], rank: int) -> ClipOutputs:
-        """Return what the model says of this replica's share of the videos."""
+    def run(self, videos: pa.Table, read: Callable[..., Iterable[ClipBatch]], rank: int) -> ClipOutputs:
+        """Return what the model says of this replica's share of the videos, as `read` reads them."""
         pretrained = self.meta.kind == "lsmcl"
         output = inference.features(self.model) if pretrained else inference.scores(self.model, self.meta.kind)
         frame_size = self.model.config.backbone.frame_size
-        batches = evaluation_batches(manifest=videos, frame_size=frame_size, rank=rank, **settings)
+        batches = read(manifest=videos, frame_size=frame_size, rank=rank)
         return inference.run(output, batches, self.device, thumbnails=pretrained)
 
 

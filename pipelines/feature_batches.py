@@ -1,6 +1,6 @@
 """Batches of clips from cached features: what `clips.py` does with videos.
 
-A thread beside the training copies the tokens of coming batches from the shards, `data.prefetch_batches` of them ahead.
+Threads beside the training copy the tokens of coming batches from the shards, `data.prefetch_batches` of them ahead.
 
 Shapes: B clips of this worker, T frames, N tokens a frame, D width.
 """
@@ -8,10 +8,11 @@ Shapes: B clips of this worker, T frames, N tokens a frame, D width.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,53 @@ import pyarrow as pa
 import torch
 
 from pipelines import storage
+from pipelines.checkpoints import weights_digest
 from pipelines.clips import CANDIDATE_COLUMNS
-from pipelines.config import UserError
+from pipelines.config import DataConfig, UserError
 from pipelines.decode import NO_LABEL, Reading
-from pipelines.feature_store import FeatureMeta, FeatureReader
+from pipelines.feature_store import FeatureMeta, FeatureReader, TokenArray, check_fresh, read_meta
+from pipelines.manifest import digest
 from pipelines.plan import ClipPlan
 from s5.batch import ClipBatch
 from s5.clips import beyond, clip_seed, stride_s
-from s5.config import ClipConfig, Protocol
+from s5.config import BackboneConfig, ClipConfig, Protocol
 from s5.video import Failure, VideoError
+
+THREADS = 4
+"""Threads that read at most; as many as there are batches ahead, and one."""
+
+
+class BatchMemory:
+    """Memory of batches: that of a batch is used again once nothing refers to it any more, no view of it either.
+
+    To be given new memory, zeroed page by page, takes the system longer than to copy tokens there.
+    """
+
+    def __init__(self, keep: int) -> None:
+        """Keep the memory of at most `keep` batches that are gone."""
+        self._free: deque[TokenArray] = deque(maxlen=keep)
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return an fp16 tensor of any content: pinned where there is a GPU, from torch, which uses it again itself."""
+        if torch.cuda.is_available():
+            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        size = math.prod(shape)
+        try:
+            whole = self._free.pop()
+        except IndexError:
+            whole = np.empty(size, np.float16)
+        if len(whole) < size:
+            whole = np.empty(size, np.float16)
+        # The tensor's storage, which all its views share, holds this one array, and nothing else does.
+        held = whole[:size].reshape(shape)
+        weakref.finalize(held, _give_back, weakref.ref(self._free), whole).atexit = False
+        return torch.from_numpy(held)
+
+
+def _give_back(free: weakref.ref[deque[TokenArray]], whole: TokenArray) -> None:
+    """Keep memory for the next batch, if there is to be one."""
+    if (kept := free()) is not None:
+        kept.append(whole)
 
 
 @dataclass(frozen=True)
@@ -51,11 +90,34 @@ def check_stride(meta: FeatureMeta, clips: ClipConfig, protocol: Protocol, video
         )
 
 
+def check_features(
+    folder: str,
+    manifest: pa.Table,
+    clips: ClipConfig,
+    protocol: Protocol,
+    backbone: BackboneConfig,
+    weights: dict[str, torch.Tensor] | None,
+) -> str:
+    """Return the digest of cached features, after checking that clips of a manifest and a backbone can be read of them.
+
+    Raises:
+        UserError: they cannot; says why.
+    """
+    if weights is None:
+        raise UserError("features are of a trained backbone: give the checkpoint or model.backbone.weights they are of")
+    meta = read_meta(folder)
+    check_fresh(folder, meta, backbone, weights_digest(weights), digest(manifest))
+    check_stride(meta, clips, protocol, manifest)
+    return meta.digest
+
+
 class FeatureClips:
     """Reads the clips of a manifest's videos."""
 
-    def __init__(self, reader: FeatureReader, manifest: pa.Table, reading: Reading) -> None:
-        self._reader = reader
+    def __init__(self, features: str, manifest: pa.Table, reading: Reading, prefetch: int) -> None:
+        self._reader = FeatureReader(features)
+        # Besides those ahead, one that is being read and one that is trained on.
+        self._memory = BatchMemory(prefetch + 2)
         self._videos = manifest.select(CANDIDATE_COLUMNS)
         self._reading = reading
 
@@ -80,7 +142,7 @@ class FeatureClips:
     def batch(self, clips: list[_Clip], failures: list[Failure], step: int, epoch: int) -> ClipBatch:
         """Read clips."""
         meta, count = self._reader.meta, self._reading.clips.frames
-        long = _empty((len(clips), count, meta.tokens, meta.width))
+        long = self._memory.take((len(clips), count, meta.tokens, meta.width))
         for clip, out_TND in zip(clips, long.numpy(), strict=True):
             self._reader.read(clip.video["video_id"], clip.frames_T, out_TND)
         labels = [NO_LABEL if clip.video["label"] is None else clip.video["label"] for clip in clips]
@@ -98,21 +160,16 @@ class FeatureClips:
         )
 
 
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """Return memory for tokens: pinned where there is a GPU, else numpy's, which is in large pages unlike torch's."""
-    if torch.cuda.is_available():
-        return torch.empty(shape, dtype=torch.float16, pin_memory=True)
-    return torch.from_numpy(np.empty(shape, np.float16))
-
-
 def train_batches(
     *,
-    reader: FeatureReader,
+    features: str,
     manifest: pa.Table,
     plan: ClipPlan,
-    reading: Reading,
+    clips: ClipConfig,
+    frame_size: int,
     seed: int,
-    prefetch: int,
+    data: DataConfig,
+    protocol: Protocol = "uniform",
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
@@ -120,12 +177,14 @@ def train_batches(
     """Yield this worker's batch of every step from `start_step` to the plan's end, as `clips.train_batches` does.
 
     Args:
-        reader: the features.
+        features: their folder.
         manifest: the videos that the plan's indices mean.
         plan: the order.
-        reading: which clip of a video.
+        clips: which frames.
+        frame_size: height and width of the frames in pixels.
         seed: seed of the clips.
-        prefetch: batches read ahead.
+        data: batches read ahead.
+        protocol: which clip of a video.
         rank: this worker.
         world_size: workers.
         start_step: first step to yield.
@@ -133,7 +192,7 @@ def train_batches(
     Raises:
         VideoError: a video and all its spares have no features.
     """
-    source = FeatureClips(reader, manifest, reading)
+    source = FeatureClips(features, manifest, Reading(clips, frame_size, protocol=protocol), data.prefetch_batches)
 
     def batch(step: int) -> ClipBatch:
         rows = plan.rows(step, step + 1, rank, world_size)
@@ -151,18 +210,21 @@ def train_batches(
             else:
                 tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in failures)
                 raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
-        return source.batch(chosen, failures, step, epoch)
+        return replace(source.batch(chosen, failures, step, epoch), global_size=plan.batch_size)
 
-    yield from _ahead(batch, range(start_step, plan.total_steps), prefetch)
+    yield from _ahead(batch, range(start_step, plan.total_steps), data.prefetch_batches)
 
 
 def evaluation_batches(
     *,
-    reader: FeatureReader,
+    features: str,
     manifest: pa.Table,
-    reading: Reading,
+    clips: ClipConfig,
+    frame_size: int,
+    clips_per_video: int,
     batch_size: int,
-    prefetch: int,
+    data: DataConfig,
+    protocol: Protocol = "uniform",
     rank: int = 0,
     world_size: int = 1,
 ) -> Generator[ClipBatch]:
@@ -170,7 +232,8 @@ def evaluation_batches(
 
     A video that fails is listed in `failures` of the first batch and has no clips.
     """
-    source = FeatureClips(reader, manifest, reading)
+    reading = Reading(clips, frame_size, protocol=protocol, evaluated=clips_per_video)
+    source = FeatureClips(features, manifest, reading, data.prefetch_batches)
     failures: list[Failure] = []
     chosen: list[_Clip] = []
     for video in source.videos(list(range(rank, len(manifest), world_size))):
@@ -183,7 +246,7 @@ def evaluation_batches(
         here = chosen[number * batch_size : (number + 1) * batch_size]
         return source.batch(here, failures if number == 0 else [], number, 0)
 
-    yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), prefetch)
+    yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), data.prefetch_batches)
 
 
 def _failure(video: dict[str, Any], error: VideoError) -> Failure:
@@ -191,9 +254,9 @@ def _failure(video: dict[str, Any], error: VideoError) -> Failure:
 
 
 def _ahead(read: Callable[[int], ClipBatch], numbers: range, prefetch: int) -> Generator[ClipBatch]:
-    """Yield what is read of each number, in order; one thread reads ahead."""
+    """Yield what is read of each number, in order; threads read ahead."""
     coming: deque[Future[ClipBatch]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
+    with ThreadPoolExecutor(min(THREADS, prefetch + 1), thread_name_prefix="features") as pool:
         try:
             for number in numbers:
                 coming.append(pool.submit(read, number))

@@ -21,7 +21,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -232,7 +233,7 @@ class Place:
 
 
 class FeatureReader:
-    """Reads the tokens of clips."""
+    """Reads the tokens of clips, for several threads at once. What it has opened is closed with its last reference."""
 
     def __init__(self, folder: str) -> None:
         self.folder = storage.absolute(folder)
@@ -242,7 +243,8 @@ class FeatureReader:
         columns = [index[name].to_pylist() for name in ("shard", "batch", "frames", "start_s", "reason")]
         self._places = {name: Place(*row) for name, *row in zip(names, *columns, strict=True)}
         self._padding: TokenArray = np.load(io.BytesIO(storage.read_bytes(storage.join(self.folder, PADDING))))
-        self._shard = lru_cache(OPEN_SHARDS)(self._opened)
+        # Not a method, whose cache would hold the reader and its files for ever.
+        self._shard = lru_cache(OPEN_SHARDS)(partial(_opened, self.folder))
 
     def frames(self, video_id: str, times_T: FloatArray) -> npt.NDArray[np.int64]:
         """Return which frames (T,) of a video are on screen at the given times; beyond its end the last one.
@@ -262,17 +264,18 @@ class FeatureReader:
             UserError: its shard is missing or damaged.
         """
         place = self._place(video_id)
-        shard = self._shard(place.shard)
         batch_T, row_T = np.divmod(frames_T, self.meta.chunk_frames)
         for batch in np.unique(batch_T):
             here = np.flatnonzero(batch_T == batch)
             if batch < 0:
                 out_TND[here] = self._padding
                 continue
-            tokens_TND = self._tokens(shard, place.batch + int(batch))
-            # Frame by frame: numpy copies a slice without Python's lock, so that training goes on meanwhile.
-            for target, row in zip(here, row_T[here], strict=True):
-                out_TND[target] = tokens_TND[row]
+            tokens_TND = self._tokens(place.shard, place.batch + int(batch))
+            # Runs of frames: numpy copies a slice without Python's lock, but has to get it back after each one.
+            breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(row_T[here]) != 1)) + 1
+            for target_R in np.split(here, breaks):
+                first, row, count = target_R[0], row_T[target_R[0]], len(target_R)
+                out_TND[first : first + count] = tokens_TND[row : row + count]
 
     def _place(self, video_id: str) -> Place:
         place = self._places.get(video_id)
@@ -280,18 +283,21 @@ class FeatureReader:
             raise VideoError(f"no cached features: {place.reason if place else 'not in their index'}")
         return place
 
-    def _tokens(self, shard: Any, batch: int) -> TokenArray:
+    def _tokens(self, shard: int, batch: int) -> TokenArray:
         """Return the tokens (T, N, D) of a record batch: a view of the memory map where there is one."""
-        flat: TokenArray = shard.get_batch(batch).column("tokens").values.to_numpy(zero_copy_only=True)
+        content, lock = self._shard(shard)
+        # Arrow does not say that a file may be asked by several threads.
+        with lock:
+            column = content.get_batch(batch).column("tokens")
+        flat: TokenArray = column.values.to_numpy(zero_copy_only=True)
         return flat.reshape(-1, self.meta.tokens, self.meta.width)
 
-    def _opened(self, shard: int) -> Any:
-        path = shard_path(self.folder, shard, "arrow")
-        system, inner = storage.filesystem(path)
-        try:
-            local = isinstance(system, fs.LocalFileSystem)
-            return pa.ipc.open_file(pa.memory_map(inner) if local else system.open_input_file(inner))
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise UserError(
-                f"features is {self.folder!r}: {path} is missing or damaged ({error}); make them anew"
-            ) from None
+
+def _opened(folder: str, shard: int) -> tuple[Any, Lock]:
+    path = shard_path(folder, shard, "arrow")
+    system, inner = storage.filesystem(path)
+    try:
+        local = isinstance(system, fs.LocalFileSystem)
+        return pa.ipc.open_file(pa.memory_map(inner) if local else system.open_input_file(inner)), Lock()
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"features is {folder!r}: {path} is missing or damaged ({error}); make them anew") from None

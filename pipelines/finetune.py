@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipelines import feature_batches, feature_store, provenance, storage
-from pipelines.checkpoints import backbone_weights, local_checkpoint, of_backbone, weights_digest
+from pipelines import feature_batches, provenance, storage
+from pipelines.checkpoints import backbone_weights, local_checkpoint, of_backbone
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.cluster import check_cluster
 from pipelines.config import FinetuneConfig, UserError, flatten
-from pipelines.decode import Reading
 from pipelines.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.plan import ClipPlan, plan_of, with_batch_size
 from pipelines.protocols import checked_clips, clips_per_video, listed, protocol_of, words
@@ -129,7 +129,10 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     if config.features:
         # Workers may have another folder.
         config = replace(config, features=storage.absolute(config.features))
-        inputs["features"] = check_features(config, manifest, protocol, of_backbone(weights) if weights else backbone)
+        used = of_backbone(weights) if weights else backbone
+        inputs["features"] = feature_batches.check_features(
+            config.features, manifest, config.clips, protocol, config.model.backbone, used
+        )
     return FinetuneJob(
         config=config,
         train=train,
@@ -142,18 +145,6 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         backbone=backbone,
         commit=provenance.commit(),
     )
-
-
-def check_features(
-    config: FinetuneConfig, manifest: pa.Table, protocol: Protocol, backbone: dict[str, Tensor] | None
-) -> str:
-    """Return the digest of the cached features, after checking that they are those of this backbone and manifest."""
-    if backbone is None:
-        raise UserError("features are of a trained backbone: give the checkpoint or model.backbone.weights they are of")
-    meta = feature_store.read_meta(config.features)
-    feature_store.check_fresh(config.features, meta, config.model.backbone, weights_digest(backbone), digest(manifest))
-    feature_batches.check_stride(meta, config.clips, protocol, manifest)
-    return meta.digest
 
 
 def build(job: FinetuneJob, context: RayContext) -> Fit:
@@ -196,27 +187,14 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
 def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generator[ClipBatch]:
     """Return this worker's batches from a step on: of frames, or of cached tokens."""
     config = job.config
-    if config.features:
-        return feature_batches.train_batches(
-            reader=feature_store.FeatureReader(config.features),
-            manifest=job.train,
-            plan=job.plan,
-            reading=Reading(config.clips, config.model.backbone.frame_size, protocol=job.protocol),
-            seed=config.loop.seed,
-            prefetch=config.data.prefetch_batches,
-            rank=context.rank,
-            world_size=context.world_size,
-            start_step=start,
-        )
-    return train_batches(
+    read = partial(train_batches, pairs=False, data=config.data, decode_tasks=context.decode_tasks)
+    cached = partial(feature_batches.train_batches, features=config.features, data=config.data)
+    return (cached if config.features else read)(
         manifest=job.train,
         plan=job.plan,
         clips=config.clips,
         frame_size=config.model.backbone.frame_size,
         seed=config.loop.seed,
-        pairs=False,
-        data=config.data,
-        decode_tasks=context.decode_tasks,
         protocol=job.protocol,
         rank=context.rank,
         world_size=context.world_size,
@@ -227,26 +205,14 @@ def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generat
 def validation_clips(job: FinetuneJob, context: RayContext) -> Generator[ClipBatch]:
     """Return this worker's batches of the validation split: of frames, or of cached tokens."""
     config = job.config
-    frame_size, batch_size = config.model.backbone.frame_size, max(1, config.loop.batch_size // context.world_size)
-    if config.features:
-        clips = clips_per_video(job.protocol)
-        return feature_batches.evaluation_batches(
-            reader=feature_store.FeatureReader(config.features),
-            manifest=job.val,
-            reading=Reading(config.clips, frame_size, protocol=job.protocol, evaluated=clips),
-            batch_size=batch_size,
-            prefetch=config.data.prefetch_batches,
-            rank=context.rank,
-            world_size=context.world_size,
-        )
-    return evaluation_batches(
+    read = partial(evaluation_batches, data=config.data, decode_tasks=context.decode_tasks)
+    cached = partial(feature_batches.evaluation_batches, features=config.features, data=config.data)
+    return (cached if config.features else read)(
         manifest=job.val,
         clips=config.clips,
-        frame_size=frame_size,
+        frame_size=config.model.backbone.frame_size,
         clips_per_video=clips_per_video(job.protocol),
-        batch_size=batch_size,
-        data=config.data,
-        decode_tasks=context.decode_tasks,
+        batch_size=max(1, config.loop.batch_size // context.world_size),
         protocol=job.protocol,
         rank=context.rank,
         world_size=context.world_size,

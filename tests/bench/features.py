@@ -1,9 +1,10 @@
 """Reading of cached features at the size of LVU's windows (60 x 197 x 1024), against plain reads of the same files.
 
-A round trains one epoch of windows from every video, as many bytes as the files have: `train_batches` into batches that
-a training step would take, against sequential reads of all files into one buffer. Warm rounds find the files in the
-system's page cache; before cold ones they are dropped from it. The target is that of cold reads, of the disk: warm, a
-plain read into one small buffer writes to no memory at all, while a batch is memory that was not there before.
+A round takes as many windows as the files have bytes for, a warm one some times over: `train_batches` into batches that
+a training step would take. Plain reads are sequential, of whole files into buffers that are used again and again: by
+one thread into a small one, which stays in the processor's cache and writes to no memory at all; and by as many threads
+as read features, into buffers of a batch. Warm rounds find the files in the system's page cache; cold ones do not, and
+nothing has them mapped.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from pipelines import storage
-from pipelines.decode import Reading
+from pipelines.config import DataConfig
 from pipelines.feature_batches import train_batches
-from pipelines.feature_store import INDEX, FeatureMeta, FeatureReader, finish, frame_times, shard_path, shard_writer
+from pipelines.feature_store import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
 from pipelines.manifest import SCHEMA
 from pipelines.plan import ClipPlan
 from s5.config import ClipConfig
@@ -30,6 +36,12 @@ from tests.bench.record import Row, alternate, ratio, write
 WINDOW, TOKENS, WIDTH, CHUNK = 60, 197, 1024, 64
 BLOCK = 8 << 20
 """Bytes of a plain read."""
+PASSES = 4
+"""Times that a warm round reads everything: the memory of the first batches is new, that of the others is not."""
+DROPS = 20
+"""Times that a file is dropped from the page cache before that counts as impossible."""
+PREFETCH = 2
+"""Batches ahead, as `data.prefetch_batches` is by default."""
 
 
 def make(folder: str, videos: int, minutes: float) -> tuple[pa.Table, int]:
@@ -62,27 +74,60 @@ def make(folder: str, videos: int, minutes: float) -> tuple[pa.Table, int]:
     return pa.Table.from_pylist(rows, SCHEMA), videos * len(times)
 
 
-def read_plainly(paths: list[Path], cold: bool) -> None:
-    """Read whole files, one after the other, into one buffer."""
-    buffer = bytearray(BLOCK)
+class Plain:
+    """Sequential reads of whole files into buffers that are there before and are written again and again."""
+
+    def __init__(self, paths: list[Path], threads: int, size: int) -> None:
+        self._shares = [paths[thread::threads] for thread in range(threads)]
+        # Written once, so that the system has given the memory by the time it is timed.
+        self._buffers = [np.ones(size, np.uint8) for _ in range(threads)]
+
+    def read(self, passes: int) -> None:
+        """Read all files so many times, each thread its share into its one buffer."""
+        with ThreadPoolExecutor(len(self._shares)) as pool:
+            list(pool.map(self._read, [share * passes for share in self._shares], self._buffers))
+
+    def _read(self, paths: list[Path], buffer: npt.NDArray[np.uint8]) -> None:
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer.data):
+                    pass
+
+
+def drop(paths: list[Path]) -> None:
+    """Drop files from the page cache.
+
+    Raises:
+        RuntimeError: their pages are still there, as those of a file that is mapped.
+    """
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            if cold:
+            # Pages that the system is still putting into its lists stay at first.
+            for _ in range(DROPS):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while file.readinto(buffer):
-                pass
+                try:
+                    os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
+                except BlockingIOError:
+                    break
+                time.sleep(0.01)
+            else:
+                raise RuntimeError(f"{path} is still in the page cache")
 
 
-def read_windows(folder: str, paths: list[Path], manifest: pa.Table, batch: int, windows: int, cold: bool) -> None:
-    """Read windows as fine-tuning does."""
-    if cold:
-        for path in paths:
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    plan = ClipPlan(len(manifest), batch, epochs=1, seed=0, steps=windows // batch)
-    reading = Reading(ClipConfig(frames=WINDOW, long_stride=1.0), 224, protocol="windows")
-    reader = FeatureReader(folder)
-    for _ in train_batches(reader=reader, manifest=manifest, plan=plan, reading=reading, seed=0, prefetch=2):
+def read_windows(folder: str, manifest: pa.Table, batch: int, windows: int, passes: int) -> None:
+    """Read windows as fine-tuning does, so many times as many bytes as the files have."""
+    plan = ClipPlan(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
+    batches = train_batches(
+        features=folder,
+        manifest=manifest,
+        plan=plan,
+        clips=ClipConfig(frames=WINDOW, long_stride=1.0),
+        frame_size=224,
+        seed=0,
+        data=DataConfig(prefetch_batches=PREFETCH),
+        protocol="windows",
+    )
+    for _ in batches:
         pass
 
 
@@ -95,23 +140,25 @@ def run(folder: str, videos: int, minutes: float, batch: int, rounds: int) -> No
     read = windows * WINDOW * TOKENS * WIDTH * 2
     # What has just been written must be on the disk for its pages to be dropped.
     os.sync()
+    small = f"1 thread, one buffer of {BLOCK >> 20} MiB"
+    large = f"{PREFETCH + 1} threads, each a buffer of a batch"
+    cases: dict[str, Callable[[int], None]] = {
+        small: Plain(paths, 1, BLOCK).read,
+        large: Plain(paths, PREFETCH + 1, read // windows * batch).read,
+        "features": partial(read_windows, folder, manifest, batch, windows),
+    }
     rows: list[Row] = []
     raw: dict[str, object] = {"bytes": size, "bytes_of_windows": read, "windows": windows}
-    for state in ("warm", "cold"):
-        cold = state == "cold"
-        seconds = alternate(
-            {
-                "plain": lambda cold=cold: read_plainly(paths, cold),  # type: ignore[misc]
-                "features": lambda cold=cold: read_windows(folder, paths, manifest, batch, windows, cold),  # type: ignore[misc]
-            },
-            rounds,
-            torch.device("cpu"),
-        )
+    for state, passes, before in (("warm", PASSES, None), ("cold", 1, partial(drop, paths))):
+        runs = {name: partial(case, passes) for name, case in cases.items()}
+        found = alternate(runs, rounds, torch.device("cpu"), before=before)
+        seconds = {name: [second / passes for second in of_case] for name, of_case in found.items()}
         raw[state] = seconds
-        rates = {"plain": size / median(seconds["plain"]) / 1e9, "features": read / median(seconds["features"]) / 1e9}
-        rows += [Row(f"{state}: {name} reads, GB/s", rate) for name, rate in rates.items()]
-        share = ratio(seconds["plain"], seconds["features"]) * read / size
-        rows.append(Row(f"{state}: features against plain reads", share, 0.8 if cold else None))
+        rates = {name: (read if name == "features" else size) / median(seconds[name]) / 1e9 for name in cases}
+        rows += [Row(f"{state}: {name}, GB/s", rate) for name, rate in rates.items()]
+        for name in (small, large):
+            share = ratio(seconds[name], seconds["features"]) * read / size
+            rows.append(Row(f"{state}: features against {name}", share, 0.8))
         rows.append(Row(f"{state}: windows/s", windows / median(seconds["features"])))
         rows.append(Row(f"{state}: tokens/s", windows * WINDOW * TOKENS / median(seconds["features"])))
     write("features", torch.device("cpu"), rows, raw)

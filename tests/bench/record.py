@@ -120,12 +120,21 @@ def table(header: list[str], lines: list[list[str]]) -> None:
 
 
 def alternate(
-    cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm: int = 1
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warm: int = 1,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Time every case once a round, in turn, and return the seconds of each; the first rounds are not counted."""
+    """Time every case once a round, in turn, and return the seconds of each; the first rounds are not counted.
+
+    What is to be done `before` each is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warm + rounds):
         for name, run in cases.items():
+            if before is not None:
+                before()
             _wait(device)
             start = perf_counter()
             run()

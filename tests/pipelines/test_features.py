@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
 from pyarrow import fs
 from safetensors.torch import save_file
 
-from pipelines import features, finetune, index, sample, storage
+from pipelines import evaluate, features, finetune, index, sample, storage
 from pipelines.checkpoints import trained_backbone
 from pipelines.config import (
+    DataConfig,
+    EvaluateConfig,
     FeaturesConfig,
     FinetuneConfig,
     IndexConfig,
@@ -25,12 +28,12 @@ from pipelines.config import (
     UserError,
     override,
 )
-from pipelines.decode import Reading
 from pipelines.feature_batches import evaluation_batches, train_batches
 from pipelines.feature_store import FeatureReader, frame_times, shard_path
 from pipelines.manifest import read_manifest, split_of
 from pipelines.plan import ClipPlan
 from s5.backbone import Backbone
+from s5.checkpoint import Meta
 from s5.clips import clip_seed
 from s5.config import ClipConfig
 from s5.video import VideoError, read_frames
@@ -147,10 +150,8 @@ def test_a_video_that_cannot_be_read_is_listed(cached: str, manifest: str) -> No
 def test_beyond_the_end_of_a_video_lies_black(cached: str, manifest: str, weights: str) -> None:
     videos = read_manifest(manifest).slice(0, 1)
     clips = ClipConfig(frames=20, long_stride=1.0, short_stride=1.0)
-    reading = Reading(clips, 32, protocol="windows", evaluated=1)
-    (batch,) = evaluation_batches(
-        reader=FeatureReader(cached), manifest=videos, reading=reading, batch_size=4, prefetch=1
-    )
+    settings = {"frame_size": 32, "clips_per_video": 1, "batch_size": 4, "data": DataConfig(), "protocol": "windows"}
+    (batch,) = evaluation_batches(features=cached, manifest=videos, clips=clips, **settings)  # type: ignore[arg-type]
     backbone = trained_backbone(encoding(manifest, weights, Path(cached)).model.backbone, "")
     with torch.no_grad():
         black = backbone(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8))[0]
@@ -164,8 +165,8 @@ def test_batches_follow_the_plan(cached: str, manifest: str) -> None:
     plan = ClipPlan(len(train), 6, epochs=2, seed=1)
 
     def batches(**changes: Any) -> list[Any]:
-        settings = {"reader": FeatureReader(cached), "manifest": train, "plan": plan, "reading": Reading(CLIPS, 32)}
-        return list(train_batches(**(settings | {"seed": 7, "prefetch": 2} | changes)))
+        settings = {"features": cached, "manifest": train, "plan": plan, "clips": CLIPS, "frame_size": 32, "seed": 7}
+        return list(train_batches(**(settings | {"data": DataConfig()} | changes)))
 
     whole, ids = batches(), train["video_id"].to_pylist()
     rows = plan.rows(0, plan.total_steps)
@@ -178,7 +179,7 @@ def test_batches_follow_the_plan(cached: str, manifest: str) -> None:
     for batch in whole:
         assert batch.seeds.tolist() == [clip_seed(7, batch.epoch, name) for name in batch.video_ids]
         assert batch.long.dtype == torch.float16
-    parts = [batches(rank=rank, world_size=2, start_step=1, prefetch=0) for rank in range(2)]
+    parts = [batches(rank=rank, world_size=2, start_step=1, data=DataConfig(prefetch_batches=0)) for rank in range(2)]
     for one, first, second in zip(whole[1:], *parts, strict=True):
         assert one.step == first.step == second.step
         assert one.video_ids == first.video_ids + second.video_ids
@@ -256,6 +257,45 @@ def test_training_from_features_follows_training_from_frames(
     assert rejected[0] == rejected[1] != []
 
 
+def predictions(config: EvaluateConfig) -> tuple[dict[str, list[Any]], npt.NDArray[np.float64]]:
+    """Evaluate and return the columns of the predictions, and the scores apart."""
+    evaluate.run(config)
+    columns = storage.read_table(storage.join(config.out, "predictions.parquet")).to_pydict()
+    return columns, np.array(columns.pop("scores"))
+
+
+def test_features_of_a_checkpoint_give_its_predictions(
+    cached: str, manifest: str, weights: str, tmp_path: Path
+) -> None:
+    # The checkpoint's backbone has learnt: it is not the file's any more.
+    changes = {"model.backbone.frozen": False, "protocol": "windows", "loop.epochs": 1}
+    learnt = training(manifest, weights, tmp_path / "learnt", **changes)
+    finetune.run(learnt)
+    made = encoding(manifest, "", tmp_path / "features", checkpoint=learnt.out)
+    features.run(made)
+    assert FeatureReader(made.out).meta.weights != FeatureReader(cached).meta.weights
+    on_features = {"model.backbone.frozen": True, "checkpoint": learnt.out, "features": made.out}
+    tuned = training(manifest, "", tmp_path / "tuned", **(changes | on_features))
+    finetune.run(tuned)
+    with pytest.raises(UserError, match="made by other weights of the backbone than this run's"):
+        finetune.prepare(replace(tuned, features=cached))
+    for config in (learnt, tuned):
+        settings: dict[str, Any] = {"manifest": manifest, "checkpoint": config.out, "split": "val"}
+        settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "data.cpus_per_decode": 0.5, "batch_size": 5}
+        fresh = override(EvaluateConfig(), settings | {"out": f"{config.out}_fresh"})
+        read = replace(fresh, out=f"{config.out}_read", features=made.out)
+        two = override(read, {"out": f"{config.out}_two", "scale.num_workers": 2})
+        columns, score_VC = predictions(fresh)
+        for found, found_VC in (predictions(read), predictions(two)):
+            assert found == columns
+            np.testing.assert_allclose(found_VC, score_VC, rtol=5e-3)
+        # Videos differ by more than the tolerance, and their windows are several.
+        assert np.ptp(score_VC / score_VC.mean(0), axis=0).max() > 0.02
+        assert min(columns["clips"]) > 1
+        with pytest.raises(UserError, match="made by other weights of the backbone than this run's"):
+            evaluate.run(replace(read, features=cached))
+
+
 @pytest.mark.parametrize(
     ("workers", "nodes", "decoders"),
     [(1, [2.0], 3), (2, [2.0], 1), (1, [16.0, 16.0], 31), (2, [16.0, 16.0], 31), (3, [16.0, 16.0], 15), (1, [0.5], 1)],
@@ -301,6 +341,12 @@ def test_other_weights_and_another_manifest_are_refused(
     storage.write_table(str(tmp_path / "less" / "manifest.parquet"), read_manifest(manifest).slice(1))
     with pytest.raises(UserError, match="made from another manifest"):
         finetune.prepare(override(config, {"manifest": str(tmp_path / "less")}))
+
+
+def test_a_pretrained_encoder_is_not_evaluated_on_features(manifest: str) -> None:
+    meta = Meta(kind="lsmcl", step=1, model={}, settings={})
+    with pytest.raises(UserError, match="features is 'out/features': a pretrained encoder's clips are shown"):
+        evaluate.chosen_protocol(read_manifest(manifest), EvaluateConfig(features="out/features"), meta)
 
 
 def test_a_backbone_that_learns_or_has_no_weights_has_no_features(tmp_path: Path) -> None:
