@@ -83,6 +83,7 @@ class Checkpoints:
         for other, files in self._listing().items():
             if META not in files or other == name:
                 self.store.remove(other)
+                self.passed.pop(other, None)
 
     def prune(self) -> None:
         """Delete what need not be kept; to be called after a checkpoint was saved, which is sound.

@@ -25,8 +25,6 @@ from s5.context import TrainingError, WorkerContext
 from s5.keeping import Checkpoints, name_of
 from s5.snapshot import Image, Snapshot
 
-RETRY_SECONDS = (1.0, 4.0, 16.0, 60.0)
-"""Waits before the attempts after the first; then a save is given up, and the next is tried when it is due."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -54,21 +52,17 @@ class Saver:
             took: `train/save_seconds` in the loop and `train/save_write_seconds` in the thread; the number of saves
             given up is `train/save_failures`. It gets a beat while the loop waits and writing gets on.
         last: step of the checkpoint that the run goes on from, 0 for none.
-        retry_seconds: waits between the attempts of a save.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        context: WorkerContext,
-        last: int = 0,
-        retry_seconds: tuple[float, ...] = RETRY_SECONDS,
-    ) -> None:
+    retry_seconds: tuple[float, ...] = (1.0, 4.0, 16.0, 60.0)
+    """Waits before the attempts after the first; then a save is given up, and the next is tried when it is due."""
+
+    def __init__(self, checkpoints: Checkpoints, context: WorkerContext, last: int = 0) -> None:
         self.checkpoints = checkpoints
         self.failures = self.replaced = 0
         self.row: dict[str, float] = {}
-        self._context, self._last, self._retry_seconds = context, last, retry_seconds
-        self._step = last
+        self._context = context
+        self._last = self._step = last
         self._changed = threading.Condition()
         # The one given back last is taken first, so that the second is given memory only where it is needed.
         self._free = [Snapshot(), Snapshot()]
@@ -85,18 +79,17 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if error is not None:
-                # What has been taken is still written, but a store that fails does not hold up the end.
-                with self._changed:
-                    self._hurried = True
-                    self._changed.notify_all()
+        with self._changed:
+            # After an error, what has been taken is still written, but a store that fails does not hold up the end.
+            self._hurried = error is not None
+            self._closed = True
+            self._changed.notify_all()
             self._wait(self._is_idle)
-        finally:
-            with self._changed:
-                self._closed = True
-                self._changed.notify_all()
-        if error is None and self._failed:
+        if error is not None:
+            return
+        if self._broken is not None:
+            raise self._broken
+        if self._failed:
             raise SaveError(f"the last checkpoint is not saved: {self._failed}; then run the same command again")
 
     def save(self, task: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta) -> None:
@@ -119,6 +112,8 @@ class Saver:
             replaced = self._waiting
             if replaced is None or replaced.meta.evaluated:
                 self._wait(lambda: self._waiting is None and bool(self._free))
+                if self._broken is not None:
+                    raise self._broken
                 return self._free.pop()
             self._waiting = None
         self.replaced += 1
@@ -130,15 +125,13 @@ class Saver:
         return replaced.snapshot
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        with self._changed:
-            seen = -1
-            while not self._changed.wait_for(lambda: ready() or self._broken is not None, timeout=1.0):
-                # A store that hangs gives no beat.
-                if self._blocks != seen:
-                    seen = self._blocks
-                    self._context.beat(f"step {self._step}: saving")
-            if self._broken is not None:
-                raise self._broken
+        """Wait for the thread to get so far, or to break down."""
+        seen = -1
+        while not self._changed.wait_for(lambda: ready() or self._broken is not None, timeout=1.0):
+            # A store that hangs gives no beat.
+            if self._blocks != seen:
+                seen = self._blocks
+                self._context.beat(f"step {self._step}: saving")
 
     def _is_idle(self) -> bool:
         return self._waiting is None and self._writing is None
@@ -169,7 +162,7 @@ class Saver:
         """Write a checkpoint, again where that fails; after the last attempt the user is told."""
         began = time.perf_counter()
         job.snapshot.wait()
-        for seconds in (*self._retry_seconds, None):
+        for seconds in (*self.retry_seconds, None):
             try:
                 self._write(job)
             except OSError as error:

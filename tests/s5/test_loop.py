@@ -17,6 +17,8 @@ from s5.pace import Window
 from s5.video import Failure
 from tests.s5.toys import STEPS, batch, batches, finetune_fit, losses, lsmcl_fit, saved, stopping
 
+pytestmark = pytest.mark.usefixtures("saves_in_turn")
+
 Source = Callable[[int], Generator[ClipBatch]]
 
 
