@@ -70,37 +70,96 @@ def own_node() -> str:
     return f"node:{ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
 
 
-def free_cpus(scale: ScaleConfig) -> float:
-    """Return the CPUs of the cluster that its training workers leave free.
+def nodes() -> list[dict[str, float]]:
+    """Return what each node has, such as `CPU` and `GPU`."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
-    Raises:
-        UserError: the cluster lacks the CPUs or GPUs for the workers.
+
+def left_free(has: list[dict[str, float]], scale: ScaleConfig, workers: int) -> list[float] | None:
+    """Return the CPUs of each node that workers leave free which fill one node after the other; None: they do not fit.
+
+    Args:
+        has: what each node has.
+        scale: what each worker takes.
+        workers: their number.
     """
-    total = resources()
+    free = []
+    for node in sorted(has, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), reverse=True):
+        room = min(int(node.get(kind, 0) / each + 1e-6) for kind, each in _needs(scale).items())
+        placed = min(room, workers)
+        workers -= placed
+        free.append(node.get("CPU", 0) - placed * scale.cpus_per_worker)
+    return None if workers else free
+
+
+def _slots(free: list[float], each: float) -> int:
+    """Return how many tasks of so many CPUs fit the nodes."""
+    return sum(int(cpus / each + 1e-6) for cpus in free)
+
+
+def _free(scale: ScaleConfig, workers: int) -> list[float]:
+    """Return the CPUs of each node that workers leave free; raise `UserError` where they do not fit."""
+    has = nodes()
+    free = left_free(has, scale, workers)
+    if free is not None:
+        return free
+    name = "min_workers" if scale.min_workers else "num_workers"
     for kind, each in (("CPU", scale.cpus_per_worker), ("GPU", scale.gpus_per_worker)):
-        need, have = each * scale.num_workers, total.get(kind, 0.0)
-        if need > have:
+        have = [node.get(kind, 0.0) for node in has]
+        setting = f"scale.{kind.lower()}s_per_worker"
+        if each > max(have):
             raise UserError(
-                f"scale.num_workers is {scale.num_workers}: {need:g} {kind}s are needed and the cluster has {have:g}; "
-                f"lower scale.num_workers or scale.{kind.lower()}s_per_worker, or add nodes"
+                f"{setting} is {each:g}: no node of the cluster has more than {max(have):g} {kind}s, and a worker has "
+                f"to fit on one; lower it, or add larger nodes"
             )
-    return total["CPU"] - scale.cpus_per_worker * scale.num_workers
+        if each * workers > sum(have):
+            raise UserError(
+                f"scale.{name} is {workers}: {each * workers:g} {kind}s are needed and the cluster has {sum(have):g}; "
+                f"lower scale.{name} or {setting}, or add nodes"
+            )
+    what = " and ".join(f"{each:g} {kind}s" for kind, each in _needs(scale).items())
+    raise UserError(
+        f"scale.{name} is {workers}: a worker needs {what} on one node, and the cluster's {len(has)} nodes have room "
+        f"for fewer; lower scale.{name} or what a worker needs, or add nodes"
+    )
+
+
+def _needs(scale: ScaleConfig) -> dict[str, float]:
+    needs = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
+    return {kind: each for kind, each in needs.items() if each}
 
 
 def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
     """Return how many decode tasks may run at once beside the training workers, at least one for each worker.
 
+    Where training may start with fewer workers (`scale.min_workers`), these are the workers that count.
+
     Raises:
         UserError: training workers and decoding do not fit the cluster together (they would wait for each other).
     """
-    free = free_cpus(scale)
-    fit = int(free / data.cpus_per_decode + 1e-6)
-    if fit < scale.num_workers:
+    workers = scale.min_workers or scale.num_workers
+    free = _free(scale, workers)
+    fit = _slots(free, data.cpus_per_decode)
+    if fit < workers:
         raise UserError(
-            f"data.cpus_per_decode is {data.cpus_per_decode:g}: {scale.num_workers} workers leave {free:g} CPUs for "
-            f"decoding, which is fewer than one decode task each; lower it or scale.cpus_per_worker"
+            f"data.cpus_per_decode is {data.cpus_per_decode:g}: {workers} workers leave {sum(free):g} CPUs for "
+            f"decoding, {max(free):g} of them on one node, which is fewer than one decode task each; lower it or "
+            f"scale.cpus_per_worker"
         )
     return min(fit, data.decode_tasks) if data.decode_tasks else fit
+
+
+def shared_out(scale: ScaleConfig, data: DecodeConfig, workers: int) -> tuple[int, float]:
+    """Return the decode tasks of each of so many running workers, and the CPUs that a task holds.
+
+    Where the workers have grown into the CPUs that decoding needs, or nodes were lost, a task holds none, so that it
+    runs nevertheless.
+    """
+    free = left_free(nodes(), scale, workers) or []
+    fit = _slots(free, data.cpus_per_decode)
+    if fit < workers:
+        return 1, 0.0
+    return (min(fit, data.decode_tasks) if data.decode_tasks else fit) // workers or 1, data.cpus_per_decode
 
 
 def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
@@ -115,6 +174,6 @@ def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
     """
     ensure_ray()
     if data is None:
-        free_cpus(scale)
+        _free(scale, scale.min_workers or scale.num_workers)
         return 0
     return decode_tasks(scale, data)

@@ -187,7 +187,7 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
 def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generator[ClipBatch]:
     """Return this worker's batches from a step on: of frames, or of cached tokens."""
     config = job.config
-    read = partial(train_batches, pairs=False, data=config.data, decode_tasks=context.decode_tasks)
+    read = partial(train_batches, pairs=False, data=context.fitted(config.data), decode_tasks=context.decode_tasks)
     cached = partial(feature_batches.train_batches, features=config.features, data=config.data)
     return (cached if config.features else read)(
         manifest=job.train,
@@ -205,7 +205,7 @@ def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generat
 def validation_clips(job: FinetuneJob, context: RayContext) -> Generator[ClipBatch]:
     """Return this worker's batches of the validation split: of frames, or of cached tokens."""
     config = job.config
-    read = partial(evaluation_batches, data=config.data, decode_tasks=context.decode_tasks)
+    read = partial(evaluation_batches, data=context.fitted(config.data), decode_tasks=context.decode_tasks)
     cached = partial(feature_batches.evaluation_batches, features=config.features, data=config.data)
     return (cached if config.features else read)(
         manifest=job.val,
@@ -244,6 +244,7 @@ def report_line(stage: Stage, job: FinetuneJob) -> OnRow:
             main = "val/accuracy" if "val/accuracy" in row else "val/mse"
             read = f"{row['val/videos']:.0f} of {listed(job.val, 'val')} listed videos"
             stage.progress(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f} on {read}")
+        if "train/loss" not in row:
             return
         entropy = row.get("train/selection_entropy", math.nan)
         hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""

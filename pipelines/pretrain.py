@@ -137,7 +137,7 @@ def build(job: PretrainJob, context: RayContext) -> Fit:
             frame_size=config.model.backbone.frame_size,
             seed=config.loop.seed,
             pairs=True,
-            data=config.data,
+            data=context.fitted(config.data),
             decode_tasks=context.decode_tasks,
             rank=context.rank,
             world_size=context.world_size,
@@ -178,7 +178,7 @@ def probe_clips(job: PretrainJob, videos: pa.Table, context: RayContext) -> Any:
         frame_size=config.model.backbone.frame_size,
         clips_per_video=1,
         batch_size=max(1, config.loop.batch_size // context.world_size),
-        data=config.data,
+        data=context.fitted(config.data),
         decode_tasks=context.decode_tasks,
         rank=context.rank,
         world_size=context.world_size,
@@ -192,6 +192,7 @@ def report_line(stage: Stage, job: PretrainJob) -> OnRow:
     def report(step: int, row: dict[str, float]) -> None:
         if "knn/top1" in row:
             stage.progress(f"step {step}: kNN probe top-1 {row['knn/top1']:.3f} on {row['knn/videos']:.0f} videos")
+        if "train/loss" not in row:
             return
         stage.progress(
             f"step {step}/{job.plan.total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, "

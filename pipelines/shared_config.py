@@ -25,20 +25,34 @@ class ScaleConfig:
 
     num_workers: int = 1
     """Data-parallel training workers."""
+    min_workers: int = 0
+    """Workers with which training starts, or goes on, where the cluster has no room for all: it grows to `num_workers`
+    once there is room. 0 to wait for all."""
+    resize_interval_s: float = 60.0
+    """Seconds between two looks for room for more workers; more of them start from the last checkpoint."""
     cpus_per_worker: float = 1.0
     """CPUs that a training worker holds for its whole life."""
     gpus_per_worker: float = 0.0
     """GPUs of a training worker; more than 0 trains on CUDA with NCCL."""
     max_failures: int = 3
-    """How often lost workers are replaced, from the last checkpoint, before the run fails."""
+    """How often workers that fail or hang are replaced, from the last checkpoint, before the run fails; workers that
+    are lost with their node, or told to end, are replaced without counting."""
     start_timeout_s: float = 600.0
     """Seconds that the workers may take to start."""
+    hang_timeout_s: float = 1800.0
+    """Seconds after which a worker that gets no further counts as hanging: it is ended and replaced. Longer than the
+    longest step, evaluation, wait for data or saving of a checkpoint; 0 for never."""
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 1, "scale.num_workers", self.num_workers, "give at least 1")
         require(self.cpus_per_worker > 0, "scale.cpus_per_worker", self.cpus_per_worker, "give more than 0")
         require(self.gpus_per_worker >= 0, "scale.gpus_per_worker", self.gpus_per_worker, "give 0 or more")
+        fits = 0 <= self.min_workers <= self.num_workers
+        require(fits, "scale.min_workers", self.min_workers, f"give 0 to scale.num_workers, {self.num_workers}")
+        require(self.resize_interval_s > 0, "scale.resize_interval_s", self.resize_interval_s, "give more than 0")
         require(self.max_failures >= 0, "scale.max_failures", self.max_failures, "give 0 or more")
+        hang_fits = self.hang_timeout_s == 0 or self.hang_timeout_s >= 2
+        require(hang_fits, "scale.hang_timeout_s", self.hang_timeout_s, "give at least 2, or 0 for never")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,60 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from pipelines import storage
-from pipelines.cluster import check_cluster
+from pipelines.checkpoint_store import store_of
+from pipelines.cluster import check_cluster, shared_out
 from pipelines.config import DataConfig, ScaleConfig, UserError
-from pipelines.mailbox import Mailbox
+from pipelines.lifeline import Lifeline, last_line, loss_of, prepare
+from pipelines.mailbox import SILENT_S, Mailbox
 from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, signals_received
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
 from s5.context import NotFiniteError, TrainingError
+from s5.keeping import Checkpoints, name_of
 from s5.loop import Fit, FitResult
 from s5.video import Failure, VideoError
 
 ERROR = "error.txt"
+RAY_TRAIN = "ray_train"
 NOT_FINITE = "not_finite.json"
-POLL_SECONDS = 0.5
+STACKS = "stacks.txt"
+POLL_SECONDS = 0.25
+# Time for the worker that a failed one has waited for to be missed: each is heard of twice a second.
+MISSED_SECONDS = 3.0
+# Of a collective, where hangs are not looked for.
+NEVER_SECONDS = 10**7
 # Errors that come back the same however often the workers are restarted.
 LASTING = (TrainingError, CheckpointError, VideoError, UserError, ValueError, FloatingPointError)
+
+
+class MovedError(Exception):
+    """The workers have saved and ended, since one of them had to; the run goes on elsewhere."""
 
 
 class RayContext:
     """`s5.loop.WorkerContext` inside a Ray Train worker."""
 
-    def __init__(self, mailbox: Any, decode_tasks: int, out: str) -> None:
+    def __init__(
+        self, mailbox: Any, scale: ScaleConfig, data: DataConfig | None, out: str, checkpoints: Checkpoints
+    ) -> None:
         train = ray.train.get_context()
         self.rank = train.get_world_rank()
         self.world_size = train.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.decode_tasks = max(1, decode_tasks // self.world_size)
+        self.decode_tasks, self._cpus_per_decode = shared_out(scale, data, self.world_size) if data else (1, 1.0)
+        self.lifeline = Lifeline(mailbox, self.rank, scale.hang_timeout_s)
         self._mailbox = mailbox
         self._out = out
+        self.checkpoints: Checkpoints | None = checkpoints
+
+    def fitted(self, data: DataConfig) -> DataConfig:
+        """Return the settings of decoding for the CPUs that these workers leave free."""
+        return replace(data, cpus_per_decode=self._cpus_per_decode)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module under DDP; running statistics are already the same on all workers."""
@@ -64,31 +87,27 @@ class RayContext:
         """Send videos that could not be read to the driver."""
         self._mailbox.reject.remote(failures)
 
-    def save(self, folder: Path | None, metrics: Mapping[str, float]) -> None:
-        """Store a checkpoint; waits until it is on storage."""
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(dict(metrics), checkpoint=checkpoint)
+    def tell(self, message: str) -> None:
+        """Send the driver a sentence for the user."""
+        self._mailbox.tell.remote(message)
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """Give the checkpoint that Ray Train hands on, if any, as a local folder."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+    def saved(self, step: int) -> None:
+        """Let the mailbox know from where workers that start anew would go on."""
+        self._mailbox.at.remote(step)
 
     def keep_file(self, file: Path, name: str) -> None:
         """Store a file below --out."""
         storage.write_bytes(storage.join(self._out, name), file.read_bytes())
 
     def stop_requested(self) -> bool:
-        """Ask the driver's mailbox; rank 0 alone, the loop tells the others."""
-        return self.rank == 0 and bool(ray.get(self._mailbox.stop_requested.remote()))
+        """Return whether the driver wants a stop, or this worker has to end."""
+        # Ray's notice of nodes that are taken away. The public get_preemption_info has all workers wait for each other.
+        notice = get_train_context().preemption_context.preemption_info
+        return self.lifeline.stop_requested(leaving=notice is not None and self.rank in notice.preempted_ranks)
 
     def beat(self, phase: str) -> None:
-        """Do nothing yet."""
+        """Take note of what comes next."""
+        self.lifeline.beat(phase)
 
 
 @dataclass(frozen=True)
@@ -137,44 +156,53 @@ def launch(
         StoppedError: a signal asked for a stop; the checkpoint is there.
     """
     tasks = check_cluster(scale, data)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
-    mailbox = _mailbox()
+    _set_times(scale)
+    mailbox = _mailbox(scale)
+    workers = (scale.min_workers, scale.num_workers) if scale.min_workers else scale.num_workers
     trainer = ray.train.torch.TorchTrainer(
         _work,  # type: ignore[arg-type]
         train_loop_config={
             "build": build,
             "payload": payload,
             "mailbox": mailbox,
-            "decode_tasks": tasks,
+            "scale": scale,
+            "data": data,
             "out": stage.out,
+            "keep": loop.keep_checkpoints,
+            "best": best,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.num_workers,
+            num_workers=workers,  # type: ignore[arg-type]
             use_gpu=scale.gpus_per_worker > 0,
             resources_per_worker=_resources(scale),
+            elastic_resize_monitor_interval_s=scale.resize_interval_s,  # type: ignore[call-arg]
         ),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if scale.gpus_per_worker > 0 else "gloo"),
+        torch_config=_TorchConfig(
+            backend="nccl" if scale.gpus_per_worker > 0 else "gloo",
+            # The worker that hangs is to be named before those that wait for it give up.
+            timeout_s=int(2 * scale.hang_timeout_s) or NEVER_SECONDS,
+            mailbox=mailbox,
+        ),
         run_config=ray.train.RunConfig(
-            name=CHECKPOINTS,
+            # Holds nothing but the mark by which Ray Train sees that all nodes share --out.
+            name=RAY_TRAIN,
             storage_path=stage.out,
+            # Failures are counted by the mailbox, which knows a lost node and a worker told to end from a failure.
             failure_config=ray.train.FailureConfig(
-                max_failures=scale.max_failures,
-                controller_failure_limit=2,  # type: ignore[call-arg]
+                max_failures=-1,
+                controller_failure_limit=max(2, scale.max_failures),  # type: ignore[call-arg]
             ),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=loop.keep_checkpoints,
-                checkpoint_score_attribute=best[0] if best else None,
-                checkpoint_score_order=best[1] if best else "max",
-            ),
+            callbacks=[_Overseer(mailbox)],  # type: ignore[list-item]
         ),
     )
+    checkpoints = Checkpoints(store_of(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
     if storage.exists(stage.path(CHECKPOINTS)):
         stage.recall_rejects()
-        stage.progress("resuming from the last checkpoint")
     decoding = f" and up to {tasks} decode tasks" if data else ""
-    stage.progress(f"starting {scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
+    least = f"{scale.min_workers} to " if scale.min_workers else ""
+    stage.progress(f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
     result = _drive(trainer, mailbox, stage, report)
-    return _outcome(result, ray.get(mailbox.failure.remote()), best)
+    return _outcome(result, ray.get(mailbox.failure.remote()), checkpoints)
 
 
 def _work(config: dict[str, Any]) -> FitResult | None:
@@ -182,9 +210,11 @@ def _work(config: dict[str, Any]) -> FitResult | None:
     mailbox = config["mailbox"]
     if ray.get(mailbox.failure.remote()):
         return None
-    context = RayContext(mailbox, config["decode_tasks"], config["out"])
+    checkpoints = Checkpoints(store_of(storage.join(config["out"], CHECKPOINTS)), config["keep"], config["best"])
+    context = RayContext(mailbox, config["scale"], config["data"], config["out"], checkpoints)
     try:
-        return config["build"](config["payload"], context).run()  # type: ignore[no-any-return]
+        with context.lifeline.held():
+            result: FitResult = config["build"](config["payload"], context).run()
     except NotFiniteError as error:
         path = storage.join(config["out"], NOT_FINITE)
         if context.rank == 0:
@@ -194,11 +224,58 @@ def _work(config: dict[str, Any]) -> FitResult | None:
     except LASTING as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise
+    if result.stopped and not ray.get(mailbox.stop_requested.remote()):
+        raise MovedError
+    return result
 
 
-def _mailbox() -> Any:
+@dataclass
+class _TorchConfig(ray.train.torch.TorchConfig):
+    """Settings of the process group, and the mailbox that hears of each group of workers."""
+
+    mailbox: Any = None
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+class _Backend(ray.train.torch.TorchConfig().backend_cls):  # type: ignore[misc]
+    """Sets up each new group of workers, from within Ray Train's controller."""
+
+    def on_start(self, worker_group: Any, backend_config: _TorchConfig) -> None:
+        group = uuid.uuid4().hex
+        ray.get(backend_config.mailbox.begin.remote(group, len(worker_group)))
+        # Runs in the main thread of each worker, as signal handlers need.
+        worker_group.execute(prepare, group)
+        super().on_start(worker_group, backend_config)
+
+
+class _Overseer(ray.train.UserCallback):
+    """Tells the mailbox of lost workers, from within Ray Train's controller, and ends the run where it says so."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        losses = {rank: loss_of(error) for rank, error in worker_exceptions.items()}
+        if all(loss.kind == "raised" for loss in losses.values()):
+            time.sleep(MISSED_SECONDS)
+        if not ray.get(self._mailbox.lost.remote(losses)):
+            raise StageError("the workers do not start again")
+
+
+def _set_times(scale: ScaleConfig) -> None:
+    """Set what Ray Train takes from the driver's environment."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
+    # For a worker whose watchdog does not run either, such as a stopped process.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(1.25 * scale.hang_timeout_s or NEVER_SECONDS)
+
+
+def _mailbox(scale: ScaleConfig) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+    silent = min(SILENT_S, scale.hang_timeout_s / 2) or SILENT_S
+    return ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(scale.max_failures, silent)
 
 
 def _resources(scale: ScaleConfig) -> dict[str, float]:
@@ -249,37 +326,38 @@ def _drive(
 
 
 def _pass_on(mailbox: Any, stage: Stage, report: Sequence[OnRow]) -> None:
-    rows, rejects = ray.get(mailbox.take.remote())
-    for step, row in rows:
+    mail = ray.get(mailbox.take.remote())
+    for step, row in mail.rows:
         stage.tracker.log(row, step=step)
         for tell in report:
             tell(step, row)
-    if rejects:
-        stage.reject(rejects)
+    if mail.rejects:
+        stage.reject(mail.rejects)
+    if mail.stacks:
+        path = stage.path(STACKS)
+        earlier = [storage.read_bytes(path).decode()] if storage.exists(path) else []
+        storage.write_bytes(path, "\n\n".join([*earlier, *mail.stacks]).encode())
+    for line in mail.lines:
+        stage.progress(line)
 
 
 def _cause(error: BaseException) -> str:
     """Return the last line of what went wrong in a worker."""
     failures = getattr(error, "worker_failures", None)
-    text = str(next(iter(failures.values()))) if failures else str(error)
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return last_line(next(iter(failures.values())) if failures else error)
 
 
-def _outcome(result: Any, failure: str, best: tuple[str, str] | None) -> Outcome:
+def _outcome(result: Any, failure: str, checkpoints: Checkpoints) -> Outcome:
     if failure or result.return_value is None:
         raise StageError(failure or "training ended without a result")
-    if result.checkpoint is None:
-        raise StageError("training ended without a checkpoint")
-    latest = checkpoint_uri(result.checkpoint)
-    scored = [(m[best[0]], c) for c, m in result.best_checkpoints or [] if best and best[0] in m]
-    if not best or not scored:
-        return Outcome(result.return_value, latest, latest)
-    score, chosen = (max if best[1] == "max" else min)(scored, key=lambda item: item[0])
-    return Outcome(result.return_value, latest, checkpoint_uri(chosen), score)
-
-
-def checkpoint_uri(checkpoint: ray.train.Checkpoint) -> str:
-    """Return the path or URI of a checkpoint."""
-    scheme = checkpoint.filesystem.type_name if checkpoint.filesystem else "local"
-    return checkpoint.path if scheme == "local" else f"{scheme}://{checkpoint.path}"
+    fit: FitResult = result.return_value
+    metas = checkpoints.metas()
+    latest = name_of(fit.step)
+    if latest not in metas:
+        raise StageError(
+            f"training ended, but {checkpoints.store.path(latest)!r} cannot be seen from here: --out has to be a "
+            "folder that all machines share, or in an object store"
+        )
+    uri = checkpoints.store.path(latest)
+    best = checkpoints.best_of(metas)
+    return Outcome(fit, uri, checkpoints.store.path(best[0]), best[1]) if best else Outcome(fit, uri, uri)
