@@ -115,15 +115,10 @@ def records(folder: Path, start: int) -> list[tuple[int, int, int, list[str]]]:
     return sorted(tuple(json.loads(line)) for line in lines)
 
 
-def registered(folder: Path) -> int:
-    """Return the step of the checkpoint that Ray Train would resume from; it notes one a while after it is stored."""
-    checkpoints = folder / "out" / CHECKPOINTS
-    try:
-        latest = json.loads((checkpoints / "checkpoint_manager_snapshot.json").read_text())["latest_checkpoint_result"]
-        meta = checkpoints / latest["checkpoint_dir_name"] / "meta.json" if latest else None
-        return int(json.loads(meta.read_text())["step"]) if meta else 0
-    except (FileNotFoundError, ValueError):
-        return 0
+def stored(folder: Path) -> int:
+    """Return the step of the latest checkpoint on storage."""
+    metas = (folder / "out" / CHECKPOINTS).glob("*/meta.json")
+    return max((int(meta.parent.name.removeprefix("step_")) for meta in metas), default=0)
 
 
 def train(folder: Path, start: int, ray_folder: str) -> None:
@@ -136,7 +131,8 @@ def train(folder: Path, start: int, ray_folder: str) -> None:
         end = time.monotonic() + WAIT_S
         while driver.poll() is None and time.monotonic() < end:
             held = sum(step == hold for step, *_ in records(folder, start)) == workers
-            if held and registered(folder) == hold // CHECKPOINT_EVERY * CHECKPOINT_EVERY:
+            # At once: what is on storage is resumed from.
+            if held and stored(folder) == hold // CHECKPOINT_EVERY * CHECKPOINT_EVERY:
                 return
             time.sleep(0.2)
         assert driver.poll() == 0, (folder / f"start{start}.log").read_text()
