@@ -12,7 +12,9 @@ in memory.
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -94,6 +96,8 @@ class VideoProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._memory = _memory_file()
+        # Nothing is sent: that all of its writing ends are closed tells the child that this process has gone.
+        self._parent_gone, self._alive = os.pipe()
 
     def probe(self, uri: str, timeout_s: float) -> VideoFacts:
         """Return the facts of a video; see `s5.video.probe`.
@@ -154,7 +158,7 @@ class VideoProcess:
     def _started(self) -> Connection:
         if self._connection is None:
             ours, theirs = socket.socketpair()
-            handles = theirs.fileno(), self._memory
+            handles = theirs.fileno(), self._memory, self._parent_gone
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-c", f"from {__name__} import serve; serve{handles}"],
                 stdin=subprocess.DEVNULL,
@@ -188,8 +192,9 @@ def _memory_file() -> int:
 # --- the child ------------------------------------------------------------------------------------------------------
 
 
-def serve(connection_handle: int, memory_handle: int) -> None:
-    """Answer until the parent has gone."""
+def serve(connection_handle: int, memory_handle: int, parent_gone: int) -> None:
+    """Answer until the parent has gone, which ends this process also in the middle of a video."""
+    _end_with(parent_gone)
     connection = Connection(connection_handle)
     with open(memory_handle, "wb") as memory:
         while True:
@@ -197,10 +202,21 @@ def serve(connection_handle: int, memory_handle: int) -> None:
                 question: Question = connection.recv()
             except EOFError:
                 return
-            # Works while a decoder holds Python's lock; for the case that the parent, which else ends this, has gone.
+            # For systems whose pipes send no signal; works while a decoder holds Python's lock.
             faulthandler.dump_traceback_later(question.timeout_s + GRACE_S, exit=True)
             connection.send(answered(question, memory))
             faulthandler.cancel_dump_traceback_later()
+
+
+def _end_with(pipe: int) -> None:
+    """End this process once the pipe's writing ends are closed, by SIGIO, which does not wait for Python's lock.
+
+    Unlike Linux' signal at the parent's death, it does not come when the thread ends that started this process.
+    """
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:
+        os._exit(1)
 
 
 def answered(question: Question, memory: IO[bytes]) -> Answer:

@@ -139,13 +139,12 @@ def test_an_interrupted_question_leaves_no_answer_behind(tmp_path: Path, process
 @pytest.mark.usefixtures("fake_decord")
 def test_a_child_whose_parent_is_killed_ends_itself(tmp_path: Path) -> None:
     path = write_video(tmp_path / "hangs.mp4", 8)
-    # 1 s in all, with what the child adds to the limit.
     code = f"""
 import sys, time
 sys.path[:] = {sys.path!r}
 from pipelines.video_process import *
 process = VideoProcess()
-process._started().send(Question({path!r}, Clips([np.zeros(1)], 8, (64, 64), "decord"), 1 - GRACE_S))
+process._started().send(Question({path!r}, Clips([np.zeros(1)], 8, (64, 64), "decord"), 3600))
 print(process._child.pid, flush=True)
 time.sleep(1000)
 """

@@ -110,6 +110,17 @@ def test_a_video_that_ends_early_is_refused(tmp_path: Path) -> None:
         encode(truncate(source), encoding)
 
 
+def test_a_video_gives_the_same_bytes_whatever_lies_in_memory(tmp_path: Path) -> None:
+    for size in ((112, 80), (104, 76), (102, 74)):
+        source, found = write_coded(tmp_path / f"{size[0]}.mp4", frames=60, size=size, noise=60), set()
+        for number in range(6):
+            # Other encoders leave other bytes in the memory that is used next.
+            write_coded(tmp_path / "other.mp4", frames=10, size=(100 * number + 100, 66), noise=60)
+            encode(source, _encoding(source, tmp_path / "new", short_side=96))
+            found.add((tmp_path / "new").read_bytes())
+        assert len(found) == 1
+
+
 def test_the_child_encodes_within_its_time(tmp_path: Path) -> None:
     source = write_coded(tmp_path / "v.mp4", frames=250, size=(640, 480), noise=100)
     process = VideoProcess()
