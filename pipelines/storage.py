@@ -3,8 +3,8 @@ be read alone, `http(s)://`.
 
 A name is taken as it is: `%20` in it is no space. It holds no credentials, since names end up in manifests, logs and
 tracking: these come from the environment (AWS_ACCESS_KEY_ID, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS), as does the
-address of another S3 service (AWS_ENDPOINT_URL). What object stores answer for a while is tried again: by pyarrow's
-clients, or here. Every write is atomic: readers see the old file or the new one.
+address of another service (AWS_ENDPOINT_URL, STORAGE_EMULATOR_HOST for gs://). What object stores answer for a while is
+tried again: by pyarrow's clients, or here. Every write is atomic: readers see the old file or the new one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,8 @@ RAW_SCHEMES = ("s3", "gs", "gcs")
 WEB_SCHEMES = ("http", "https")
 WHOLE_BYTES = 8 << 20
 """Videos up to this size are fetched at once; of longer ones only the ranges that are decoded."""
+GCS_RETRY = timedelta(seconds=30)
+"""How long Google's client tries again, also where there are no credentials; its own limit is 15 minutes."""
 WEB_TRIES, WEB_TIMEOUT_S = 3, 60.0
 """Attempts at a web address, and seconds that a server may be silent."""
 
@@ -100,7 +103,20 @@ def filesystem(path: str) -> tuple[Any, str]:
 @lru_cache(maxsize=16)
 def _bucket(scheme: str, name: str) -> Any:
     # Finding a bucket's region takes a request, and each client a pool of threads.
-    return fs.FileSystem.from_uri(f"{scheme}://{name}")[0]
+    if scheme == "s3":
+        return fs.FileSystem.from_uri(f"s3://{name}")[0]
+    if not (emulator := os.environ.get("STORAGE_EMULATOR_HOST")):
+        return fs.GcsFileSystem(retry_time_limit=GCS_RETRY)
+    host = urlsplit(emulator if is_uri(emulator) else f"http://{emulator}")
+    return fs.GcsFileSystem(
+        anonymous=True, scheme=host.scheme, endpoint_override=host.netloc, retry_time_limit=GCS_RETRY
+    )
+
+
+def _make_folder(system: Any, folder: str) -> None:
+    # Object stores need none, and for Google's pyarrow would make the bucket.
+    if not isinstance(system, (fs.S3FileSystem, fs.GcsFileSystem)):
+        system.create_dir(folder, recursive=True)
 
 
 def exists(path: str) -> bool:
@@ -123,14 +139,19 @@ def _kind(path: str) -> Any:
     except FileNotFoundError:
         return fs.FileType.NotFound
     except OSError as error:
-        raise UserError(f"{path!r} cannot be reached: {error}") from None
+        raise UserError(f"{path!r} cannot be reached: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    # Google's client says all of it twice.
+    return error.strerror or str(error).partition(" error_info=")[0]
 
 
 def read_bytes(path: str) -> bytes:
     """Return a file's content."""
     if _is_web(path):
-        with _web(path) as answer:
-            return bytes(answer.read())
+        _fetch(path, content := io.BytesIO())
+        return content.getvalue()
     system, inner = filesystem(path)
     with system.open_input_stream(inner) as stream:
         return bytes(stream.readall())
@@ -141,7 +162,7 @@ def opened(path: str, whole: bool = False) -> Iterator[str | IO[bytes]]:
     """Give what a decoder can read: a local path, or an open file.
 
     Of a long video in an object store, the file fetches the ranges that are read of it or, where it will be read as a
-    `whole`, is a temporary copy. A file on the web is copied always.
+    `whole`, is a temporary copy. A file on the web is copied always, whether or not the server knows ranges.
 
     Raises:
         OSError: it is not there or cannot be fetched.
@@ -152,8 +173,7 @@ def opened(path: str, whole: bool = False) -> Iterator[str | IO[bytes]]:
         yield path
     elif _is_web(path):
         with tempfile.NamedTemporaryFile(prefix="video-") as copy:
-            with _web(path) as answer:
-                shutil.copyfileobj(answer, copy, 1 << 20)
+            _fetch(path, copy)
             copy.flush()
             yield copy.name
     else:
@@ -200,12 +220,31 @@ def _web(path: str, method: str = "GET") -> Any:
     raise AssertionError
 
 
+def _fetch(path: str, sink: IO[bytes]) -> None:
+    """Copy a file on the web, from the start again where the connection breaks off; see `_web` for the errors."""
+    for attempt in range(WEB_TRIES):
+        sink.seek(0)
+        sink.truncate()
+        with _web(path) as answer:
+            stated = answer.headers.get("Content-Length")
+            try:
+                shutil.copyfileobj(answer, sink, 1 << 20)
+            except OSError as error:
+                if attempt == WEB_TRIES - 1:
+                    raise OSError(f"the server's answer breaks off ({error})") from None
+                continue
+        # Python ends a body that is too short without an error.
+        if stated is None or sink.tell() == int(stated):
+            return
+    raise OSError(f"the server's answer breaks off after {sink.tell()} of {stated} bytes")
+
+
 def write_bytes(path: str, content: bytes) -> None:
     """Write a whole file, making its folders."""
     system, inner = filesystem(path)
     folder = inner.rpartition("/")[0]
     if not isinstance(system, fs.LocalFileSystem):
-        system.create_dir(folder, recursive=True)
+        _make_folder(system, folder)
         with system.open_output_stream(inner) as stream:
             stream.write(content)
         return
@@ -235,7 +274,7 @@ def written(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="video-") as temporary:
         part = Path(temporary) / "part"
         yield str(part)
-        system.create_dir(folder, recursive=True)
+        _make_folder(system, folder)
         with part.open("rb") as source, system.open_output_stream(inner) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
 
@@ -292,11 +331,15 @@ def check_writable(out: str, option: str = "--out") -> None:
         write_bytes(probe, b"")
         remove(probe)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{option} is {out!r}: it cannot be written to ({reason}); give a folder that can") from None
+        raise UserError(
+            f"{option} is {out!r}: it cannot be written to ({_reason(error)}); give a folder that can"
+        ) from None
 
 
 def download(path: str, folder: Path) -> None:
     """Copy a folder's files into a local folder."""
     system, inner = filesystem(path)
+    for info in system.get_file_info(fs.FileSelector(inner, recursive=True)):
+        # Object stores may list the files alone.
+        (folder / info.path.removeprefix(inner.rstrip("/") + "/")).parent.mkdir(parents=True, exist_ok=True)
     fs.copy_files(inner, str(folder), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +139,64 @@ def test_a_checkpoint_on_s3_is_fetched(bucket: str) -> None:
         assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "model.safetensors"]
 
 
+# --- Google's object store -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gs_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serve Google's object store from a process of its own: its client holds Python's lock while it asks for sizes."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", port]
+    server = subprocess.Popen([*command, "--in-memory", "--default-bucket", "bucket"], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", int(port))):
+                break
+            time.sleep(0.05)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{port}")
+        storage._bucket.cache_clear()
+        yield "gs://bucket"
+    finally:
+        storage._bucket.cache_clear()
+        server.kill()
+        server.wait()
+
+
+def test_files_in_googles_store(gs_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"{gs_bucket}/out/a b%20ü.mp4"
+    path = write_coded(tmp_path / "a.mp4", frames=90, noise=60)
+    storage.check_writable(f"{gs_bucket}/out")
+    with storage.written(uri) as part:
+        Path(part).write_bytes(Path(path).read_bytes())
+    assert storage.exists(uri)
+    assert storage.is_folder(f"{gs_bucket}/out")
+    assert storage.size(uri) == Path(path).stat().st_size
+    monkeypatch.setattr(storage, "WHOLE_BYTES", 0)
+    with storage.opened(uri) as source:
+        assert isinstance(source, pa.NativeFile)
+        assert code(read_frames(source, np.array([2.0]), 64)[0]) == 50
+    storage.write_json(f"{gs_bucket}/out/deep/er/b.json", [1])
+    storage.download(f"{gs_bucket}/out", tmp_path / "copy")
+    assert storage.read_json(str(tmp_path / "copy" / "deep" / "er" / "b.json")) == [1]
+    storage.remove(uri)
+    assert not storage.exists(uri)
+    # Nor is a bucket made that is not there.
+    with pytest.raises(UserError, match=r"--out is 'gs://none/out': it cannot be written to \(.*404"):
+        storage.check_writable("gs://none/out")
+
+
+@pytest.mark.slow
+def test_googles_store_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
+    monkeypatch.setattr(storage, "GCS_RETRY", timedelta(seconds=1))
+    storage._bucket.cache_clear()
+    with pytest.raises(UserError, match=r"'gs://bucket/a' cannot be reached: .*UNAVAILABLE") as raised:
+        storage.exists("gs://bucket/a")
+    storage._bucket.cache_clear()
+    assert "error_info" not in str(raised.value)
+
+
 # --- videos ---------------------------------------------------------------------------------------------------------
 
 
@@ -189,11 +253,22 @@ def test_a_local_name_is_given_as_it_is(tmp_path: Path) -> None:
 # --- the web --------------------------------------------------------------------------------------------------------
 
 
+CUT = 0
+"""In place of a status: the connection breaks off in the middle of the file."""
+
+
 class _Web(http.server.SimpleHTTPRequestHandler):
     failures: list[int]
 
     def do_GET(self) -> None:
-        if self.failures:
+        if self.failures and self.failures[-1] == CUT:
+            self.failures.pop()
+            content = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+        elif self.failures:
             self.send_error(self.failures.pop())
         else:
             super().do_GET()
@@ -244,6 +319,20 @@ def test_passing_errors_of_a_server_are_tried_again(web: str, tmp_path: Path) ->
     with pytest.raises(OSError, match="answers 403"):
         storage.read_bytes(f"{web}/a")
     assert not _Web.failures
+
+
+def test_a_file_that_breaks_off_is_fetched_again(web: str, tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 24)
+    _Web.failures = [CUT, CUT]
+    with storage.opened(f"{web}/a.mp4") as copy:
+        assert isinstance(copy, str)
+        assert Path(copy).read_bytes() == Path(path).read_bytes()
+    (tmp_path / "a").write_bytes(b"content")
+    _Web.failures = [CUT]
+    assert storage.read_bytes(f"{web}/a") == b"content"
+    _Web.failures = [CUT, CUT, CUT]
+    with pytest.raises(OSError, match="breaks off after 3 of 7 bytes"):
+        storage.read_bytes(f"{web}/a")
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
