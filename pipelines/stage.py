@@ -20,8 +20,8 @@ from s5.video import Failure
 RESULT = "result.json"
 RUN = "run.json"
 REJECTS = "rejects.parquet"
-# Ray Train's own folder below --out: checkpoints and the snapshot that a resumed run starts from; a sweep's trials; the
-# videos that were transcoded; cached features.
+# Folders below --out that a resumed run goes on from: checkpoints; a sweep's trials; the videos that were transcoded;
+# cached features.
 CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
 # Key of run.json with the digests of what a stage reads.
 INPUTS = "inputs"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -231,7 +232,7 @@ class Saver:
 
 def _remedy(error: OSError, size: int) -> str:
     if error.errno in NO_ROOM:
-        return f"free {size / 1e6:,.0f} MB there, or lower loop.keep_checkpoints"
+        return f"free {math.ceil(size / 1e6):,} MB there, or lower loop.keep_checkpoints"
     if error.errno in NO_RIGHT:
         return "give the right to write there"
     return "see that the storage can be reached and written to"

@@ -94,7 +94,7 @@ class LocalStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            text = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:,.0f} MB are free, {size / 1e6:,.0f} MB needed"
+            text = f"{os.strerror(errno.ENOSPC)}: {free / 1e6:,.1f} MB are free, {size / 1e6:,.1f} MB needed"
             raise OSError(errno.ENOSPC, text)
 
     def path(self, name: str) -> str:
