@@ -19,6 +19,9 @@ from pipelines.config import DecodeConfig, ScaleConfig, UserError
 # Ray Train moves each worker into a folder of its own, where relative paths end; Ray Data's bars drown progress lines.
 ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
+# CPUs that a worker leaves to decoding where Ray Train, which knows of no decoding, may give all others to workers.
+SLIVER = 0.001
+
 
 def ensure_ray() -> None:
     """Join the cluster at $RAY_ADDRESS (a job's is set by Ray), or start Ray on this machine; once per process.
@@ -152,13 +155,13 @@ def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
 def shared_out(scale: ScaleConfig, data: DecodeConfig, workers: int) -> tuple[int, float]:
     """Return the decode tasks of each of so many running workers, and the CPUs that a task holds.
 
-    Where the workers have grown into the CPUs that decoding needs, or nodes were lost, a task holds none, so that it
-    runs nevertheless.
+    Where the workers have grown into the CPUs that decoding needs, a task holds but the sliver that each of them
+    leaves, so that it runs nevertheless.
     """
     free = left_free(nodes(), scale, workers) or []
     fit = _slots(free, data.cpus_per_decode)
     if fit < workers:
-        return 1, 0.0
+        return 1, SLIVER
     return (min(fit, data.decode_tasks) if data.decode_tasks else fit) // workers or 1, data.cpus_per_decode
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from pipelines import storage
 from pipelines.checkpoint_store import store_of
-from pipelines.cluster import check_cluster, shared_out
+from pipelines.cluster import SLIVER, check_cluster, shared_out
 from pipelines.config import DataConfig, ScaleConfig, UserError
 from pipelines.lifeline import Lifeline, last_line, loss_of, prepare
 from pipelines.mailbox import SILENT_S, Mailbox
@@ -279,7 +279,7 @@ def _mailbox(scale: ScaleConfig) -> Any:
 
 
 def _resources(scale: ScaleConfig) -> dict[str, float]:
-    resources = {"CPU": scale.cpus_per_worker}
+    resources = {"CPU": scale.cpus_per_worker - (SLIVER if scale.min_workers else 0)}
     return resources | {"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else resources
 
 
