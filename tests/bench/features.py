@@ -36,8 +36,8 @@ from tests.bench.record import Row, alternate, ratio, write
 WINDOW, TOKENS, WIDTH, CHUNK = 60, 197, 1024, 64
 BLOCK = 8 << 20
 """Bytes of a plain read."""
-PASSES = 4
-"""Times that a warm round reads everything: the memory of the first batches is new, that of the others is not."""
+PASSES = 16
+"""Times that a warm round reads everything: 192 batches, of which the first few are given new memory."""
 DROPS = 20
 """Times that a file is dropped from the page cache before that counts as impossible."""
 PREFETCH = 2
