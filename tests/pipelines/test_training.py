@@ -102,7 +102,9 @@ def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path:
     assert losses(two)[0] == pytest.approx(losses(straight)[0], rel=1e-6)
 
 
-def test_a_stopped_run_resumes_where_it_was(straight: PretrainConfig, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_where_it_was(
+    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Long enough for the signal to arrive before the end on any machine.
     whole = override(
         straight, {"out": str(tmp_path / "whole"), "loop.epochs": 40, "loop.checkpoint_every": 20, "optim.lr": 1e-4}
@@ -122,6 +124,8 @@ def test_a_stopped_run_resumes_where_it_was(straight: PretrainConfig, tmp_path: 
 
     result = pretrain.run(config)
     assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 80
+    assert f"going on from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
+    assert result["metrics"]["train/save_failures"] == 0
     pretrain.run(whole)
     assert losses(config) == losses(whole)
     resumed, uninterrupted = (load_model(checkpoint_of(c))[0].state_dict() for c in (config, whole))
