@@ -154,7 +154,7 @@ class PretrainConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require_divisible(self.loop.batch_size, self.scale.num_workers)
+        require_shared(self.loop.batch_size, self.scale.num_workers)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
@@ -239,7 +239,7 @@ class FinetuneConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require_divisible(self.loop.batch_size, self.scale.num_workers)
+        require_shared(self.loop.batch_size, self.scale.num_workers)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         if self.features:
@@ -331,10 +331,10 @@ class ReportConfig:
     """Where the runs are logged."""
 
 
-def require_divisible(batch_size: int, num_workers: int) -> None:
-    """Raise `ValueError` unless the global batch can be shared evenly."""
-    remedy = f"give a multiple of scale.num_workers, {num_workers}"
-    require(batch_size % num_workers == 0, "loop.batch_size", batch_size, remedy)
+def require_shared(batch_size: int, num_workers: int) -> None:
+    """Raise `ValueError` unless every worker gets a video of each global batch."""
+    remedy = f"give at least scale.num_workers, {num_workers}, or 0"
+    require(batch_size == 0 or batch_size >= num_workers, "loop.batch_size", batch_size, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

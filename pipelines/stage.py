@@ -30,7 +30,8 @@ SHOWN_REJECTS = 5
 # These say where and how fast a stage runs, not what it computes: they may change when it resumes.
 FREE_SETTINGS = (
     *("scale.", "tracking.", "data."),
-    *("loop.keep_checkpoints", "loop.log_every", "concurrent_trials", "measured_videos"),
+    *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
+    *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
 )
 
 

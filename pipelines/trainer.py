@@ -202,7 +202,23 @@ def launch(
     least = f"{scale.min_workers} to " if scale.min_workers else ""
     stage.progress(f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
     result = _drive(trainer, mailbox, stage, report)
-    return _outcome(result, ray.get(mailbox.failure.remote()), checkpoints)
+    outcome = _outcome(result, ray.get(mailbox.failure.remote()), checkpoints)
+    _tell_pace(stage, outcome.fit.metrics)
+    return outcome
+
+
+def _tell_pace(stage: Stage, metrics: Mapping[str, float]) -> None:
+    """Tell how fast the last steps were; `mfu` is the model-FLOPs utilisation."""
+    if "train/step_seconds_p50" not in metrics:
+        return
+    known = metrics.get("train/mfu")
+    stage.details["mfu"] = "unavailable" if known is None else known
+    used = "unavailable, as the device's peak in this precision is not known" if known is None else f"{known:.1%}"
+    stage.progress(
+        f"last steps: {metrics['train/step_seconds_p50']:.3g} s (95 %: {metrics['train/step_seconds_p95']:.3g} s), "
+        f"{metrics['train/data_wait_share']:.0%} waiting for data; a worker: {metrics['train/memory_gib']:.1f} GiB at "
+        f"most, {metrics.get('train/model_tflops', 0):.3g} model TFLOP/s, utilisation {used}"
+    )
 
 
 def _work(config: dict[str, Any]) -> FitResult | None:
@@ -329,6 +345,11 @@ def _pass_on(mailbox: Any, stage: Stage, report: Sequence[OnRow]) -> None:
     mail = ray.get(mailbox.take.remote())
     for step, row in mail.rows:
         stage.tracker.log(row, step=step)
+        if skipped := row.get("train/skipped_steps"):
+            stage.progress(
+                f"WARNING: {skipped:.0f} step(s) skipped up to step {step}: loss or gradient not finite; more than "
+                "loop.max_skipped in a row end the run"
+            )
         for tell in report:
             tell(step, row)
     if mail.rejects:
