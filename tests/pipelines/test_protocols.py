@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from pipelines import evaluate, finetune, storage
-from pipelines.config import EvaluateConfig, FinetuneConfig, UserError, override
-from pipelines.manifest import MANIFEST, SCHEMA, Description, metadata
+from pipelines import evaluate, finetune, index, storage
+from pipelines.__main__ import main
+from pipelines.checkpoints import local_checkpoint
+from pipelines.config import EvaluateConfig, FinetuneConfig, IndexConfig, UserError, override
+from pipelines.manifest import MANIFEST, SCHEMA, Description, classes, metadata, read_manifest, split_of
 from pipelines.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
 from s5.checkpoint import Meta, load_model
 from s5.config import ClipConfig
@@ -156,6 +160,113 @@ def test_another_protocol_may_be_asked_for(benchmark: Path, tmp_path: Path) -> N
     assert [row["clips"] for row in rows] == [3] * 4
     with pytest.raises(UserError, match=r"clips.long_stride is 1 seconds: 1 of 4 videos of split test are shorter"):
         evaluate.run(override(evaluation, {"protocol": "multi-clip"}))
+
+
+# --- from a benchmark's own annotations to its figures ---------------------------------------------------------------
+
+SECONDS = 8
+KINETICS = """label,youtube_id,time_start,time_end,split
+zumba,a-_,5,13,{0}
+zumba,b,0,8,{0}
+abseiling,c,1234,1242,{0}
+abseiling,d,2,10,{0}
+"""
+
+
+def _kinetics(folder: Path) -> dict[str, str]:
+    """Write annotations, and return the names of the videos with their files below the folder of videos."""
+    folder.mkdir()
+    (folder / "train.csv").write_text(KINETICS.format("train"))
+    lines = "label,youtube_id,time_start,time_end,split\n"
+    (folder / "validate.csv").write_text(lines + "zumba,e,1,9,validate\nabseiling,f,1,9,validate\n")
+    (folder / "test.csv").write_text(lines + "zumba,g,0,8,test\nabseiling,h,3,11,test\nabseiling,gone,3,11,test\n")
+    return {
+        "a-__000005_000013": "train/zumba/",
+        "b_000000_000008": "train/zumba/",
+        "c_001234_001242": "train/abseiling/",
+        "d_000002_000010": "train/abseiling/",
+        "e_000001_000009": "",
+        "f_000001_000009": "",
+        "g_000000_000008": "test/",
+        "h_000003_000011": "test/",
+    }
+
+
+def _coin(folder: Path) -> dict[str, str]:
+    """Write annotations, and return the names of the videos with their files below the folder of videos."""
+    entry = {"duration": SECONDS, "video_url": "u", "start": 1.5, "end": 6.5}
+    entry |= {"annotation": [{"id": "1", "segment": [2.0, 4.0], "label": "boil"}]}
+    database = {
+        f"{subset}{number}": entry | {"subset": subset, "class": name, "recipe_type": kind}
+        for subset, count in (("training", 6), ("testing", 3))
+        for number, (name, kind) in enumerate([("Tea", 3), ("Zip", 179)] * 3)
+        if number < count
+    }
+    folder.mkdir()
+    (folder / "COIN.json").write_text(json.dumps({"database": database}))
+    return {name: f"{entry['recipe_type']}/" for name, entry in database.items() if name != "testing2"}
+
+
+def _times(source: str) -> list[NDArray[np.float64]]:
+    """Return the times of the clips that are read of a video, by hand."""
+    if source == "kinetics":
+        # Ten clips of 4 frames a second apart; the last one ends with the last frame.
+        return [place * (SECONDS - 0.25 - 3) / 9 + np.arange(4.0) for place in range(10)]
+    # Two clips of a frame in each quarter of the 5 s that are used of the video.
+    return [1.5 + 1.25 * (np.arange(4) + share) for share in (0.25, 0.75)]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(("source", "protocol"), [("kinetics", "multi-clip"), ("coin", "whole")])
+def test_a_benchmark_from_its_annotations_to_its_figures(tmp_path: Path, source: str, protocol: str) -> None:
+    files = (_kinetics if source == "kinetics" else _coin)(tmp_path / "annotations")
+    for number, (name, place) in enumerate(files.items()):
+        write_video(tmp_path / "videos" / f"{place}{name}.mp4", 4 * SECONDS, fps=4, width=64 + 2 * number)
+    common = {"tracking.uri": "off", "data.cpus_per_decode": 0.5}
+    annotations = tmp_path / "annotations" / ("COIN.json" if source == "coin" else "")
+    settings = {"source": source, "annotations": str(annotations), "videos": str(tmp_path / "videos")}
+    settings |= {"val_share": 0.34, "out": str(tmp_path / "index")}
+    counts = index.run(override(IndexConfig(), common | settings))["counts"]
+    found = {"train": 4, "val": 2, "test": 2}
+    assert counts == {"listed": 9, "videos": 8, "rejects": 1, "ignored": 0} | found
+    manifest = read_manifest(str(tmp_path / "index"))
+    assert set(manifest["video_id"].to_pylist()) == set(files)
+    stretch = (1.5, 6.5) if source == "coin" else (0.0, SECONDS)
+    assert {(row["start_s"], row["end_s"]) for row in manifest.to_pylist()} == {stretch}
+    assert len(classes(manifest)) == {"coin": 180, "kinetics": 2}[source]
+    (reject,) = storage.read_table(str(tmp_path / "index" / "rejects.parquet")).to_pylist()
+    gone, where = ("testing2", "COIN.json") if source == "coin" else ("gone_000003_000011", "test.csv line 4")
+    assert reject["video_id"] == gone
+    assert reject["reason"].startswith(f"listed in {where}")
+    assert reject["reason"].endswith(f"not found as {gone}.* in the folder or below it")
+
+    common |= {"manifest": str(tmp_path / "index")}
+    changes = {"clips.long_stride": 1.0, "loop.batch_size": 4, "loop.epochs": 1, "out": str(tmp_path / "finetune")}
+    trained = finetune.run(override(FinetuneConfig(), MODEL | common | changes))
+    common |= {"checkpoint": str(tmp_path / "finetune"), "out": str(tmp_path / "evaluate")}
+    common |= {"clips_per_video": 2} if source == "coin" else {}
+    assert main(["evaluate", "--protocol", protocol, *(f"--{key}={value}" for key, value in common.items())]) == 0
+
+    with local_checkpoint(trained["checkpoint"]) as checkpoint:
+        model, _ = load_model(checkpoint)
+    model.eval()
+    tested = {row["video_id"]: row for row in split_of(manifest, "test").to_pylist()}
+    rows = pq.read_table(tmp_path / "evaluate" / "predictions.parquet").to_pylist()
+    assert [row["video_id"] for row in rows] == sorted(tested)
+    for row in rows:
+        video = tested[row["video_id"]]
+        clips = torch.from_numpy(np.stack([read_frames(video["uri"], times, 32) for times in _times(source)]))
+        with torch.no_grad():
+            scores = model(clips).logits_BC.softmax(-1)
+        assert row["clips"] == len(clips)
+        np.testing.assert_allclose(row["scores"], scores.mean(0), atol=1e-4)
+        assert row["label"] == video["label"]
+        assert row["prediction"] == int(np.argmax(row["scores"]))
+    figures = storage.read_json(str(tmp_path / "evaluate" / "metrics.json"))
+    assert (figures["test/videos"], figures["test/listed"]) == (2, 3)
+    assert figures["test/accuracy"] == pytest.approx(np.mean([row["prediction"] == row["label"] for row in rows]))
 
 
 def test_a_manifest_that_does_not_say_what_was_listed() -> None:
