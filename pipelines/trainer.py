@@ -230,7 +230,10 @@ def _work(config: dict[str, Any]) -> FitResult | None:
     context = RayContext(mailbox, config["scale"], config["data"], config["out"], checkpoints)
     try:
         with context.lifeline.held():
-            result: FitResult = config["build"](config["payload"], context).run()
+            fit: Fit = config["build"](config["payload"], context)
+            # The lifeline knows the answer already: the grace time of a stop may be no more than three seconds.
+            fit.poll_seconds = 0.0
+            result = fit.run()
     except NotFiniteError as error:
         path = storage.join(config["out"], NOT_FINITE)
         if context.rank == 0:
