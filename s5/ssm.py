@@ -108,7 +108,8 @@ class LinearSSM(nn.Module, ABC):
         self.A_imag = self._system_parameter(eigenvalues.imag.to(dtype).repeat(width, 1))
         self.B = self._system_parameter(_real_view(B).repeat(width, 1, 1))
         directions = 2 if config.bidirectional else 1
-        self.C = nn.Parameter(torch.randn(directions, width, pairs, 2) * math.sqrt(0.5))
+        drawn = torch.randn(directions, width, pairs, 2) * math.sqrt(0.5)
+        self.C = register_hint(nn.Parameter(drawn), weight_decay=0.0)
         self.skip = register_hint(nn.Parameter(torch.randn(width)), weight_decay=0.0)
 
     def _system_parameter(self, values: Tensor) -> nn.Parameter:

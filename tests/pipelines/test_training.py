@@ -23,7 +23,7 @@ from pipelines.config import (
     override,
 )
 from pipelines.runs import metric_history, read_runs
-from pipelines.stage import StoppedError
+from pipelines.stage import StageError, StoppedError
 from s5.checkpoint import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_local")]
@@ -93,10 +93,12 @@ def straight(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrai
 
 
 def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path: Path) -> None:
+    """Also where each computes its share in parts, and anew for the backward pass."""
     again = replace(straight, out=str(tmp_path / "again"))
     pretrain.run(again)
     assert losses(again) == losses(straight)
-    two = override(straight, {"out": str(tmp_path / "two"), "scale.num_workers": 2})
+    saving = {"loop.micro_batch": 3, "loop.recompute": True}
+    two = override(straight, saving | {"out": str(tmp_path / "two"), "scale.num_workers": 2})
     pretrain.run(two)
     assert losses(two) == pytest.approx(losses(straight), rel=2e-3)
     assert losses(two)[0] == pytest.approx(losses(straight)[0], rel=1e-6)
@@ -131,6 +133,29 @@ def test_a_stopped_run_resumes_where_it_was(
     resumed, uninterrupted = (load_model(checkpoint_of(c))[0].state_dict() for c in (config, whole))
     assert all((resumed[name] == value).all() for name, value in uninterrupted.items())
     assert pretrain.run(config) == result
+
+
+def test_a_run_that_diverges_ends_with_its_videos(
+    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"optim.lr": 1e30, "optim.warmup": 0.0, "loop.max_skipped": 2}
+    config = override(straight, changes | {"out": str(tmp_path / "pretrain")})
+    with pytest.raises(StageError, match=r"not finite in steps 2 to 4, more in a row than loop.max_skipped allows"):
+        pretrain.run(config)
+    skipped = storage.read_json(str(tmp_path / "pretrain" / "not_finite.json"))
+    assert [step["step"] for step in skipped] == [2, 3, 4]
+    assert [len(set(step["video_ids"])) for step in skipped] == [8, 8, 8]
+    assert "WARNING: 1 step(s) skipped up to step 2" in capsys.readouterr().out
+
+
+def test_an_alarm_tells_of_collapsed_embeddings(
+    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No spread is as wide as twice that of random directions."""
+    changes = {"lsmcl.collapse_spread": 2.0, "loop.steps": 1, "out": str(tmp_path / "pretrain")}
+    result = pretrain.run(override(straight, changes))
+    assert result["metrics"]["train/collapsed_at_step"] == 1
+    assert "ALARM: embeddings collapse (spread " in capsys.readouterr().out
 
 
 def checkpoint_of(config: PretrainConfig | FinetuneConfig) -> Path:

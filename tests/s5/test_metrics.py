@@ -4,12 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from s5 import metrics
-from s5.config import OptimConfig, SSMConfig
-from s5.optim import build_optimizer, schedule
-from s5.ssm import build_ssm
 
 
 def clusters() -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,28 +51,3 @@ def test_per_video_averages_clips_wherever_they_stand() -> None:
 def test_wilson_interval() -> None:
     low, high = metrics.wilson_interval(8, 10)
     assert (low, high) == (pytest.approx(0.490, abs=1e-3), pytest.approx(0.943, abs=1e-3))
-
-
-def test_schedule_rises_then_falls_along_a_cosine() -> None:
-    assert schedule(0.05, 0.1) == pytest.approx(0.5)
-    assert schedule(0.1, 0.1) == 1
-    assert schedule(0.55, 0.1) == pytest.approx(0.5)
-    assert schedule(1.0, 0.1) == pytest.approx(0)
-    assert schedule(0.0, 0.0) == 1
-    assert schedule(0.25, 0.0) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
-
-
-def test_groups_follow_the_hints() -> None:
-    module = nn.ModuleDict({"layer": build_ssm(SSMConfig(state=4, lr=1e-4), 8), "norm": nn.LayerNorm(8)})
-    optimizer = build_optimizer(module, OptimConfig(lr=1e-3, weight_decay=0.1))
-    place = {
-        id(parameter): (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    named = {name: place[id(parameter)] for name, parameter in module.named_parameters()}
-    assert named["norm.weight"] == (1e-3, 0.0)
-    assert {named[name] for name in named if name.endswith(("log_dt", "A_imag", "log_A_real"))} == {(1e-4, 0.0)}
-    assert {named[name] for name in named if name.endswith("mix.weight")} <= {(1e-3, 0.1)}
-    assert (1e-3, 0.1) in place.values()
-    assert len(named) == len(list(module.parameters()))
