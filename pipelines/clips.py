@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ExecutionOptions, ExecutionResources
+from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.config import DataConfig
@@ -228,15 +228,20 @@ def _decoded(
     """Run one Ray Data execution over rows of candidates and yield its batches in order."""
     chunk = data.clips_per_task
     dataset = in_chunks(rows, chunk)
-    # What is decoded ahead of the training stays in the object store: enough for the tasks that run and the batches
-    # that are kept ready, twice, rather than the share of the store that Ray Data would claim for each worker.
-    ahead = decode_tasks * chunk * clips_per_row + (data.prefetch_batches + 1) * batch_size
-    limit(dataset, decode_tasks * data.cpus_per_decode, max(256e6, 2 * ahead * reading.bytes_per_clip))
+    # Ray Data learns of a task's end a tenth of a second late or two. Where the CPUs are the bound, rather than the
+    # user's own, some more tasks wait inside Ray, which starts them at once.
+    tasks = decode_tasks if data.decode_tasks else decode_tasks + -(-decode_tasks // 4)
+    # What is decoded ahead of the training stays in the object store: enough for these tasks and the batches that are
+    # kept ready, twice, rather than the share of the store that Ray Data would claim for each worker.
+    ahead = tasks * chunk * clips_per_row + (data.prefetch_batches + 1) * batch_size
+    limit(dataset, tasks * data.cpus_per_decode, max(256e6, 2 * ahead * reading.bytes_per_clip))
     decoded = dataset.map_batches(
         partial(decode_chunk, reading=reading),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=data.cpus_per_decode,
+        # Also bounds tasks that hold no CPU.
+        compute=TaskPoolStrategy(min(tasks, -(-len(rows) // chunk))),
     )
     batches: Any = decoded.iter_torch_batches(
         batch_size=batch_size,
@@ -259,6 +264,9 @@ def limit(dataset: ray.data.Dataset, cpus: float, store_bytes: float | None = No
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(cpu=cpus, object_store_memory=store_bytes)
     )
+    if store_bytes is not None:
+        # The limit is the bound: another would stop decoding when half of it is in use.
+        dataset.context.downstream_capacity_backpressure_ratio = None
     dataset.context.enable_progress_bars = False
     # Two lines on each execution, and one to say that there are no progress bars.
     logging.getLogger("ray.data").setLevel(logging.WARNING)

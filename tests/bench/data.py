@@ -9,6 +9,7 @@ alternates its cases and takes medians over rounds of ratios: other work on the 
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import threading
@@ -18,114 +19,46 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 
-from pipelines import sample
 from pipelines.clips import train_batches
-from pipelines.cluster import ensure_ray
-from pipelines.config import DataConfig, SampleConfig, TrackingConfig
-from pipelines.index import EXTENSIONS
+from pipelines.cluster import ENVIRONMENT
+from pipelines.config import DataConfig
 from pipelines.manifest import SCHEMA
 from pipelines.plan import ClipPlan
 from pipelines.video_process import Clips, VideoProcess
-from s5.clips import clip_seed, long_short_times
-from s5.config import ClipConfig
-from s5.video import VideoError, probe, read_clips, scaled
+from s5.clips import clip_seed
+from s5.video import scaled
+from tests.bench.feeding import feeding
 from tests.bench.processes import cpu_seconds, cpu_seconds_since, resident_bytes
-from tests.bench.record import Row, alternate, ratio, write
+from tests.bench.record import Row, ratio, write
+from tests.bench.videos import CLIPS, SIZE, Video, manifest_of, over_videos, plain, read, rendered, times_of
 
 CPU = torch.device("cpu")
-SIZE = 224
-CLIPS = ClipConfig(too_short="shrink")
-"""The clips of preset `base`: 16 frames, 2 s and 0.5 s apart."""
-PAPER = ClipConfig(frames=60, long_stride=1.0, short_stride=0.25, too_short="shrink")
-"""The paper's long clip of LVU: a frame a second for a minute."""
-BATCH, WARM_STEPS, STEPS = 4, 8, 24
+BATCH, WARM_STEPS, STEPS = 4, 8, 48
 TIMEOUT_S = 120.0
-# For the plan on paper: ViT-L/16 at 224 pixels (timm: 61.6 billion multiplications a frame), bf16.
-FRAME_FLOPS, H100_FLOPS, UTILISATION, MASK_RATIO = 2 * 61.6e9, 989e12, 0.4, 0.5
-Video = dict[str, Any]
-"""A row of a manifest."""
+# That of Ray's workers, unless it is told otherwise.
+NICENESS = 15
 
 
-# --- videos ---------------------------------------------------------------------------------------------------------
-
-
-def rendered(options: argparse.Namespace) -> str:
-    """Return a folder of rendered videos of a realistic size; they are made once."""
-    out = f"out/bench/videos-{options.pixels}-{options.seconds:g}s"
-    config = SampleConfig(
-        out=out,
-        videos=options.count,
-        fps=25,
-        size=options.pixels,
-        seconds=options.seconds,
-        tracking=TrackingConfig(uri="off"),
-    )
-    sample.run(config)
-    return out
-
-
-def manifest_of(folder: str) -> list[Video]:
-    """Return the rows of the videos of a folder that can be read."""
-    rows = []
-    for path in sorted(Path(folder).rglob("*.*")):
-        if path.suffix[1:].lower() not in EXTENSIONS:
-            continue
-        try:
-            facts = probe(str(path))
-        except VideoError as error:
-            print(f"left out: {path.name}: {error}")
-            continue
-        names = ("duration_s", "fps", "num_frames", "width", "height", "codec", "decoder")
-        row = {"video_id": path.stem, "uri": str(path.resolve()), "split": "train"}
-        rows.append(row | {"start_s": 0.0, "end_s": facts.duration_s} | {name: getattr(facts, name) for name in names})
-    return rows
-
-
-def times_of(row: Video, clips: ClipConfig, seed: int) -> list[np.ndarray]:
-    """Return the times of a long and a short clip."""
-    return list(long_short_times(clips, row["start_s"], row["end_s"], row["fps"], seed))
-
-
-def read(row: Video, times: list[np.ndarray], size: int = SIZE) -> None:
-    """Read clips of a video in this process, as a decode task's child does."""
-    read_clips(row["uri"], times, size, (row["width"], row["height"]), row["decoder"])
-
-
-def plain(row: Video, times: list[np.ndarray], size: int | None = SIZE) -> np.ndarray:
-    """Read clips by decord alone: frame numbers by the mean rate, one open; without a size, as large as stored."""
-    import decord
-
-    where = dict(zip(("width", "height"), scaled((row["width"], row["height"]), size), strict=True)) if size else {}
-    reader = decord.VideoReader(row["uri"], num_threads=1, **where)
-    indices = [np.clip((clip * row["fps"]).astype(int), 0, len(reader) - 1) for clip in times]
-    union = np.unique(np.concatenate(indices))
-    frames = reader.get_batch(union).asnumpy()
-    if size:
-        top, left = (frames.shape[1] - size) // 2, (frames.shape[2] - size) // 2
-        frames = frames[:, top : top + size, left : left + size]
-    return np.concatenate([frames[np.searchsorted(union, clip)] for clip in indices])
-
-
-def _plain_task(task: tuple[Video, list[np.ndarray]]) -> int:
-    return len(plain(*task))
-
-
-# --- what is measured -----------------------------------------------------------------------------------------------
+def start_ray(processes: int) -> None:
+    """Start Ray with a CPU for each decode task and one for this process, which stands for a training worker."""
+    if not ray.is_initialized():
+        os.environ.update(ENVIRONMENT)
+        ray.init("local", num_cpus=processes + 1, log_to_driver=False, logging_level=logging.ERROR)
+        ray.get(ray.util.placement_group([{"CPU": 1}]).ready())
 
 
 class Delivery:
     """Pairs of a plan, once through Ray Data and once by decord in as many processes."""
 
     def __init__(self, rows: list[Video], processes: int, rounds: int) -> None:
-        ensure_ray()
         self.rows, self.processes = rows, processes
         copies = -(-2 * BATCH // len(rows))
         # A plan takes no video twice in a batch: few files count several times, under other names.
@@ -172,11 +105,16 @@ class Delivery:
         return len(tasks) / (time.perf_counter() - begin), len(tasks) / cpu_seconds_since(used)
 
 
+def _plain_task(task: tuple[Video, list[np.ndarray]]) -> int:
+    return len(plain(*task))
+
+
 def throughput(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     """Compare the pairs that Ray Data delivers with those that decord alone reads."""
     delivery = Delivery(_by_decord(rows), options.processes, options.rounds)
     found: dict[str, list[tuple[float, float]]] = {"ray": [], "decord": []}
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+    # Ray's workers give way to other processes; on a busy machine those of decord are to do so too.
+    with multiprocessing.get_context("spawn").Pool(options.processes, os.nice, (NICENESS,)) as pool:
         pool.map(_plain_task, [(row, times_of(row, CLIPS, 0)) for row in delivery.rows])
         for number in range(options.rounds):
             start = number * (WARM_STEPS + STEPS)
@@ -197,19 +135,6 @@ def _by_decord(rows: list[Video]) -> list[Video]:
     if len(kept) < len(rows):
         print(f"beside decord alone, {len(rows) - len(kept)} of {len(rows)} videos are left out: it reads them wrongly")
     return kept
-
-
-def over_videos(
-    rows: list[Video], rounds: int, cases: Callable[[Video, int], dict[str, Callable[[], object]]]
-) -> dict[str, list[float]]:
-    """Alternate the cases on each video and return the seconds of every round and video."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        for number in range(rounds):
-            seconds = alternate(cases(row, number), 1, CPU, warm=int(number == 0))
-            for name, values in seconds.items():
-                found.setdefault(name, []).extend(values)
-    return found
 
 
 def pairs(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
@@ -288,31 +213,6 @@ def child(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any
     ]
 
 
-def plan(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """Measure a pair of the paper's size and print how many cores feed one H100."""
-
-    def cases(row: Video, number: int) -> dict[str, Callable[[], object]]:
-        return {"pair": partial(read, row, times_of(row, PAPER, number))}
-
-    seconds = median(over_videos(rows, options.rounds, cases)["pair"])
-    # Two clips, each through the online encoder (forward 1, backward 2) and the momentum encoder (forward 1).
-    flops = 2 * PAPER.frames * FRAME_FLOPS * 4 * (1 - MASK_RATIO)
-    fed = UTILISATION * H100_FLOPS / flops
-    print(
-        f"\nplan on paper: LSMCL on one H100, ViT-L/16 at {SIZE} pixels, pairs of {PAPER.frames} frames\n"
-        f"  a pair      2 clips x {PAPER.frames} frames x {FRAME_FLOPS / 1e9:.0f} GFLOP x (3 online + 1 momentum) "
-        f"x {1 - MASK_RATIO:g} unmasked = {flops / 1e12:.1f} TFLOP\n"
-        f"  one H100    {UTILISATION:g} x {H100_FLOPS / 1e12:.0f} TFLOP/s / {flops / 1e12:.1f} TFLOP "
-        f"= {fed:.1f} pairs/s (assumed, not measured)\n"
-        f"  one core    {seconds:.3f} s a pair, measured = {1 / seconds:.1f} pairs/s\n"
-        f"  cores       {fed:.1f} x {seconds:.3f} = {fed * seconds:.1f}"
-    )
-    return {"pair_seconds": seconds, "pair_flops": flops, "pairs_per_second": fed}, [
-        Row("seconds of a pair of 60 frames, one core", seconds),
-        Row("decode cores for one H100, ViT-L/16 (on paper)", fed * seconds),
-    ]
-
-
 def soak(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     """Deliver many pairs and compare the peak memory of the last quarter with that of the second."""
     delivery = Delivery(rows, options.processes, 1)
@@ -346,7 +246,7 @@ def soak(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any]
     ]
 
 
-PARTS = {"pairs": pairs, "resize": resize, "child": child, "plan": plan, "throughput": throughput, "soak": soak}
+PARTS = {"pairs": pairs, "resize": resize, "child": child, "feeding": feeding, "throughput": throughput, "soak": soak}
 
 
 def main() -> None:
@@ -362,6 +262,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    start_ray(options.processes)
     rows = manifest_of(options.videos or rendered(options))
     raw: dict[str, Any] = {"options": vars(options), "videos": rows, "load": [os.getloadavg()[0]]}
     figures: list[Row] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from pipelines import clips as clips_module
+from pipelines import decode
 from pipelines.clips import evaluation_batches, train_batches
 from pipelines.config import DataConfig
 from pipelines.manifest import SCHEMA
@@ -167,6 +170,31 @@ def test_closing_the_batches_early_frees_the_cluster(manifest: pa.Table) -> None
     # The next execution needs both CPUs: it would wait for ever.
     assert len(list(_train(manifest, ClipPlan(VIDEOS, 4, 1, seed=1)))) == 2
     assert ray.is_initialized()
+
+
+@pytest.mark.parametrize("bound", [1, 2])
+def test_no_more_tasks_run_than_the_user_allows(
+    manifest: pa.Table, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: int
+) -> None:
+    def chunk(rows: pa.Table, reading: Any) -> Any:
+        """Note how many tasks run, of which each waits a while for a second one."""
+        here = Path(tempfile.mkdtemp(dir=tmp_path))
+        for _ in range(20):
+            running = len(list(tmp_path.glob("tmp*")))
+            (tmp_path / f"seen-{running}").touch()
+            if running > 1:
+                break
+            time.sleep(0.02)
+        columns = decode.decode_chunk(rows, reading)
+        here.rmdir()
+        return columns
+
+    monkeypatch.setattr(clips_module, "decode_chunk", chunk)
+    # The CPUs would allow more.
+    data = DataConfig(clips_per_task=1, decode_tasks=bound, cpus_per_decode=0.25)
+    batches = list(_train(manifest, ClipPlan(VIDEOS, 4, 2, seed=1), data=data, decode_tasks=bound))
+    assert len(batches) == 4
+    assert {path.name for path in tmp_path.glob("seen-*")} == {f"seen-{count}" for count in range(1, bound + 1)}
 
 
 def _evaluate(manifest: pa.Table, **changes: Any) -> list[ClipBatch]:
