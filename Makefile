@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make setup` fills with the versions that pyproject.toml pins.
 .DEFAULT_GOAL := help
-.PHONY: help setup test check quickstart clean
+.PHONY: help setup test drills check quickstart clean
 
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
@@ -34,6 +34,9 @@ $(READY): pyproject.toml
 
 test: $(READY)  ## Run the tests; TESTS=tests/s5 for a part, ARGS="-m 'not slow'" for pytest's options
 	$(PYTHON) -m pytest $(ARGS) $(TESTS)
+
+drills: $(READY)  ## Lose workers, nodes and drivers, and have workers hang, on clusters of several nodes; 15 minutes
+	$(PYTHON) -m pytest -m drill $(ARGS) tests/clusters
 
 check: $(READY)  ## Lint, formatting, types and the rooms rule
 	$(PYTHON) -m ruff check .

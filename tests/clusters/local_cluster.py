@@ -49,7 +49,7 @@ class LocalCluster:
     def lose_node(self, index: int) -> None:
         """Kill all processes of a node at once, as a machine that goes away does; the head is number 0."""
         node = self.nodes.pop(index)
-        _kill({node.pid} | _descendants({node.pid}), signal.SIGKILL)
+        _kill({node.pid} | descendants({node.pid}), signal.SIGKILL)
         node.wait(STOP_SECONDS)
 
     def drain_node(self, index: int) -> None:
@@ -90,7 +90,7 @@ class LocalCluster:
     def leftovers(self) -> set[int]:
         """Return the processes of this cluster that still run."""
         running = {node.pid for node in self.nodes if node.poll() is None}
-        return _marked(self.mark) | running | _descendants(running)
+        return _marked(self.mark) | running | descendants(running)
 
     def stop(self) -> None:
         """End every process of this cluster and no other; raise `RuntimeError` if one resists."""
@@ -192,7 +192,7 @@ def _marked(mark: str) -> set[int]:
     return found
 
 
-def _descendants(roots: set[int]) -> set[int]:
+def descendants(roots: set[int]) -> set[int]:
     """Return all processes below the given ones; some lose the mark, because they rewrite their title over it."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):

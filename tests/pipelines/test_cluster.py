@@ -39,9 +39,7 @@ def test_workers_that_do_not_fit_are_refused(
 def test_a_decode_task_has_to_fit_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, 2, 2)
     # Half a CPU is left on each node: one in all, and room for none of one CPU.
-    with pytest.raises(
-        UserError, match=r"data.cpus_per_decode is 1: 2 workers leave 1 CPUs .* 0.5 of them on one node"
-    ):
+    with pytest.raises(UserError, match=r"data.cpus_per_decode is 1: 2 workers leave 1 CPUs .* 0.5 of them on one"):
         cluster.decode_tasks(scale(2, 1.5), DataConfig(cpus_per_decode=1))
     assert cluster.decode_tasks(scale(2, 1.5), DataConfig(cpus_per_decode=0.5)) == 2
     assert cluster.decode_tasks(scale(1, 1.5), DataConfig(cpus_per_decode=1)) == 2

@@ -22,7 +22,7 @@ from pipelines.manifest import MANIFEST, SCHEMA
 from pipelines.plan import ClipPlan, plan_of
 from pipelines.stage import CHECKPOINTS, RESULT
 from s5.video import probe
-from tests.clusters.local_cluster import _descendants, _kill, _wait_gone
+from tests.clusters.local_cluster import _kill, _wait_gone, descendants
 from tests.pipelines.test_training import MODEL, TASK
 from tests.s5.videos import write_video
 
@@ -137,7 +137,7 @@ def train(folder: Path, start: int, ray_folder: str) -> None:
             time.sleep(0.2)
         assert driver.poll() == 0, (folder / f"start{start}.log").read_text()
     finally:
-        cluster = _descendants({driver.pid})
+        cluster = descendants({driver.pid})
         driver.send_signal(signal.SIGKILL)
         _kill(cluster, signal.SIGKILL)
         driver.wait()

@@ -1,0 +1,262 @@
+"""A pretraining run on a cluster of several nodes to which things happen: its driver, its faults, its record.
+
+The folder `control` steers it, so that faults strike at a known point: workers wait before step K while there is a file
+`hold_K`, decode tasks wait while there is `hold_decoding`, and a file `hang_K_R_HOW` has the worker of rank R hang once
+before step K. Everything that a worker is given to train on is written down.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.config import PretrainConfig, override
+from pipelines.manifest import MANIFEST, SCHEMA
+from pipelines.plan import ClipPlan, plan_of
+from s5.video import probe
+from tests.clusters.local_cluster import LocalCluster, client_environment
+from tests.s5.videos import write_video
+
+ROOT = Path(__file__).parents[2]
+VIDEOS, BATCH, EPOCHS, CHECKPOINT_EVERY = 17, 4, 4, 3
+STEPS = VIDEOS // BATCH * EPOCHS
+WAIT_S = 240
+SETTINGS: dict[str, Any] = {
+    "tracking.uri": "off",
+    "probe_videos": 0,
+    "model.backbone.name": "vit_tiny_patch16_224",
+    "model.backbone.frame_size": 32,
+    "model.backbone.depth": 1,
+    "model.backbone.embed_dim": 16,
+    "model.backbone.num_heads": 2,
+    "model.backbone.patch_size": 8,
+    "model.decoder.blocks": 2,
+    "model.decoder.ssm.state": 8,
+    "clips.frames": 4,
+    "clips.long_stride": 0.5,
+    "clips.short_stride": 0.25,
+    "lsmcl.hidden": 32,
+    "lsmcl.dim": 16,
+    "optim.lr": 1e-3,
+    "loop.evaluate_every": 0,
+    "loop.batch_size": BATCH,
+    "loop.epochs": EPOCHS,
+    "loop.log_every": 1,
+    "loop.checkpoint_every": CHECKPOINT_EVERY,
+    "data.clips_per_task": 1,
+    "data.cpus_per_decode": 0.25,
+    "scale.cpus_per_worker": 0.5,
+}
+DRIVER = """
+import ctypes, glob, json, os, sys, time
+import pipelines.__main__
+from pipelines import pretrain
+from pipelines.config import PretrainConfig, override
+
+folder, settings = sys.argv[1], json.loads(sys.argv[2])
+build = pretrain.build
+
+def recorded(job, context):
+    from pipelines import clips, decode
+    from pipelines.lifeline import PROCESS
+
+    control, decode_chunk = f"{folder}/control", decode.decode_chunk
+
+    def slow_chunk(rows, reading):
+        child = decode._process._started() and decode._process._child.pid
+        while os.path.exists(f"{control}/hold_decoding"):
+            with open(f"{folder}/decoding_{os.getpid()}_{child}", "w"):
+                time.sleep(0.1)
+        return decode_chunk(rows, reading)
+
+    clips.decode_chunk = slow_chunk
+    fit = build(job, context)
+    batches = fit.batches
+
+    def read(start):
+        for batch in batches(start):
+            with open(f"{folder}/record_{os.getpid()}.jsonl", "a") as lines:
+                row = [batch.step, context.rank, context.world_size, batch.epoch, batch.video_ids]
+                lines.write(json.dumps([*row, PROCESS.group, os.getpid()]) + "\\n")
+            while os.path.exists(f"{control}/hold_{batch.step}"):
+                time.sleep(0.1)
+            for name in glob.glob(f"{control}/hang_{batch.step}_{context.rank}_*"):
+                os.remove(name)
+                hang(name.rpartition("_")[2])
+            yield batch
+
+    fit.batches = read
+    return fit
+
+def hang(how):
+    if how == "native":
+        # Unlike CDLL, it keeps Python's lock.
+        ctypes.PyDLL(None).sleep(1000)
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    pretrain.build = recorded
+    sys.exit(pipelines.__main__.main(["pretrain", *settings]))
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a worker was given for a step."""
+
+    step: int
+    rank: int
+    world_size: int
+    epoch: int
+    videos: list[str]
+    group: str
+    process: int
+
+
+@dataclass
+class Drill:
+    """A run, which may be started several times."""
+
+    folder: Path
+    cluster: LocalCluster
+    changes: dict[str, Any]
+    drivers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def config(self) -> PretrainConfig:
+        """The settings."""
+        places = {"manifest": str(self.folder / MANIFEST), "out": str(self.folder / "out")}
+        return override(PretrainConfig(), SETTINGS | places | self.changes)
+
+    def prepare(self) -> None:
+        """Make small videos, their manifest, and the driver."""
+        rows = []
+        for index in range(VIDEOS):
+            path = write_video(self.folder / "videos" / f"v{index}.mp4", 24, fps=8)
+            facts = probe(path)
+            columns = ("duration_s", "fps", "num_frames", "width", "height", "decoder")
+            row = {"video_id": f"v{index}", "uri": path, "split": "train", "start_s": 0.0, "end_s": facts.duration_s}
+            rows.append(row | {name: getattr(facts, name) for name in columns})
+        storage.write_table(str(self.folder / MANIFEST), pa.Table.from_pylist(rows, SCHEMA))
+        (self.folder / "control").mkdir()
+        (self.folder / "driver.py").write_text(DRIVER)
+
+    def command(self) -> list[str]:
+        """Return the command of the driver."""
+        places = {"manifest": str(self.folder / MANIFEST), "out": str(self.folder / "out")}
+        options = [f"--{key}={value}" for key, value in (SETTINGS | places | self.changes).items()]
+        return [sys.executable, str(self.folder / "driver.py"), str(self.folder), json.dumps(options)]
+
+    def start(self) -> None:
+        """Start the driver."""
+        environment = client_environment(self.cluster) | {
+            "RAY_ADDRESS": self.cluster.gcs_address,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
+        with (self.folder / "log.txt").open("ab") as log:
+            self.drivers.append(
+                subprocess.Popen(self.command(), cwd=ROOT, env=environment, stdout=log, stderr=log, process_group=0)
+            )
+
+    def kill(self) -> None:
+        """Kill the driver, if it runs."""
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
+
+    def finish(self) -> None:
+        """Wait for the driver's end; it must have succeeded."""
+        self.wait(lambda: self.drivers[-1].poll() is not None, "the run does not end", drivers=False)
+        assert self.drivers[-1].returncode == 0, self.log()
+
+    def log(self) -> str:
+        """Return what the drivers have printed."""
+        return (self.folder / "log.txt").read_text()
+
+    def wait(self, condition: Callable[[], Any], what: str, drivers: bool = True) -> Any:
+        """Return what the condition gives once it is not empty.
+
+        Raises:
+            AssertionError: it is after `WAIT_S`, or, with `drivers`, when the driver has ended.
+        """
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            if found := condition():
+                return found
+            if drivers and self.drivers[-1].poll() is not None:
+                break
+            time.sleep(0.1)
+        raise AssertionError(f"{what}: {self.log()}")
+
+    def hold(self, name: int | str) -> None:
+        """Have workers wait before a step, or decode tasks at `decoding`."""
+        (self.folder / "control" / f"hold_{name}").touch()
+
+    def release(self, name: int | str) -> None:
+        """Let them go on."""
+        (self.folder / "control" / f"hold_{name}").unlink()
+
+    def held(self, step: int, workers: int) -> list[Row]:
+        """Wait until so many workers wait before a step; return their rows in the order of their ranks."""
+
+        def found() -> list[Row]:
+            rows = [row for row in self.rows() if row.step == step and runs(row.process)]
+            return sorted(rows, key=lambda row: row.rank) if len(rows) == workers else []
+
+        rows: list[Row] = self.wait(found, f"{workers} workers do not come to step {step}")
+        return rows
+
+    def decoders(self) -> list[tuple[int, int]]:
+        """Return the processes of decode tasks that wait, and their children."""
+        names = [path.name.split("_") for path in sorted(self.folder.glob("decoding_*"))]
+        return [(int(task), int(child)) for _, task, child in names]
+
+    def groups(self) -> set[str]:
+        """Return the groups of workers that were given something."""
+        return {row.group for row in self.rows()}
+
+    def rows(self) -> list[Row]:
+        """Return all that workers were given, by groups in the order of their starts."""
+        files = sorted(self.folder.glob("record_*.jsonl"), key=lambda path: path.stat().st_ctime)
+        return [Row(*json.loads(line)) for path in files for line in path.read_text().splitlines() if line[-1] == "]"]
+
+    def check_order(self) -> list[int]:
+        """Check that the run trained on the plan, each video once; return the step at which each group began."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows():
+            groups.setdefault(row.group, []).append(row)
+        starts = [min(row.step for row in rows) for rows in groups.values()]
+        assert starts == sorted(starts), starts
+        trained: list[tuple[int, int, int, str]] = []
+        # A checkpoint holds the steps before it: what was given after it is trained on anew by the next group.
+        for rows, end in zip(groups.values(), [*starts[1:], STEPS], strict=True):
+            kept = sorted((row for row in rows if row.step < end), key=lambda row: (row.step, row.rank))
+            trained += [(row.step, row.rank, row.epoch, video) for row in kept for video in row.videos]
+        plan = plan_of(self.config.loop, VIDEOS)
+        assert [(step, epoch, video) for step, _, epoch, video in trained] == planned(plan)
+        return starts
+
+
+def planned(plan: ClipPlan) -> list[tuple[int, int, str]]:
+    """Return step, epoch and video of the whole plan, in order."""
+    rows = plan.rows(0, plan.total_steps)
+    columns = zip(rows.step, rows.epoch, rows.video, strict=True)
+    return [(int(step), int(epoch), f"v{video}") for step, epoch, video in columns]
+
+
+def runs(process: int) -> bool:
+    """Return whether a process is there, be it stopped."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
