@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -60,10 +58,10 @@ class Lifeline:
         self._mailbox, self._rank = mailbox, rank
         self._phase = ""
         self._stop = False
-        folder = Path(tempfile.gettempdir(), f"s5_stacks_{mailbox._actor_id.hex()}")
-        for text in leftovers(folder):
+        key = mailbox._actor_id.hex()
+        for text in leftovers(key):
             mailbox.add_stacks.remote(text)
-        self._watchdog = Watchdog(hang_timeout_s, self._hang, self._pulse, folder, TELL_S)
+        self._watchdog = Watchdog(hang_timeout_s, self._hang, self._pulse, key, TELL_S)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -181,7 +181,7 @@ class Mailbox:
                 return f"{self._names(hanging)} got no further (which of them hangs cannot be told)", True
             worker = self._workers[hanging[0]]
             silence = time.monotonic() - worker.heard
-            what = "does not answer" if not worker.hang and silence > self._silent_s else "hangs"
+            what = "does not answer, last heard of" if not worker.hang and silence > self._silent_s else "hangs"
             return f"{self._names(hanging)} {what} in {worker.phase}; stacks, where there are any, in stacks.txt", True
         for kind, verb in (("ended", "died"), ("silent", "does not answer"), ("raised", "failed")):
             ranks = [rank for rank, loss in losses.items() if loss.kind == kind]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -46,7 +47,7 @@ class Watchdog:
         timeout_s: seconds without a beat after which the process is ended; 0 for never.
         on_hang: told of the hang before that; it may take `patience_s` seconds.
         on_tick: called with the last beat twice a second while the thread runs.
-        folder: local folder for the stacks of a process whose Python does not run any more (`leftovers`).
+        key: names the run in the file for the stacks of a process whose Python does not run any more (`leftovers`).
         patience_s: time after which the process is ended though `on_hang` has not come back.
     """
 
@@ -55,13 +56,12 @@ class Watchdog:
         timeout_s: float,
         on_hang: Callable[[Hang], None],
         on_tick: Callable[[str], None],
-        folder: Path,
+        key: str,
         patience_s: float = 30.0,
     ) -> None:
         self._timeout_s, self._patience_s = timeout_s, patience_s
         self._on_hang, self._on_tick = on_hang, on_tick
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"{os.getpid()}.txt"
+        self._path = _folder() / f"{_prefix(key)}{os.getpid()}.txt"
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watched = threading.get_ident()
@@ -100,7 +100,7 @@ class Watchdog:
         # What is told may not arrive either.
         faulthandler.dump_traceback_later(self._patience_s, exit=True, file=sys.__stderr__ or 2)
         try:
-            self._on_hang(Hang(phase, silent, stacks(), self._waits()))
+            self._on_hang(Hang(phase, silent, stacks(self._watched), self._waits()))
         finally:
             os._exit(EXIT_STATUS)
 
@@ -109,22 +109,23 @@ class Watchdog:
         return frame is not None and WAITING in frame.f_code.co_filename
 
 
-def stacks() -> str:
-    """Return what all threads of this process but the calling one are doing."""
+def stacks(first: int) -> str:
+    """Return what all threads of this process but the calling one are doing, a certain one first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != first)
     parts = [
         f"Thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
-        for ident, frame in sys._current_frames().items()
+        for ident, frame in frames
         if ident != threading.get_ident()
     ]
     return "\n".join(parts)
 
 
-def leftovers(folder: Path) -> list[str]:
-    """Return, once, the stacks that ended processes have left in the folder of their watchdogs."""
+def leftovers(key: str) -> list[str]:
+    """Return, once, the stacks that ended processes of a run have left on this machine."""
     found = []
-    for path in sorted(folder.glob("*.txt")):
-        if _runs(int(path.stem)):
+    for path in sorted(_folder().glob(f"{_prefix(key)}*.txt")):
+        if _runs(int(path.stem.removeprefix(_prefix(key)))):
             continue
         try:
             if text := path.read_text():
@@ -133,6 +134,14 @@ def leftovers(folder: Path) -> list[str]:
         except FileNotFoundError:
             continue  # Another process of this machine took it.
     return found
+
+
+def _folder() -> Path:
+    return Path(tempfile.gettempdir())
+
+
+def _prefix(key: str) -> str:
+    return f"s5_stacks_{key}_"
 
 
 def _runs(process: int) -> bool:

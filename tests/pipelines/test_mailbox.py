@@ -70,7 +70,12 @@ def test_nodes_that_are_lost_and_workers_told_to_end_do_not_count(now: list[floa
     [
         (["step 7: waiting for data", "step 7: training"], {0: False}, [], "worker 0 (node 0) of 2 hangs in step 7: w"),
         (["step 7: training", "step 7: training"], {0: True, 1: False}, [], "worker 1 (node 1) of 2 hangs"),
-        (["step 7: training", "step 7: training"], {0: True}, [1], "worker 1 (node 1) of 2 does not answer in step 7"),
+        (
+            ["step 7: training", "step 7: training"],
+            {0: True},
+            [1],
+            "worker 1 (node 1) of 2 does not answer, last heard of in step 7",
+        ),
         (["step 7: training", "step 8: training"], {1: False}, [], "worker 0 (node 0) of 2 hangs in step 7"),
         (["step 7: training", "step 7: training"], {0: True, 1: True}, [], "which of them hangs cannot be told"),
         (["step 7: training", "step 7: training"], {}, [1], "worker 1 (node 1) of 2 does not answer"),

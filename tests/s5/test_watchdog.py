@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def tell(hang):
         time.sleep(1000)
 
 def main():
-    watchdog = Watchdog(0 if how == "off" else 3.0, tell, ticks.append, folder / "stacks", patience_s=1.0)
+    watchdog = Watchdog(0 if how == "off" else 3.0, tell, ticks.append, "test", patience_s=1.0)
     watchdog.start()
     for step in range(12):
         watchdog.beat(f"step {step}: training")
@@ -51,6 +52,13 @@ thread.join()
 """
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process and its children a folder of their own for temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
 def run(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROCESS, str(folder), how]
     return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
@@ -62,7 +70,7 @@ def test_a_process_that_goes_on_is_left_alone(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     assert not (tmp_path / "hang.json").exists()
-    assert not list((tmp_path / "stacks").iterdir())
+    assert not list(tmp_path.glob("s5_stacks_*"))
 
 
 @pytest.mark.slow
@@ -83,12 +91,13 @@ def test_a_hang_with_pythons_lock_leaves_its_stacks_in_the_folder(tmp_path: Path
     done = run(tmp_path, "native")
     assert done.returncode == 1
     assert not (tmp_path / "hang.json").exists()
-    (text,) = leftovers(tmp_path / "stacks")
+    (text,) = leftovers("test")
     assert "in hanging" in text
-    assert leftovers(tmp_path / "stacks") == []
+    assert leftovers("test") == []
 
 
-def test_stacks_of_processes_that_run_are_left(tmp_path: Path) -> None:
-    (tmp_path / "1.txt").write_text("of another process")
-    assert leftovers(tmp_path) == []
-    assert (tmp_path / "1.txt").exists()
+def test_stacks_of_processes_that_run_and_of_other_runs_are_left(tmp_path: Path) -> None:
+    for name in ("s5_stacks_test_1.txt", "s5_stacks_other_999999999.txt"):
+        (tmp_path / name).write_text("of another process")
+    assert leftovers("test") == []
+    assert len(list(tmp_path.iterdir())) == 2
