@@ -58,6 +58,8 @@ class Lifeline:
         self._mailbox, self._rank = mailbox, rank
         self._phase = ""
         self._stop = False
+        # The watchdog's own thread asks, and would count as hanging.
+        self._patience_s = min(TELL_S, hang_timeout_s / 2) or TELL_S
         key = mailbox._actor_id.hex()
         for text in leftovers(key):
             mailbox.add_stacks.remote(text)
@@ -95,7 +97,7 @@ class Lifeline:
     def _pulse(self, phase: str) -> None:
         try:
             pulse = self._mailbox.pulse.remote(PROCESS.group, self._rank, phase)
-            belongs, self._stop = ray.get(pulse, timeout=TELL_S)
+            belongs, self._stop = ray.get(pulse, timeout=self._patience_s)
         except ray.exceptions.ActorDiedError:
             belongs = False  # The driver is gone.
         except (ray.exceptions.RayError, TimeoutError):
@@ -109,7 +111,9 @@ def loss_of(error: Exception) -> Loss:
     cause = getattr(error, "health_check_failure", error)
     if isinstance(cause, ray.exceptions.RayActorError):
         text = " ".join(str(cause).split())
-        node = cause.preempted or "node has died" in text or "node was terminated" in text
+        # Where only a process has died, its node says so at once; of a lost node Ray learns after half a minute.
+        gone = cause.preempted or isinstance(cause, ray.exceptions.ActorUnavailableError)
+        node = gone or "node has died" in text or "node was terminated" in text
         # Behind a page on the actor, Ray's detail, and before a list of what may cause such a thing.
         detail = text.rpartition("Worker exit detail: ")[2].partition(". Some common causes")[0]
         return Loss("node" if node else "ended", detail[:200])

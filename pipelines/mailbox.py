@@ -23,7 +23,7 @@ class Loss:
     """Why Ray Train has lost a worker."""
 
     kind: Literal["ended", "node", "silent", "raised"]
-    """Its process ended, its node was lost or taken away, it does not answer, or it raised an error."""
+    """Its process ended, its node was lost or cannot be reached, it does not answer, or it raised an error."""
     reason: str
     """Ray's reason or the error, in a line."""
 
@@ -175,7 +175,7 @@ class Mailbox:
             return f"{self._names(list(told))} had to end, {next(iter(told.values()))}, and saved first", False
         nodes = [rank for rank, loss in losses.items() if loss.kind == "node"]
         if nodes:
-            return f"{self._names(nodes)} lost with the node", False
+            return f"{self._names(nodes)} lost, with the node or the way to it", False
         if hanging := self._hanging(losses):
             if len(hanging) > 1:
                 return f"{self._names(hanging)} got no further (which of them hangs cannot be told)", True
