@@ -22,7 +22,7 @@ class TrainingError(RuntimeError):
 
 
 class SkippedStep(NamedTuple):
-    """A step that changed nothing, since its loss or gradient was not finite."""
+    """A step that changed no weight, optimiser state or moving average, since loss or gradient were not finite."""
 
     step: int
     """Number of the step, from 1."""
@@ -38,8 +38,8 @@ class NotFiniteError(TrainingError):
         videos = ", ".join(last.video_ids[:3])
         super().__init__(
             f"loss or gradient are not finite in steps {first.step} to {last.step}, more in a row than "
-            f"loop.max_skipped allows: lower optim.lr, raise optim.warmup, or look at the videos of the last of them "
-            f"({videos}{', ...' if len(last.video_ids) > 3 else ''}); the last checkpoint is kept"
+            f"loop.max_skipped allows: lower optim.lr or raise optim.warmup with another --out, or look at the videos "
+            f"of the last of them ({videos}{', ...' if len(last.video_ids) > 3 else ''}); the last checkpoint is kept"
         )
         self.skipped = skipped
 

@@ -81,6 +81,8 @@ class Fit:
         if start < self.steps:
             with self._saver(start) as self.saver:
                 step, stopped = self._train(start)
+            # A worker that ends before the last checkpoint is written may have the others torn down.
+            distributed.any_worker(False, self.context.device)
             self.metrics |= self.saver.row if self.saver else {}
         return FitResult(step, start, self.metrics, stopped)
 
@@ -126,6 +128,7 @@ class Fit:
         # Not before: what is compiled or computed anew would be counted wrongly.
         prepare(self.task, self.loop)
         batches = chain([first], batches)
+        window.reset()
         stopped = False
         for step in range(start + 1, self.steps + 1):
             self.context.beat(f"step {step}: waiting for data")

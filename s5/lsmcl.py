@@ -25,14 +25,16 @@ from s5.model import VideoModel
 
 
 def info_nce(query_BD: Tensor, key_GD: Tensor, temperature: float, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the InfoNCE loss, mean over the queries, and the cosine similarities (B, G).
+    """Return the InfoNCE loss, mean over the queries, and the cosine similarities (B, G), both in fp32.
 
     The positive of query `i` is key `first + i`; all other keys are negatives. The loss is scaled by twice the
     temperature, as in MoCo v3's algorithm 1, so that its gradient does not depend on it to first order.
     """
-    similarity_BG = F.normalize(query_BD.float(), dim=-1) @ F.normalize(key_GD.float(), dim=-1).T
-    target_B = first + torch.arange(len(query_BD), device=query_BD.device)
-    loss = F.cross_entropy(similarity_BG / temperature, target_B) * 2 * temperature
+    # Autocast would take the product in half precision, where similarities of 1024 keys have many ties.
+    with torch.autocast(query_BD.device.type, enabled=False):
+        similarity_BG = F.normalize(query_BD.float(), dim=-1) @ F.normalize(key_GD.float(), dim=-1).T
+        target_B = first + torch.arange(len(query_BD), device=query_BD.device)
+        loss = F.cross_entropy(similarity_BG / temperature, target_B) * 2 * temperature
     return loss, similarity_BG
 
 

@@ -110,6 +110,8 @@ class Saver:
     def _room(self, step: int) -> Snapshot:
         """Return memory for a checkpoint: free, or that of one that waits and can be done without."""
         with self._changed:
+            if self._broken is not None:
+                raise self._broken
             replaced = self._waiting
             if replaced is None or replaced.meta.evaluated:
                 self._wait(lambda: self._waiting is None and bool(self._free))

@@ -60,9 +60,15 @@ def backward_in_parts(
         with autocast():
             again = task.encode(part)
         here = slice(first, first + len(part.video_ids))
-        pairs = [(again[name], leaf.grad[here]) for name, leaf in leaves.items() if leaf.grad is not None]
-        torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
         first = here.stop
+        pairs = [
+            (again[name], leaf.grad[here])
+            for name, leaf in leaves.items()
+            if leaf.grad is not None and again[name].requires_grad
+        ]
+        # Nothing that is encoded is trained where the backbone is frozen and no weight comes after it.
+        if pairs:
+            torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
     return scalars
 
 
@@ -80,7 +86,8 @@ class Stepper:
 
     Args:
         task: what is trained.
-        model: the task, or what wraps it to average gradients over workers.
+        model: the task, or what wraps it to average gradients over workers; the task where there may be parts, whose
+            gradients are averaged here, once.
         optimizer: over the task's trained weights.
         clip_norm: largest norm of the gradient, 0 for no limit.
         config: precision and parts.
@@ -121,13 +128,15 @@ class Stepper:
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def _backward(self, batch: ClipBatch) -> dict[str, Tensor]:
-        if self.config.micro_batch:
-            found = backward_in_parts(self.task, batch, self.config.micro_batch, self._autocast, self.scaler)
+        rows = self.config.micro_batch
+        if rows and len(batch.video_ids) > rows:
+            scalars = backward_in_parts(self.task, batch, rows, self._autocast, self.scaler)
+        else:
+            with self._autocast():
+                scalars = self.model(batch)
+            self.scaler.scale(visible(scalars["loss"])).backward()  # type: ignore[no-untyped-call]
+        if rows:
             distributed.average_gradients(self.trained)
-            return found
-        with self._autocast():
-            scalars: dict[str, Tensor] = self.model(batch)
-        self.scaler.scale(visible(scalars["loss"])).backward()  # type: ignore[no-untyped-call]
         return scalars
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -50,10 +50,13 @@ class LocalStore:
 
     def listing(self) -> dict[str, set[str]]:
         """Return the folders with the names of their files."""
-        try:
-            return {path.name: set(os.listdir(path)) for path in self.folder.iterdir() if path.is_dir()}
-        except FileNotFoundError:
-            return {}
+        found: dict[str, set[str]] = {}
+        with suppress(FileNotFoundError):
+            for path in list(self.folder.iterdir()):
+                # Another process may delete one meanwhile.
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    found[path.name] = set(os.listdir(path))
+        return found
 
     def put(self, name: str, file: str, blocks: Iterable[memoryview]) -> None:
         """Write a file under another name, have the disk take it, and only then give it its name."""

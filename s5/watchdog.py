@@ -18,12 +18,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 EXIT_STATUS = 70
 """With which the thread ends a process that hangs; faulthandler's status is 1."""
 TICK_S = 0.5
-WAITING = f"{os.sep}torch{os.sep}distributed{os.sep}"
-"""Part of the name of files whose functions wait for other processes."""
+WAITING = (os.path.join("torch", "distributed", ""), os.path.join("torch", "autograd", "graph.py"))
+"""Parts of the names of files whose functions wait for other processes: collectives, and DDP's in a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Hang:
     stacks: str
     """What all of its threads were doing."""
     waits: bool
-    """Whether the thread that gave the beats was in a collective, waiting for another process."""
+    """Whether the thread that gave the beats may have been in a collective, waiting for another process. On a GPU the
+    device waits, which is not seen here."""
 
 
 class Watchdog:
@@ -46,7 +48,7 @@ class Watchdog:
     Args:
         timeout_s: seconds without a beat after which the process is ended; 0 for never.
         on_hang: told of the hang before that; it may take `patience_s` seconds.
-        on_tick: called with the last beat twice a second while the thread runs.
+        on_tick: called with the last beat twice a second while the thread runs; it must not take `timeout_s`.
         key: names the run in the file for the stacks of a process whose Python does not run any more (`leftovers`).
         patience_s: time after which the process is ended though `on_hang` has not come back.
     """
@@ -85,16 +87,21 @@ class Watchdog:
 
     def _watch(self) -> None:
         with self._path.open("w") as file:
-            while not self._stopped.wait(TICK_S):
-                if self._timeout_s:
-                    # Counts down in C: reached only where this thread is kept from setting it anew.
-                    faulthandler.dump_traceback_later(self._timeout_s + TICK_S, exit=True, file=file)
-                phase, since = self._beat
-                silent = time.monotonic() - since
-                if self._timeout_s and silent > self._timeout_s:
-                    self._end(phase, silent)
-                self._on_tick(phase)
-            faulthandler.cancel_dump_traceback_later()
+            try:
+                self._watch_until_stopped(file)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _watch_until_stopped(self, file: IO[str]) -> None:
+        while not self._stopped.wait(TICK_S):
+            if self._timeout_s:
+                # Counts down in C: reached only where this thread is kept from setting it anew.
+                faulthandler.dump_traceback_later(self._timeout_s + TICK_S, exit=True, file=file)
+            phase, since = self._beat
+            silent = time.monotonic() - since
+            if self._timeout_s and silent > self._timeout_s:
+                self._end(phase, silent)
+            self._on_tick(phase)
 
     def _end(self, phase: str, silent: float) -> None:
         # What is told may not arrive either.
@@ -106,7 +113,7 @@ class Watchdog:
 
     def _waits(self) -> bool:
         frame = sys._current_frames().get(self._watched)
-        return frame is not None and WAITING in frame.f_code.co_filename
+        return frame is not None and any(part in frame.f_code.co_filename for part in WAITING)
 
 
 def stacks(first: int) -> str:

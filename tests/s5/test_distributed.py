@@ -141,8 +141,11 @@ def finetune_unevenly(rank: int, world: int) -> dict[str, Any]:
 
 def in_parts(rank: int, world: int) -> dict[str, Any]:
     """Steps that several workers take in parts of at most two pairs, and one worker at once."""
-    torch.manual_seed(0)
+    torch.manual_seed(rank)
     task = LSMCL(MODEL, TASK)
+    distributed.copy_from_first(task)
+    # Several messages, and weights larger than one.
+    distributed.BUCKET = 1000
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.05)
     config = LoopConfig(micro_batch=2 if world > 1 else 0)
     stepper = Stepper(task, task, optimizer, 0.0, config, torch.device("cpu"))

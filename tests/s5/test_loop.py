@@ -78,6 +78,33 @@ def test_resume_equals_a_straight_run_bit_for_bit(
         assert torch.equal(value, weights[name]), name
 
 
+def test_resume_takes_up_the_scale_of_an_fp16_loss(tmp_path: Path) -> None:
+    """Which the first steps lower: where it begins anew, other steps are skipped."""
+    straight = lsmcl_fit(SoloContext(), precision="fp16")
+    straight.run()
+    context = SoloContext(tmp_path)
+    lsmcl_fit(context, stopping(context, 5), precision="fp16").run()
+    resumed = lsmcl_fit(SoloContext(tmp_path), precision="fp16")
+    resumed.run()
+    torch.testing.assert_close(resumed.task.state_dict(), straight.task.state_dict(), rtol=0, atol=0)
+    assert resumed.stepper.scaler.state_dict() == straight.stepper.scaler.state_dict()
+    assert straight.stepper.scaler.get_scale() != torch.amp.GradScaler("cpu").get_scale()
+
+
+def test_flops_are_counted_before_anything_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[bool] = []
+
+    def count(task: torch.nn.Module, item: ClipBatch) -> float:
+        counted.append(any(getattr(module, "recompute", False) for module in task.modules()))
+        return 1.0
+
+    monkeypatch.setattr("s5.loop.model_flops", count)
+    fit = lsmcl_fit(SoloContext(), recompute=True)
+    fit.run()
+    assert counted == [False]
+    assert any(getattr(module, "recompute", False) for module in fit.task.modules())
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     lsmcl_fit(SoloContext(tmp_path)).run()
     again = SoloContext(tmp_path)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from s5.backbone import Backbone
-from s5.config import LoopConfig, OptimConfig
+from s5.batch import ClipBatch
+from s5.config import DecoderConfig, LoopConfig, ModelConfig, OptimConfig
+from s5.decoders import build_decoder
 from s5.finetune import Supervised
-from s5.lsmcl import LSMCL
+from s5.lsmcl import LSMCL, info_nce
 from s5.model import VideoModel
 from s5.optim import build_optimizer
 from s5.step import Stepper, backward_in_parts, prepare
@@ -95,6 +97,60 @@ def test_parts_have_the_gradient_and_the_scalars_of_the_whole(make: Make, rows: 
     torch.testing.assert_close(dict(parted.named_buffers()), dict(whole.named_buffers()))
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 3e-3)])
+@pytest.mark.parametrize("make", [lsmcl, classifier])
+def test_parts_have_the_gradient_of_the_whole_in_half_precision(make: Make, precision: str, tolerance: float) -> None:
+    """Autocast covers every pass of the parts as it covers the whole, and the loss is scaled once."""
+    whole, parted = (half_step(make, precision, micro_batch=rows)[1] for rows in (0, 2))
+    assert (whole - parted).norm() < tolerance * whole.norm()
+    assert not torch.equal(whole, parted)
+
+
+def test_parts_work_where_no_weight_is_trained_in_front_of_the_heads() -> None:
+    frozen = ModelConfig(backbone=replace(MODEL.backbone, frozen=True), decoder=DecoderConfig(name="tsn"))
+    found = []
+    for rows in (0, 2):
+        torch.manual_seed(0)
+        task = LSMCL(frozen, TASK).train()
+        optimizer = build_optimizer(task, OptimConfig(lr=1e-3))
+        Stepper(task, task, optimizer, 1.0, LoopConfig(micro_batch=rows), CPU)(batch(0, SIZE))
+        found.append(task.state_dict())
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(0, 1), (SIZE, 1), (100, 1), (4, 4)])
+def test_a_share_that_fits_is_computed_at_once(rows: int, passes: int) -> None:
+    task, seen = classifier(), []
+    task.model.backbone.register_forward_hook(lambda *_: seen.append(1))
+    Stepper(task, task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(micro_batch=rows), CPU)(batch(0, SIZE))
+    assert len(seen) == passes
+
+
+class Infinite(Supervised):
+    """Its loss is infinite and its gradient is not."""
+
+    def forward(self, item: ClipBatch) -> dict[str, Tensor]:
+        scalars = super().forward(item)
+        return scalars | {"loss": scalars["loss"] + torch.inf}
+
+
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is() -> None:
+    task = Infinite(VideoModel(MODEL, 2), "class").train()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(task(batch(0))["loss"], task.model.head.parameters()))
+    _, taken = Stepper(task, task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(), CPU)(batch(0))
+    assert not taken
+
+
+def test_similarities_are_in_fp32_under_autocast() -> None:
+    """Rounded to bf16, many of them would tie."""
+    query, key = torch.randn(8, 16), torch.randn(64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, similarity = info_nce(query, key, 0.2)
+    expected_loss, expected = info_nce(query, key, 0.2)
+    assert torch.equal(similarity, expected)
+    assert torch.equal(loss, expected_loss)
+
+
 def test_parts_hold_the_graph_of_some_rows_at_a_time() -> None:
     most = []
     for rows in (SIZE, 2):
@@ -122,11 +178,12 @@ def test_recomputing_changes_no_value_and_holds_less(make: Make) -> None:
     assert bytes_ < 0.6 * plain_bytes
 
 
-def half_step(make: Make, precision: str) -> tuple[float, Tensor, nn.Module]:
+def half_step(make: Make, precision: str, micro_batch: int = 0) -> tuple[float, Tensor, nn.Module]:
     """Return the loss of a first step, its gradient in one piece, and the task after it."""
     task = make()
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1.0)
-    stepper = Stepper(task, task, optimizer, 0.0, replace(LoopConfig(), precision=precision), CPU)  # type: ignore[arg-type]
+    config = LoopConfig(precision=precision, micro_batch=micro_batch)  # type: ignore[arg-type]
+    stepper = Stepper(task, task, optimizer, 0.0, config, CPU)
     # The usual one overflows at this size.
     stepper.scaler = GradScaler("cpu", init_scale=2.0**6, enabled=precision == "fp16")
     before = [p.detach().clone() for p in stepper.trained]
@@ -135,6 +192,21 @@ def half_step(make: Make, precision: str) -> tuple[float, Tensor, nn.Module]:
     moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, stepper.trained, strict=True)])
     task.after_step(0.5)
     return float(scalars["loss"].detach()), moved, task
+
+
+def test_decoders_recompute_their_blocks_too() -> None:
+    most = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        decoder = build_decoder(DecoderConfig(name="lst", blocks=2), 32).train()
+        prepare(decoder, LoopConfig(recompute=recompute))
+        saved = SavedBytes()
+        with saved.hooks():
+            features = decoder(torch.randn(2, 40, 32), torch.arange(2)).features_BD
+            held = saved.now
+            features.sum().backward()
+        most.append(held)
+    assert most[1] < 0.6 * most[0]
 
 
 @pytest.mark.parametrize(("precision", "tolerance", "least_cosine"), [("bf16", 0.02, 0.9), ("fp16", 0.003, 0.999)])
@@ -165,9 +237,11 @@ def test_fp16_lowers_its_scale_instead_of_taking_a_step_that_overflows() -> None
 
 @pytest.mark.parametrize("make", [lsmcl, classifier])
 def test_one_kernel_updates_weights_as_many_do(make: Make) -> None:
-    fused, _ = trained(make)
+    for fused in (True, False):
+        assert build_optimizer(make(), OptimConfig(fused=fused)).defaults["fused"] == fused
+    one, _ = trained(make)
     plain, _ = trained(make, optim=OptimConfig(lr=1e-3, fused=False))
-    assert fused == pytest.approx(plain, rel=1e-4)
+    assert one == pytest.approx(plain, rel=1e-4)
 
 
 def test_the_gradient_is_clipped_to_its_norm() -> None:
@@ -186,6 +260,7 @@ def test_compiling_changes_no_value() -> None:
     expected, plain = trained(lsmcl)
     losses, compiled = trained(lsmcl, compile=True)
     assert losses == pytest.approx(expected, rel=1e-3)
+    assert sum(module._compiled_call_impl is not None for module in compiled.modules()) == 4
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def stopping(context: SoloContext, at: int) -> Callable[[int], Generator[ClipBat
     return source
 
 
-def lsmcl_fit(context: SoloContext, source: Callable[[int], Generator[ClipBatch]] = batches, **loop: int) -> Fit:
+def lsmcl_fit(context: SoloContext, source: Callable[[int], Generator[ClipBatch]] = batches, **loop: Any) -> Fit:
     """Return a short LSMCL run from a fixed seed."""
     config = replace(LoopConfig(log_every=1, batch_size=BATCH), **loop)
     torch.manual_seed(config.seed)
@@ -93,7 +94,7 @@ def finetune_fit(
     context: SoloContext,
     source: Callable[[int], Generator[ClipBatch]] = batches,
     model: ModelConfig = MODEL,
-    **loop: int,
+    **loop: Any,
 ) -> Fit:
     """Return a short fine-tuning from a fixed seed, with a temperature that changes."""
     decoder = replace(model.decoder, selection=replace(model.decoder.selection, temperature_end=0.1))
