@@ -22,6 +22,9 @@ from tests.clusters.local_cluster import LocalCluster, client_environment, desce
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
+# Longer than the first batch takes on a busy machine.
+HANG_S = 60
+
 
 @pytest.fixture
 def cluster() -> Iterator[LocalCluster]:
@@ -111,7 +114,7 @@ def test_a_node_is_taken_away(nodes: LocalCluster, tmp_path: Path, how: str) -> 
 @pytest.mark.drill
 @pytest.mark.parametrize("how", ["native", "python", "stopped"])
 def test_a_worker_hangs(cluster: LocalCluster, tmp_path: Path, how: str) -> None:
-    drill = started(tmp_path, cluster, (5,), scale__num_workers=2, scale__hang_timeout_s=15)
+    drill = started(tmp_path, cluster, (5,), scale__num_workers=2, scale__hang_timeout_s=HANG_S)
     hanging = drill.held(5, 2)[1]
     if how == "stopped":
         os.kill(hanging.process, signal.SIGSTOP)
@@ -132,7 +135,7 @@ def test_a_worker_hangs(cluster: LocalCluster, tmp_path: Path, how: str) -> None
 
 @pytest.mark.drill
 def test_one_worker_that_is_stopped_is_replaced(cluster: LocalCluster, tmp_path: Path) -> None:
-    drill = started(tmp_path, cluster, (5,), scale__hang_timeout_s=8)
+    drill = started(tmp_path, cluster, (5,), scale__hang_timeout_s=HANG_S)
     stopped = drill.held(5, 1)[0]
     os.kill(stopped.process, signal.SIGSTOP)
     drill.release(5)
