@@ -5,17 +5,20 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines import provenance, storage, tracking
 from pipelines.config import StageConfig, UserError, flatten
 from s5.video import Failure
+
+Result = TypeVar("Result")
 
 RESULT = "result.json"
 RUN = "run.json"
@@ -33,6 +36,20 @@ FREE_SETTINGS = (
     *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
     *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
 )
+
+
+def in_thread(work: Callable[[], Result]) -> Future[Result]:
+    """Run work in a thread that does not hold up the end of the process; the future has its result or its error."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001  raised where the result is asked for, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class StageError(Exception):

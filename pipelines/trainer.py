@@ -6,10 +6,10 @@ Nothing here knows what is trained: a stage hands in a function that builds the 
 from __future__ import annotations
 
 import os
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from pipelines.cluster import SLIVER, check_cluster, shared_out
 from pipelines.config import DataConfig, ScaleConfig, UserError
 from pipelines.lifeline import Lifeline, last_line, loss_of, prepare
 from pipelines.mailbox import SILENT_S, Mailbox
-from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, signals_received
+from pipelines.stage import CHECKPOINTS, Stage, StageError, StoppedError, in_thread, signals_received
 from s5.checkpoint import CheckpointError
 from s5.config import LoopConfig
 from s5.context import NotFiniteError, TrainingError
@@ -309,39 +309,31 @@ def _drive(
     report: Sequence[OnRow],
 ) -> Any:
     """Run the trainer in a thread; the main thread takes rows, and signals, on which `fit` itself would abort."""
-    ended: list[Any] = []
-
-    def fit() -> None:
-        try:
-            ended.append(trainer.fit())
-        except Exception as error:  # noqa: BLE001  handed to the caller below, whatever it is
-            ended.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
     asked = False
     with signals_received(stage, "saving a checkpoint first") as received:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
+        fit = in_thread(trainer.fit)
+        while not fit.done():
+            wait([fit], POLL_SECONDS)
             if received and not asked:
                 asked = True
                 mailbox.request_stop.remote()
             _pass_on(mailbox, stage, report)
         _pass_on(mailbox, stage, report)
-    outcome = ended[0]
-    if isinstance(outcome, Exception):
+    error = fit.exception()
+    if error is not None:
         failure = ray.get(mailbox.failure.remote())
         if not failure:
-            storage.write_bytes(stage.path(ERROR), f"{outcome}\n".encode())
-            raise StageError(f"training failed: {_cause(outcome)}; all of it is in {stage.path(ERROR)}") from outcome
+            storage.write_bytes(stage.path(ERROR), f"{error}\n".encode())
+            raise StageError(f"training failed: {_cause(error)}; all of it is in {stage.path(ERROR)}") from error
         raise StageError(failure)
-    fit_result: FitResult | None = outcome.return_value
+    result: Any = fit.result()
+    fit_result: FitResult | None = result.return_value
     if received and fit_result is not None and fit_result.stopped:
         raise StoppedError(
             f"stopped at step {fit_result.step} as asked; the checkpoint is kept, and the same command resumes",
             128 + received[0],
         )
-    return outcome
+    return result
 
 
 def _pass_on(mailbox: Any, stage: Stage, report: Sequence[OnRow]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipelines import index, sample, space, sweep
+from pipelines import index, sample, space, sweep, trials
 from pipelines.config import (
     FinetuneConfig,
     IndexConfig,
@@ -25,6 +25,7 @@ from pipelines.config import (
 )
 from pipelines.runs import Run, read_runs
 from pipelines.stage import StoppedError
+from pipelines.trainer import RAY_TRAIN
 
 SMALL = {
     "model.backbone.name": "vit_tiny_patch16_224",
@@ -107,7 +108,7 @@ def test_entries_without_or_with_two_values_are_named(entries: tuple[str, ...], 
 )
 def test_a_metric_that_no_trial_has_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sweep.check_metric(override(SweepConfig(), changes))
+        trials.check_metric(override(SweepConfig(), changes))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +116,14 @@ def test_a_metric_that_no_trial_has_is_refused(changes: dict[str, Any], message:
     [("val/mse", "min"), ("train/loss", "min"), ("val/mae", "min"), ("knn/top1", "max"), ("val/accuracy", "max")],
 )
 def test_errors_and_losses_are_minimised(metric: str, order: str) -> None:
-    assert sweep.order(SweepConfig(metric=metric)) == order
+    assert trials.order(SweepConfig(metric=metric)) == order
 
 
 def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space_ = ("finetune.checkpoint=a,b", "model.backbone.weights=timm,w.pt,s3://b/w.pt")
     config = SweepConfig(out="out", space=space_, stages="finetune")
-    plans = sweep.plan(config, space.parse(config))
+    plans = trials.plan(config, space.parse(config))
     settings = [each.stages["finetune"] for each in plans]
     assert {each.manifest for each in settings} == {f"{tmp_path}/out/index/manifest.parquet"}
     assert {each.checkpoint for each in settings if isinstance(each, FinetuneConfig)} == {
@@ -206,12 +207,13 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.usefixtures("ray_local")
 def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path) -> None:
-    config = of_pretraining(manifest, tmp_path)
+    # Long enough for a trial not to end by itself before it is stopped.
+    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=25)
     first, second = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio}" / "pretrain" for ratio in (0.25, 0.75))
     sent: list[float] = []
 
     def interrupt() -> None:
-        while not (second / "checkpoints").exists():
+        while not (second / RAY_TRAIN).exists():
             time.sleep(0.1)
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
