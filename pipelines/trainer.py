@@ -77,7 +77,7 @@ class RayContext:
         """Return the module under DDP; running statistics are already the same on all workers."""
         if self.world_size == 1:
             return module
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Send a row to the driver without waiting for it."""

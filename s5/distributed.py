@@ -6,12 +6,11 @@ With no process group every function is the identity, so that the same lines run
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 Value = TypeVar("Value")
 BUCKET = 2**23
@@ -110,11 +109,25 @@ def copy_from_first(module: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all workers, whose gradient is the sum of all workers' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _total(values: Tensor) -> Tensor:
     """Return the sum over all workers; its gradient crosses workers too."""
-    if world_size() == 1:
-        return values
-    return cast(Tensor, all_reduce(values))  # type: ignore[no-untyped-call]
+    return values if world_size() == 1 else cast(Tensor, _Sum.apply(values))
 
 
 class BatchNorm(nn.BatchNorm1d):

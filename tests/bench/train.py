@@ -185,7 +185,7 @@ class GroupContext(SoloContext):
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module under DDP."""
-        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(module, forward_sync_buffers=False)
 
 
 def _group_worker(rank: int, world: int, folder: str, job: InMemory, found: Any) -> None:
