@@ -37,7 +37,6 @@ from s5.checkpoint import Meta
 from s5.clips import clip_seed
 from s5.config import ClipConfig
 from s5.video import VideoError, read_frames
-from tests.pipelines.test_storage import bucket, s3_service  # noqa: F401
 from tests.pipelines.test_training import MODEL, losses
 from tests.s5.videos import truncate
 
@@ -375,7 +374,7 @@ def test_damage_is_told(cached: str, tmp_path: Path) -> None:
 # --- storage --------------------------------------------------------------------------------------------------------
 
 
-def test_features_in_an_object_store_read_the_same(cached: str, bucket: str) -> None:  # noqa: F811
+def test_features_in_an_object_store_read_the_same(cached: str, bucket: str) -> None:
     copy = f"{bucket}/features"
     for path in sorted(Path(cached).rglob("*")):
         if path.is_file():
