@@ -68,7 +68,7 @@ class Mailbox:
         self._stop = False
         self._failure = ""
         self._left, self._max_failures, self._silent_s = max_failures, max_failures, silent_s
-        self._group, self._size, self._began = "", 0, False
+        self._group, self._size, self._lost = "", 0, False
         self._workers: dict[int, Worker] = {}
         self._saved = 0
 
@@ -117,7 +117,7 @@ class Mailbox:
 
     def begin(self, group: str, size: int) -> None:
         """Take note that a group of workers starts; those of an earlier group are no part of the run any more."""
-        self._group, self._began = group, False
+        self._group, self._lost = group, False
         self._size, before = size, self._size
         self._workers = {}
         if before and before != size:
@@ -154,6 +154,9 @@ class Mailbox:
 
     def lost(self, losses: dict[int, Loss]) -> bool:
         """Take note of what Ray Train has lost; return whether the workers are to start again."""
+        if self._lost:
+            return not self._failure  # Told again, as Ray Train does while a node is drained.
+        self._lost = True
         what, counts = self._what(losses)
         self._left -= counts
         if not self._failure and self._left < 0:

@@ -66,7 +66,9 @@ folder, settings = sys.argv[1], json.loads(sys.argv[2])
 build = pretrain.build
 
 def recorded(job, context):
+    import ray
     from pipelines import clips, decode
+    from ray.train.v2._internal.execution.context import get_train_context
     from pipelines.lifeline import PROCESS
 
     control, decode_chunk = f"{folder}/control", decode.decode_chunk
@@ -86,8 +88,11 @@ def recorded(job, context):
         for batch in batches(start):
             with open(f"{folder}/record_{os.getpid()}.jsonl", "a") as lines:
                 row = [batch.step, context.rank, context.world_size, batch.epoch, batch.video_ids]
-                lines.write(json.dumps([*row, PROCESS.group, os.getpid()]) + "\\n")
+                row += [PROCESS.group, os.getpid(), ray.get_runtime_context().get_node_id()]
+                lines.write(json.dumps(row) + "\\n")
             while os.path.exists(f"{control}/hold_{batch.step}"):
+                if get_train_context().preemption_context.preemption_info is not None:
+                    open(f"{folder}/notice_{context.rank}", "w").close()
                 time.sleep(0.1)
             for name in glob.glob(f"{control}/hang_{batch.step}_{context.rank}_*"):
                 os.remove(name)
@@ -120,6 +125,7 @@ class Row:
     videos: list[str]
     group: str
     process: int
+    node: str
 
 
 @dataclass

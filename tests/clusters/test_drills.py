@@ -91,7 +91,7 @@ def test_lost_decoders_and_workers(cluster: LocalCluster, tmp_path: Path) -> Non
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("how", ["lost", "drained"])
+@pytest.mark.parametrize("how", ["lost", "ended"])
 def test_a_node_is_taken_away(nodes: LocalCluster, tmp_path: Path, how: str) -> None:
     # Each node has room for one worker: two of three work.
     drill = started(tmp_path, nodes, (5, 10), scale__num_workers=2, scale__cpus_per_worker=1.25)
@@ -109,6 +109,30 @@ def test_a_node_is_taken_away(nodes: LocalCluster, tmp_path: Path, how: str) -> 
     assert begun[0] == 0
     assert begun[1] >= 3
     assert "failure" not in told(drill, f"process {worker.process})", "going on from")
+
+
+@pytest.mark.drill
+def test_a_node_is_drained(nodes: LocalCluster, tmp_path: Path) -> None:
+    drill = started(tmp_path, nodes, (6,), scale__num_workers=2, scale__cpus_per_worker=1.25)
+    worker = drill.held(6, 2)[1]
+    # As a cloud's notice does: two minutes, of which none is waited for.
+    drain = ["ray", "drain-node", "--address", nodes.gcs_address, "--node-id", worker.node]
+    drain += [
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "120",
+    ]
+    subprocess.run(drain, env=client_environment(nodes), check=True, capture_output=True, timeout=WAIT_S)
+    drill.wait(lambda: (tmp_path / "notice_1").exists(), "the worker hears of nothing")
+    drill.release(6)
+    drill.finish()
+    # Saved after the step that ran, away from the steps at which checkpoints are due.
+    assert drill.check_order() == [0, 7]
+    assert worker.node not in {row.node for row in drill.rows() if row.step > 6}
+    assert "failure" not in told(drill, f"process {worker.process})", "had to end, its node is taken away")
 
 
 @pytest.mark.drill
