@@ -35,7 +35,7 @@ $(READY): pyproject.toml
 test: $(READY)  ## Run the tests; TESTS=tests/s5 for a part, ARGS="-m 'not slow'" for pytest's options
 	$(PYTHON) -m pytest $(ARGS) $(TESTS)
 
-drills: $(READY)  ## Lose workers, nodes and drivers, and have workers hang, on clusters of several nodes; 15 minutes
+drills: $(READY)  ## Lose workers, nodes and drivers, and have workers hang, on clusters of several nodes; 25 minutes
 	$(PYTHON) -m pytest -m drill $(ARGS) tests/clusters
 
 check: $(READY)  ## Lint, formatting, types and the rooms rule
