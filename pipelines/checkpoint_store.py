@@ -45,7 +45,7 @@ class ObjectStore:
     def put(self, name: str, file: str, blocks: Iterable[memoryview]) -> None:
         """Upload a file."""
         folder = storage.join(self._inner, name)
-        self._system.create_dir(folder, recursive=True)
+        storage.make_folder(self._system, folder)
         with self._system.open_output_stream(storage.join(folder, file)) as sink:
             for block in blocks:
                 sink.write(block)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +26,8 @@ from s5.clips import beyond, long_short_times, protocol_times, training_times
 from s5.config import ClipConfig, Protocol
 from s5.video import FrameArray, VideoError
 
-ATTEMPTS = 2
-"""Times that a video is tried before a spare replaces it; once where it takes too long."""
+Frames = TypeVar("Frames")
+
 AGAIN = 0.1
 """Share of its time limit that a video is given where it took too long before, in the same process."""
 NO_LABEL = -1
@@ -162,18 +164,25 @@ def _first_readable(
     """Return the first candidate that can be read, its clips, and the failures before it."""
     failures: list[dict[str, str]] = []
     for video in candidates:
-        reason = ""
-        for _ in range(ATTEMPTS):
-            try:
-                return video, _read(video, reading), failures
-            except VideoError as error:
-                reason = str(error)
-                if isinstance(error, VideoTimeoutError):
-                    reason = _slow.setdefault(video["uri"], reason)
-                    break
+        try:
+            return video, attempted(partial(_read, video, reading)), failures
+        except VideoTimeoutError as error:
+            reason = _slow.setdefault(video["uri"], str(error))
+        except VideoError as error:
+            reason = str(error)
         failure = {"video_id": video["video_id"], "uri": video["uri"], "reason": reason}
         failures.append({name: storage.redacted(text) for name, text in failure.items()})
     return None, [], failures
+
+
+def attempted(read: Callable[[], Frames]) -> Frames:
+    """Return what `read` returns, which is tried again where a video fails otherwise than by taking too long."""
+    try:
+        return read()
+    except VideoTimeoutError:
+        raise
+    except VideoError:
+        return read()
 
 
 def _read(video: dict[str, Any], reading: Reading) -> list[FrameArray]:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,7 +27,7 @@ from pipelines.checkpoints import trained_backbone, weights_digest
 from pipelines.clips import in_chunks, limit
 from pipelines.cluster import check_cluster, node_cpus
 from pipelines.config import FeaturesConfig
-from pipelines.decode import ATTEMPTS
+from pipelines.decode import attempted
 from pipelines.feature_store import (
     INDEX,
     FeatureMeta,
@@ -41,7 +42,7 @@ from pipelines.feature_store import (
 )
 from pipelines.manifest import digest, read_manifest
 from pipelines.stage import REJECTS, Stage, StageError, finished, progress, stage_run
-from pipelines.video_process import Clips, VideoProcess, VideoTimeoutError
+from pipelines.video_process import Clips, VideoProcess
 from s5.backbone import Backbone
 from s5.video import Failure, FrameArray, VideoError
 
@@ -265,14 +266,8 @@ class Encoder:
     def _read(self, video: dict[str, Any], times_T: FloatArray) -> FrameArray:
         size = self.config.model.backbone.frame_size
         clips = Clips([times_T], size, (video["width"], video["height"]), video["decoder"])
-        process = self.processes.get()
+        process, timeout_s = self.processes.get(), self.config.data.decode_timeout_s
         try:
-            for attempt in range(ATTEMPTS):
-                try:
-                    return process.read(storage.absolute(video["uri"]), clips, self.config.data.decode_timeout_s)[0]
-                except VideoError as error:
-                    if attempt == ATTEMPTS - 1 or isinstance(error, VideoTimeoutError):
-                        raise
+            return attempted(partial(process.read, storage.absolute(video["uri"]), clips, timeout_s))[0]
         finally:
             self.processes.put(process)
-        raise AssertionError

@@ -113,8 +113,9 @@ def _bucket(scheme: str, name: str) -> Any:
     )
 
 
-def _make_folder(system: Any, folder: str) -> None:
-    # Object stores need none, and for Google's pyarrow would make the bucket.
+def make_folder(system: Any, folder: str) -> None:
+    """Make a folder of a file system where it has such a thing: object stores have none."""
+    # For Google's, pyarrow would make the bucket.
     if not isinstance(system, (fs.S3FileSystem, fs.GcsFileSystem)):
         system.create_dir(folder, recursive=True)
 
@@ -244,7 +245,7 @@ def write_bytes(path: str, content: bytes) -> None:
     system, inner = filesystem(path)
     folder = inner.rpartition("/")[0]
     if not isinstance(system, fs.LocalFileSystem):
-        _make_folder(system, folder)
+        make_folder(system, folder)
         with system.open_output_stream(inner) as stream:
             stream.write(content)
         return
@@ -274,7 +275,7 @@ def written(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="video-") as temporary:
         part = Path(temporary) / "part"
         yield str(part)
-        _make_folder(system, folder)
+        make_folder(system, folder)
         with part.open("rb") as source, system.open_output_stream(inner) as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
 

@@ -25,36 +25,25 @@ from pipelines.plan import ClipPlan, plan_of
 from s5.video import probe
 from tests.clusters.local_cluster import LocalCluster, client_environment
 from tests.s5.videos import write_video
+from tests.tiny import HEADS, TINY
 
 ROOT = Path(__file__).parents[2]
 VIDEOS, BATCH, EPOCHS, CHECKPOINT_EVERY = 17, 4, 4, 3
 STEPS = VIDEOS // BATCH * EPOCHS
 WAIT_S = 240
 SETTINGS: dict[str, Any] = {
+    **TINY,
+    **HEADS,
     "tracking.uri": "off",
     "probe_videos": 0,
-    "model.backbone.name": "vit_tiny_patch16_224",
-    "model.backbone.frame_size": 32,
-    "model.backbone.depth": 1,
-    "model.backbone.embed_dim": 16,
-    "model.backbone.num_heads": 2,
-    "model.backbone.patch_size": 8,
-    "model.decoder.blocks": 2,
-    "model.decoder.ssm.state": 8,
-    "clips.frames": 4,
     "clips.long_stride": 0.5,
     "clips.short_stride": 0.25,
-    "lsmcl.hidden": 32,
-    "lsmcl.dim": 16,
-    "optim.lr": 1e-3,
     "loop.evaluate_every": 0,
     "loop.batch_size": BATCH,
     "loop.epochs": EPOCHS,
-    "loop.log_every": 1,
     "loop.checkpoint_every": CHECKPOINT_EVERY,
     "data.clips_per_task": 1,
     "data.cpus_per_decode": 0.25,
-    "scale.cpus_per_worker": 0.5,
 }
 DRIVER = """
 import ctypes, glob, json, os, sys, time

@@ -26,29 +26,9 @@ from pipelines.config import (
 from pipelines.runs import Run, read_runs
 from pipelines.stage import StoppedError
 from pipelines.trainer import RAY_TRAIN
+from tests.tiny import HEADS, TINY
 
-SMALL = {
-    "model.backbone.name": "vit_tiny_patch16_224",
-    "model.backbone.frame_size": 32,
-    "model.backbone.depth": 1,
-    "model.backbone.embed_dim": 16,
-    "model.backbone.num_heads": 2,
-    "model.backbone.patch_size": 8,
-    "model.decoder.blocks": 2,
-    "model.decoder.ssm.state": 8,
-    "clips.frames": 4,
-    "clips.long_stride": 2.0,
-    "clips.short_stride": 0.5,
-    "scale.cpus_per_worker": 0.5,
-    "data.cpus_per_decode": 0.5,
-    "data.clips_per_task": 4,
-    "loop.batch_size": 8,
-    "loop.epochs": 1,
-    "loop.log_every": 1,
-    "loop.evaluate_every": 0,
-    "optim.lr": 1e-3,
-}
-TASK = {"lsmcl.hidden": 32, "lsmcl.dim": 16}
+SMALL = TINY | {"loop.epochs": 1, "loop.evaluate_every": 0}
 
 
 def values_of(*entries: str, **changes: Any) -> list[dict[str, Any]]:
@@ -154,7 +134,7 @@ def of_pretraining(manifest: str, out: Path, **changes: Any) -> SweepConfig:
         space=("lsmcl.mask_ratio=0.25,0.75",),
         stages="pretrain",
         concurrent_trials=1,
-        pretrain=override(PretrainConfig(), SMALL | TASK | {"manifest": manifest}),
+        pretrain=override(PretrainConfig(), SMALL | HEADS | {"manifest": manifest}),
     )
     return override(config, {key.replace("__", "."): value for key, value in changes.items()})
 

@@ -25,30 +25,12 @@ from pipelines.config import (
 from pipelines.runs import metric_history, read_runs
 from pipelines.stage import StageError, StoppedError
 from s5.checkpoint import load_model
+from tests.tiny import HEADS, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_local")]
 
-MODEL = {
-    "model.backbone.name": "vit_tiny_patch16_224",
-    "model.backbone.frame_size": 32,
-    "model.backbone.depth": 1,
-    "model.backbone.embed_dim": 16,
-    "model.backbone.num_heads": 2,
-    "model.backbone.patch_size": 8,
-    "model.decoder.blocks": 2,
-    "model.decoder.ssm.state": 8,
-    "clips.frames": 4,
-    "clips.long_stride": 2.0,
-    "clips.short_stride": 0.5,
-    "scale.cpus_per_worker": 0.5,
-    "data.cpus_per_decode": 0.5,
-    "data.clips_per_task": 4,
-    "loop.batch_size": 8,
-    "loop.epochs": 3,
-    "loop.log_every": 1,
-    "optim.lr": 1e-3,
-}
-TASK = {"lsmcl.hidden": 32, "lsmcl.dim": 16, "loop.evaluate_every": 0}
+MODEL = TINY | {"loop.epochs": 3}
+TASK = HEADS | {"loop.evaluate_every": 0}
 
 
 @pytest.fixture(scope="module")
