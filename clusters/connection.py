@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.config import UserError
+from pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from clusters import connection
-from pipelines import provenance, stage, storage
+from pipelines import storage
 from pipelines.__main__ import parse
-from pipelines.config import StageConfig, SweepConfig, UserError, flatten
+from pipelines.config import StageConfig, SweepConfig, flatten
+from pipelines.errors import UserError
+from pipelines.running import stage
+from pipelines.storage import provenance
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

@@ -10,9 +10,11 @@ from typing import Any
 
 import tyro
 
-from pipelines import stage, storage
-from pipelines.config import STAGES, StageConfig, UserError, flatten, override, unknown
-from pipelines.presets import PRESETS, preset
+from pipelines import storage
+from pipelines.config import STAGES, StageConfig, flatten, override, unknown
+from pipelines.config.presets import PRESETS, preset
+from pipelines.errors import StageError, UserError
+from pipelines.running import stage
 
 USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
 
@@ -29,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     try:
         name, config = parse(argv)
-        importlib.import_module(f"pipelines.{name}").run(config)
+        importlib.import_module(f"pipelines.stages.{name}").run(config)
     except UserError as error:
         return _say(error, 2)
-    except stage.StageError as error:
+    except StageError as error:
         return _say(error, error.code)
     except KeyboardInterrupt:
         return _say("interrupted", 130)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from s5.video import Failure as Failure
+from s5.errors import Failure
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ Config = TypeVar("Config")
 
 DecoderName = Literal["s5", "vis4mer", "lst", "performer", "orthoformer", "tsn", "vtm"]
 Protocol = Literal["uniform", "windows", "whole", "multi-clip"]
-"""Which clips of a video are learnt from and which its result is put together from (`s5.clips`)."""
+"""Which clips of a video are learnt from and which its result is put together from (`s5.video.clip_times`)."""
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:

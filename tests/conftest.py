@@ -51,11 +51,11 @@ def ray_local() -> Iterator[None]:
     """Run Ray with 2 CPUs and its dashboard on this machine, as a stage starts it; tests share it."""
     import ray
 
-    from pipelines import cluster
+    from pipelines.running import resources
 
     # Ray's sockets lie below the folder and their names may have 107 characters: pytest's folders are too deep.
     folder = tempfile.mkdtemp(prefix="s5ray")
-    os.environ.update({key: os.environ.get(key, value) for key, value in cluster.ENVIRONMENT.items()})
+    os.environ.update({key: os.environ.get(key, value) for key, value in resources.ENVIRONMENT.items()})
     ray.init(
         address="local",
         num_cpus=2,
@@ -64,10 +64,10 @@ def ray_local() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=500_000_000,
-        runtime_env={"env_vars": {key: os.environ[key] for key in cluster.ENVIRONMENT}},
+        runtime_env={"env_vars": {key: os.environ[key] for key in resources.ENVIRONMENT}},
         _temp_dir=folder,
     )
-    cluster.ensure_ray()
+    resources.ensure_ray()
     try:
         yield
     finally:

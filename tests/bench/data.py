@@ -27,14 +27,14 @@ import pyarrow as pa
 import ray
 import torch
 
-from pipelines.clips import train_batches
-from pipelines.cluster import ENVIRONMENT
 from pipelines.config import DataConfig
-from pipelines.manifest import SCHEMA
-from pipelines.plan import ClipPlan
-from pipelines.video_process import Clips, VideoProcess
-from s5.clips import clip_seed
-from s5.video import scaled
+from pipelines.data.clip_batches import train_batches
+from pipelines.data.clip_order import ClipPlan
+from pipelines.data.manifest import SCHEMA
+from pipelines.data.video_process import Clips, VideoProcess
+from pipelines.running.resources import ENVIRONMENT
+from s5.video.clip_times import clip_seed
+from s5.video.reading import scaled
 from tests.bench.feeding import feeding
 from tests.bench.processes import cpu_seconds, cpu_seconds_since, resident_bytes
 from tests.bench.record import Row, ratio, write

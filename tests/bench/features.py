@@ -26,10 +26,10 @@ import torch
 
 from pipelines import storage
 from pipelines.config import DataConfig
-from pipelines.feature_batches import train_batches
-from pipelines.feature_store import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
-from pipelines.manifest import SCHEMA
-from pipelines.plan import ClipPlan
+from pipelines.data.clip_order import ClipPlan
+from pipelines.data.feature_batches import train_batches
+from pipelines.data.feature_cache import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
+from pipelines.data.manifest import SCHEMA
 from s5.config import ClipConfig
 from tests.bench.record import Row, alternate, ratio, write
 

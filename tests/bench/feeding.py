@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines import storage, transcode
+from pipelines import storage
 from pipelines.config import DecodeConfig, TrackingConfig, TranscodeConfig
-from pipelines.manifest import MANIFEST, SCHEMA, digest, read_manifest
+from pipelines.data.manifest import MANIFEST, SCHEMA, digest, read_manifest
+from pipelines.stages import transcode
 from tests.bench.record import Row, table
 from tests.bench.videos import PAPER, SIZE, Video, over_videos, read, times_of
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s5.config import AttentionConfig, DecoderConfig, SelectionConfig
-from s5.decoders import Consensus, Pyramid, build_decoder
+from s5.models.decoders import Consensus, Pyramid, build_decoder
 from tests.bench.plain import WIDTH, call, kept_storages, layers
 from tests.bench.record import Row, alternate, ratio, table, write
 

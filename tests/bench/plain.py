@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from s5.config import SSMConfig
-from s5.kernels import s4_kernel_reference, s4d_kernel_reference, truncated_output
-from s5.ssm import DPLRSSM, LinearSSM, SSMLayer, build_ssm
+from s5.ssm.kernels import s4_kernel_reference, s4d_kernel_reference, truncated_output
+from s5.ssm.layers import DPLRSSM, LinearSSM, SSMLayer, build_ssm
 from tests.bench.record import alternate
 
 WIDTH = 1024

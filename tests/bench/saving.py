@@ -17,14 +17,14 @@ from statistics import median
 import torch
 
 from s5.batch import ClipBatch
-from s5.checkpoint import Meta, verify
+from s5.checkpoints.checkpoint import Meta, verify
+from s5.checkpoints.retention import name_of
+from s5.checkpoints.writer import Saver
 from s5.config import BackboneConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig
-from s5.context import SoloContext
-from s5.keeping import name_of
-from s5.lsmcl import LSMCL
-from s5.optim import build_optimizer
-from s5.saving import Saver
-from s5.step import Stepper
+from s5.tasks.lsmcl import LSMCL
+from s5.training.context import SoloContext
+from s5.training.optim import build_optimizer
+from s5.training.step import Stepper
 from tests.bench.record import Row, write
 
 

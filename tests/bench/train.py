@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipelines import index, pretrain, sample
-from pipelines.cluster import ensure_ray
 from pipelines.config import (
     IndexConfig,
     PretrainConfig,
@@ -32,18 +30,20 @@ from pipelines.config import (
     TrackingConfig,
     override,
 )
-from pipelines.stage import stage_run
-from pipelines.trainer import launch
+from pipelines.running.resources import ensure_ray
+from pipelines.running.stage import stage_run
+from pipelines.stages import index, pretrain, sample
+from pipelines.training.launcher import launch
 from s5.batch import ClipBatch
-from s5.checkpoint import Meta
+from s5.checkpoints.checkpoint import Meta
 from s5.config import BackboneConfig, DecoderConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig
-from s5.context import SoloContext, WorkerContext
 from s5.distributed import share_of
-from s5.loop import Fit
-from s5.lsmcl import LSMCL
-from s5.optim import build_optimizer
-from s5.pace import Window
-from s5.step import Stepper
+from s5.tasks.lsmcl import LSMCL
+from s5.training.context import SoloContext, WorkerContext
+from s5.training.loop import Fit
+from s5.training.optim import build_optimizer
+from s5.training.step import Stepper
+from s5.training.throughput import Window
 from tests.bench.record import Row, alternate, ratio, write
 
 OFF = TrackingConfig(uri="off")

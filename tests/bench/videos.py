@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines import sample
 from pipelines.config import SampleConfig, TrackingConfig
-from pipelines.index import EXTENSIONS
-from s5.clips import long_short_times
+from pipelines.stages import sample
+from pipelines.stages.index import EXTENSIONS
 from s5.config import ClipConfig
-from s5.video import VideoError, probe, read_clips, scaled
+from s5.errors import VideoError
+from s5.video.clip_times import long_short_times
+from s5.video.reading import probe, read_clips, scaled
 from tests.bench.record import alternate
 
 SIZE = 224

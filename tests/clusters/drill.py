@@ -20,9 +20,9 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.config import PretrainConfig, override
-from pipelines.manifest import MANIFEST, SCHEMA
-from pipelines.plan import ClipPlan, plan_of
-from s5.video import probe
+from pipelines.data.clip_order import ClipPlan, plan_of
+from pipelines.data.manifest import MANIFEST, SCHEMA
+from s5.video.reading import probe
 from tests.clusters.local_cluster import LocalCluster, client_environment
 from tests.s5.videos import write_video
 from tests.tiny import HEADS, TINY
@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
 DRIVER = """
 import ctypes, glob, json, os, sys, time
 import pipelines.__main__
-from pipelines import pretrain
+from pipelines.stages import pretrain
 from pipelines.config import PretrainConfig, override
 
 folder, settings = sys.argv[1], json.loads(sys.argv[2])
@@ -56,20 +56,20 @@ build = pretrain.build
 
 def recorded(job, context):
     import ray
-    from pipelines import clips, decode
+    from pipelines.data import clip_batches, decode_tasks
     from ray.train.v2._internal.execution.context import get_train_context
-    from pipelines.lifeline import PROCESS
+    from pipelines.training.heartbeat import PROCESS
 
-    control, decode_chunk = f"{folder}/control", decode.decode_chunk
+    control, decode_chunk = f"{folder}/control", decode_tasks.decode_chunk
 
     def slow_chunk(rows, reading):
-        child = decode._process._started() and decode._process._child.pid
+        child = decode_tasks._process._started() and decode_tasks._process._child.pid
         while os.path.exists(f"{control}/hold_decoding"):
             with open(f"{folder}/decoding_{os.getpid()}_{child}", "w"):
                 time.sleep(0.1)
         return decode_chunk(rows, reading)
 
-    clips.decode_chunk = slow_chunk
+    clip_batches.decode_chunk = slow_chunk
     fit = build(job, context)
     batches = fit.batches
 

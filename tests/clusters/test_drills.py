@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipelines import storage
-from s5 import checkpoint
+from s5.checkpoints import checkpoint
 from tests.clusters.drill import ROOT, STEPS, WAIT_S, Drill, runs
 from tests.clusters.local_cluster import LocalCluster, client_environment, descendants, local_cluster
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from clusters import connection, submit
-from pipelines import provenance
-from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, UserError, override
-from s5 import checkpoint
+from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override
+from pipelines.errors import UserError
+from pipelines.storage import provenance
+from s5.checkpoints import checkpoint
 from tests.clusters.local_cluster import LocalCluster, client_environment, local_cluster
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 from pyarrow import fs
 
-from pipelines import decode, storage
+from pipelines.data import decode_tasks
+from pipelines.storage import files
 
 SECRET = "wJalrXUtnFEMI"
 
@@ -39,12 +40,12 @@ def bucket(s3_service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    storage._bucket.cache_clear()
+    files._bucket.cache_clear()
     # The child that reads videos has the environment of its start.
-    decode._process.close()
+    decode_tasks._process.close()
     name = f"bucket-{zlib.crc32(request.node.name.encode())}"
     # Not through `storage`, which makes no buckets.
     fs.FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")[0].create_dir(name)
     yield f"s3://{name}"
-    decode._process.close()
-    storage._bucket.cache_clear()
+    decode_tasks._process.close()
+    files._bucket.cache_clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from s5.saving import Saver
+from s5.checkpoints.writer import Saver
 
 MISSING = [name for name in ("av", "decord") if find_spec(name) is None]
 collect_ignore = ["test_readers.py", "test_video.py"] if MISSING else []

@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from s5 import distributed
 from s5.batch import ClipBatch
 from s5.config import LoopConfig
-from s5.context import SoloContext
-from s5.finetune import Supervised
-from s5.lsmcl import LSMCL
-from s5.model import VideoModel
-from s5.step import Stepper
-from s5.video import Failure
+from s5.errors import Failure
+from s5.models.video_model import VideoModel
+from s5.tasks.lsmcl import LSMCL
+from s5.tasks.supervised import Supervised
+from s5.training.context import SoloContext
+from s5.training.step import Stepper
 from tests.s5.toys import MODEL, TASK, batch, lsmcl_fit
 
 BATCH, STEPS = 8, 3

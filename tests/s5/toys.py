@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from s5.batch import ClipBatch
-from s5.checkpoint import Meta
+from s5.checkpoints.checkpoint import Meta
 from s5.config import (
     BackboneConfig,
     DecoderConfig,
@@ -21,11 +21,11 @@ from s5.config import (
     SelectionConfig,
     SSMConfig,
 )
-from s5.context import SoloContext
-from s5.finetune import Supervised
-from s5.loop import Fit
-from s5.lsmcl import LSMCL
-from s5.model import VideoModel
+from s5.models.video_model import VideoModel
+from s5.tasks.lsmcl import LSMCL
+from s5.tasks.supervised import Supervised
+from s5.training.context import SoloContext
+from s5.training.loop import Fit
 
 MODEL = ModelConfig(
     backbone=BackboneConfig(

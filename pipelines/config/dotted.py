@@ -1,0 +1,82 @@
+"""The one language in which settings are changed: the dotted key.
+
+`override(config, {"optim.lr": 3e-4})` serves presets, the command line, saved `run.json` files and sweeps alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipelines.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a config dataclass under their dotted keys, in order."""
+    leaves: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            leaves[prefix + f.name] = value
+    return leaves
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a copy of a config with the leaves at the given dotted keys replaced.
+
+    Values are checked against the field's type: text is converted (`"3e-4"` to a float), JSON lists to tuples.
+
+    Raises:
+        UserError: a key that does not exist (names the closest one), or a value of the wrong type or out of range.
+    """
+    known = flatten(config)
+    for key in changes:
+        if key not in known:
+            raise UserError(unknown("setting", key, known))
+    changed: Config = _replace(config, dict(changes))
+    return changed
+
+
+def _replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
+    """`override` for keys that are known to exist."""
+    hints = get_type_hints(type(config))
+    fields: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            fields[head] = _convert(hints[head], prefix + head, value)
+    for head, part in nested.items():
+        fields[head] = _replace(getattr(config, head), part, f"{prefix}{head}.")
+    try:
+        return dataclasses.replace(config, **fields)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _convert(hint: Any, key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        value = tuple(value)
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{key} is {value!r}: {error.errors()[0]['msg'].lower()}") from None
+
+
+def unknown(what: str, name: str, valid: Mapping[str, Any] | tuple[str, ...]) -> str:
+    """Return the sentence for a name that does not exist, with the closest valid one."""
+    names = list(valid)
+    same_leaf = [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = sorted(same_leaf, key=len) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names[:20])}"
+    return f"unknown {what} {name!r}: {hint}"

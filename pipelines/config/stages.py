@@ -1,0 +1,365 @@
+"""Settings of every stage; how they are changed is in `dotted.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.config.dotted import flatten as flatten
+from pipelines.config.dotted import override as override
+from pipelines.config.dotted import unknown as unknown
+from pipelines.config.shared import DataConfig as DataConfig
+from pipelines.config.shared import DecodeConfig as DecodeConfig
+from pipelines.config.shared import ScaleConfig as ScaleConfig
+from pipelines.config.shared import TrackingConfig as TrackingConfig
+from s5.config import BackboneConfig, ClipConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig, require
+
+ProtocolChoice = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Render the sample data set: long-form H.264 videos of ten activities made of shared steps, with annotations."""
+
+    out: str = "out/sample"
+    """Folder for the videos and annotations."""
+    videos: int = 480
+    """Number of videos, all splits together."""
+    classes: Literal["all", "order-only"] = "all"
+    """`all`: ten activities; `order-only`: six of the same steps each, told apart by their order alone."""
+    difficulty: Literal["easy", "hard"] = "easy"
+    """`easy`: plain backgrounds and one colour a step; `hard`: photographs behind and free colours."""
+    seconds: float = 64.0
+    """Mean length of a video."""
+    fps: int = 8
+    """Frames a second."""
+    size: int = 64
+    """Height and width of a frame in pixels."""
+    val_share: float = 0.15
+    """Share of the videos in the validation split."""
+    test_share: float = 0.25
+    """Share of the videos in the test split."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require(self.videos >= 1, "videos", self.videos, "give at least 1")
+        require(self.fps >= 1, "fps", self.fps, "give at least 1")
+        require(self.seconds >= 10, "seconds", self.seconds, "give at least 10")
+        require(self.size >= 32 and self.size % 2 == 0, "size", self.size, "give an even number of at least 32")
+        require(0 <= self.val_share < 1, "val_share", self.val_share, "give a value in [0, 1)")
+        require(0 <= self.test_share < 1 - self.val_share, "test_share", self.test_share, "leave room for training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Probe videos, of a folder, a csv or a benchmark, into manifest.parquet and rejects.parquet."""
+
+    out: str = "out/index"
+    """Folder for manifest.parquet and rejects.parquet."""
+    source: Literal["auto", "folder", "csv", "lvu", "breakfast", "coin", "kinetics"] = "auto"
+    """What lists the videos; `auto`: a `csv` where annotations are given, else the `folder`."""
+    videos: str = "out/sample"
+    """Folder of videos, of a benchmark ID.ENDING at any depth; `folder`: [{train,val,test}/][CLASS/]name.ENDING."""
+    annotations: str = ""
+    """A csv with `video` (path below the folder) and any of `label`, `target`, `split`, `start_s`, `end_s`; or the
+    folder of an LVU task, that of the csv files of Breakfast or Kinetics, COIN.json."""
+    dataset: str = ""
+    """Name of the data set in the manifest; empty for the benchmark's or the folder's name."""
+    val_share: float | None = None
+    """Share of the training videos held out, by class and seed, for validation where there is no such split; where it
+    is not given, 0.1 of a benchmark and none of own data."""
+    test_share: float = 0.0
+    """Share of the training videos held out, by class and seed, for testing where there is no such split."""
+    seed: int = 0
+    """Seed of the hold-out."""
+    data: DecodeConfig = field(default_factory=DecodeConfig)
+    """Decoding."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.videos), "videos", self.videos, "give a folder of videos")
+        if self.source == "folder":
+            require(not self.annotations, "annotations", self.annotations, "source folder takes none; give its source")
+        elif self.source != "auto":
+            require(bool(self.annotations), "annotations", self.annotations, f"give those of source {self.source}")
+        require(0 <= (self.val_share or 0) < 1, "val_share", self.val_share, "give a value in [0, 1)")
+        room = 1 - (self.val_share or 0)
+        require(0 <= self.test_share < room, "test_share", self.test_share, "leave room for training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscodeConfig:
+    """Re-encode the videos of a manifest to a small size and short groups of pictures, which are cheap to read."""
+
+    out: str = "out/transcode"
+    """Folder for the videos, manifest.parquet and rejects.parquet; a second start with the same folder resumes."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    short_side: int = 224
+    """Short side of the new videos in pixels; smaller ones keep their size."""
+    gop_s: float = 0.0
+    """Seconds between two key frames; 0 for the short stride of the clips, at least 0.25."""
+    quality: int = 20
+    """Constant rate factor of libx264, 1 (best) to 51."""
+    speed: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower"] = "veryfast"
+    """Preset of libx264: slower ones make smaller files."""
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    """Long and short clips that the videos are for."""
+    measured_videos: int = 8
+    """Videos whose clip pairs are read before and after, to say what is gained; 0 to measure nothing."""
+    data: DecodeConfig = field(default_factory=lambda: DecodeConfig(clips_per_task=1, decode_timeout_s=3600.0))
+    """Tasks that transcode; the time limit is for one video."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        even = self.short_side >= 32 and self.short_side % 2 == 0
+        require(even, "short_side", self.short_side, "give an even number of at least 32")
+        require(self.gop_s >= 0, "gop_s", self.gop_s, "give 0 or more")
+        require(1 <= self.quality <= 51, "quality", self.quality, "give 1 (best) to 51")
+        require(self.measured_videos >= 0, "measured_videos", self.measured_videos, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Pretrain with LSMCL: long and short clips of unlabelled videos, momentum encoder, symmetric InfoNCE."""
+
+    out: str = "out/pretrain"
+    """Folder for checkpoints and result.json; a second start with the same folder resumes."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    """Long and short clips."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoder."""
+    lsmcl: LSMCLConfig = field(default_factory=LSMCLConfig)
+    """Contrastive task."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length and rhythm."""
+    probe_videos: int = 512
+    """Labelled training videos that a kNN probe compares with; 0 for no probe."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Decoding."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Workers."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require_shared(self.loop.batch_size, self.scale.num_workers)
+        # Fails unless tubelets divide the clip.
+        self.model.backbone.steps(self.clips.frames)
+        require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The part of a video model that features come from."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Frame encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Encode the frames of a manifest's videos once, by a backbone that stays as it is, for fine-tuning and sweeps."""
+
+    out: str = "out/features"
+    """Folder for the shards, index.parquet and features.json; a second start with the same folder resumes."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    checkpoint: str = ""
+    """Checkpoint that the backbone's weights are taken from: its folder or the --out of `pretrain` or `finetune`; empty
+    for model.backbone.weights."""
+    model: EncoderConfig = field(default_factory=EncoderConfig)
+    """What encodes the frames."""
+    frames_per_second: float = 1.0
+    """Frames encoded of a second of video."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast. What is stored is fp16."""
+    chunk_frames: int = 64
+    """Frames that are read, encoded and stored together."""
+    shard_videos: int = 8
+    """Videos of a shard: what a run that was ended has to make anew."""
+    data: DecodeConfig = field(default_factory=DecodeConfig)
+    """Decoding, shared out among the workers; the time limit is for one chunk."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Workers: copies of the backbone."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require(self.frames_per_second > 0, "frames_per_second", self.frames_per_second, "give more than 0")
+        for name in ("chunk_frames", "shard_videos"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        tubelet = self.model.backbone.tubelet
+        require(tubelet == 1, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
+        weights = self.model.backbone.weights
+        if self.checkpoint:
+            require(not weights, "model.backbone.weights", weights, "the checkpoint has weights; leave one of them out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tune a video model on labels, from a pretrained checkpoint or from scratch."""
+
+    out: str = "out/finetune"
+    """Folder for checkpoints and result.json; a second start with the same folder resumes."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    checkpoint: str = ""
+    """Pretrained checkpoint to start from: its folder or the --out of `pretrain`; empty to start from scratch."""
+    features: str = ""
+    """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen."""
+    task: Literal["class", "regression"] = "class"
+    """What is learnt: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    """Clips; only the long stride is used."""
+    protocol: ProtocolChoice = "auto"
+    """Which clips are learnt from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Video model."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.05))
+    """Optimiser."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """Length and rhythm."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Decoding."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Workers."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require_shared(self.loop.batch_size, self.scale.num_workers)
+        # Fails unless tubelets divide the clip.
+        self.model.backbone.steps(self.clips.frames)
+        if self.features:
+            frozen = self.model.backbone.frozen
+            require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluate a checkpoint: accuracy or error of a fine-tuned model; kNN and nearest clips of a pretrained one."""
+
+    out: str = "out/evaluate"
+    """Folder for metrics.json, predictions.parquet, figures and result.json."""
+    checkpoint: str = "out/finetune"
+    """Checkpoint: its folder or the --out of `pretrain` or `finetune`."""
+    manifest: str = "out/index/manifest.parquet"
+    """Manifest of the videos: a file, or the folder that `index` wrote."""
+    split: str = "test"
+    """Split to evaluate on."""
+    protocol: ProtocolChoice = "auto"
+    """Clips whose predictions are averaged: `windows` of T long strides at every second (LVU), `whole`: clips over the
+    whole video (Breakfast, COIN), `multi-clip` (Kinetics) and `uniform`: long clips evenly spread; `auto`: those that
+    fine-tuning was set to, else the manifest's benchmark's; for a pretrained encoder `uniform`."""
+    clips_per_video: int = 0
+    """Clips of each video; 0 for 10 in protocol multi-clip and else 1. `windows` takes all."""
+    features: str = ""
+    """Cached features to read in place of videos, of the checkpoint's own backbone: the --out of `features`. Not for a
+    pretrained encoder, whose clips are shown."""
+    batch_size: int = 16
+    """Clips that the model sees at once."""
+    neighbours: int = 5
+    """Nearest clips shown for each query clip (pretrained checkpoints)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Decoding."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Workers: replicas of the model."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+
+    def __post_init__(self) -> None:
+        require(self.clips_per_video >= 0, "clips_per_video", self.clips_per_video, "give 0 or more")
+        for name in ("batch_size", "neighbours"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Sweep settings of pretraining and fine-tuning with Ray Tune, one trial a combination."""
+
+    out: str = "out/sweep"
+    """Folder for the trials and result.json; a second start with the same folder resumes."""
+    space: tuple[str, ...] = ("lsmcl.mask_ratio=0.25,0.5,0.75", "clips.frames=8,16")
+    """What varies: `key=value,value,...` (every combination) or `key=uniform(a,b)`, `key=loguniform(a,b)` (drawn
+    `samples` times). A key of both stages, such as clips.frames, is set in both; `pretrain.KEY` in one."""
+    stages: Literal["pretrain", "finetune", "pretrain+finetune"] = "pretrain+finetune"
+    """What a trial runs."""
+    metric: str = ""
+    """Metric to compare; empty for `val/accuracy` (`val/mse` in regression) or, after pretraining alone, `knn/top1`."""
+    samples: int = 1
+    """Draws from the random parts of the space."""
+    concurrent_trials: int = 0
+    """Trials that run at once; 0 for as many as the cluster holds."""
+    early_stopping: bool = False
+    """Stop poor trials early (ASHA on the last stage's epochs)."""
+    seed: int = 0
+    """Seed of the drawn values."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Settings of every trial's pretraining."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Settings of every trial's fine-tuning."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the sweep and its trials are logged."""
+
+    def __post_init__(self) -> None:
+        require(len(self.space) > 0, "space", self.space, "give at least one key=value,value")
+        require(self.samples >= 1, "samples", self.samples, "give at least 1")
+        require(self.concurrent_trials >= 0, "concurrent_trials", self.concurrent_trials, "give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Tables and figures of what MLflow holds: results by stage, learning curves, sweep maps."""
+
+    out: str = "out/report"
+    """Folder for report.md, the figures and result.json."""
+    runs: str = ""
+    """Only runs whose --out lies below this folder; empty for the whole experiment."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the runs are logged."""
+
+
+def require_shared(batch_size: int, num_workers: int) -> None:
+    """Raise `ValueError` unless every worker gets a video of each global batch."""
+    remedy = f"give at least scale.num_workers, {num_workers}, or 0"
+    require(batch_size == 0 or batch_size >= num_workers, "loop.batch_size", batch_size, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One value for every stage: what a preset is. `python -m pipelines STAGE` uses the field of that name."""
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+
+StageConfig = (
+    SampleConfig
+    | IndexConfig
+    | TranscodeConfig
+    | PretrainConfig
+    | FeaturesConfig
+    | FinetuneConfig
+    | EvaluateConfig
+    | SweepConfig
+    | ReportConfig
+)
+STAGES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig))

@@ -1,0 +1,89 @@
+"""LVU (Wu and Krahenbuhl, arXiv 2106.11310): nine tasks on film clips, as `lvu_1.0/TASK/{train,val,test}.csv`.
+
+The files are separated by spaces in spite of their name, with a header; the video's id is the second-to-last field.
+Windows of 60 s at 1 frame a second are classified, and their results put together for each video.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pipelines import storage
+from pipelines.data.annotations.listing import AnnotationFile, Listed, Listing, Row, class_list, files_of
+from pipelines.data.manifest import SPLITS
+from pipelines.errors import UserError
+
+CLASSES = {"relationship": 4, "way_speaking": 5, "scene": 6, "director": 10, "genre": 4, "writer": 10, "year": 9}
+"""Classes of each task of classification; some ids occur in no split, and their outputs stay."""
+COUNTS = {"like_ratio": ("like_count", "dislike_count"), "view_count": ("view_count",)}
+"""First columns of each task of regression."""
+TASKS = (*CLASSES, *COUNTS)
+
+# Means that the benchmark's targets are centred by.
+MEAN_LOG_VIEWS, MEAN_LIKES = 11.76425435683139, 9.138220535629456
+
+
+def read(given: str) -> Listing:
+    """Return what a task's folder lists; the folder's name is the task.
+
+    Raises:
+        UserError: the folder is of no task, or a file is missing or wrong.
+    """
+    task = storage.absolute(given).rstrip("/").rpartition("/")[2]
+    if task not in TASKS:
+        raise UserError(
+            f"annotations is {given!r}: LVU has no task {task!r}; give the folder of one of its nine tasks, "
+            f"lvu_1.0/TASK with {', '.join(TASKS)}"
+        )
+    names: dict[int, str] = {}
+    videos = [
+        _video(row, task, split, names)
+        for split, file in zip(SPLITS, files_of(given, [f"{split}.csv" for split in SPLITS], _WHAT), strict=True)
+        for row in _rows(file, task)
+    ]
+    return Listing(videos, class_list(names, CLASSES.get(task, 0)), "lvu", task, "windows")
+
+
+_WHAT = "the folder of a task, such as lvu_1.0/genre, with train.csv, val.csv and test.csv"
+
+
+def _rows(file: AnnotationFile, task: str) -> Iterator[Row]:
+    columns = [*COUNTS.get(task, ("class_id", "class_name")), "youtube_id", "imdb_id"]
+    header, *lines = file.read().split("\n")
+    if header.split() != columns:
+        raise file.error(
+            f"{file.short} begins with {header.strip()[:80]!r}; the first line must name the columns, with spaces: "
+            f"{' '.join(columns)}"
+        )
+    listed = 0
+    for number, line in enumerate(lines, start=2):
+        fields = line.split()
+        if task in CLASSES and len(fields) > len(columns):
+            fields = [fields[0], " ".join(fields[1:-2]), *fields[-2:]]
+        if fields and len(fields) != len(columns):
+            raise file.error(f"{file.short} line {number} has {len(fields)} fields, not {len(columns)}: {line[:80]!r}")
+        if fields:
+            listed += 1
+            yield Row(file, number, dict(zip(columns, fields, strict=True)))
+    if not listed:
+        raise file.error(f"{file.short} lists no videos")
+
+
+def _video(row: Row, task: str, split: str, names: dict[int, str]) -> Listed:
+    video_id = row.text["youtube_id"]
+    if task in COUNTS:
+        return Listed(video_id, video_id, row.place, split, target=_target(row, task))
+    label, name = row.whole("class_id", 0, CLASSES[task] - 1), row.text["class_name"]
+    if names.setdefault(label, name) != name:
+        raise row.wrong("class_name", f"class {label} is {names[label]!r} elsewhere")
+    return Listed(video_id, video_id, row.place, split, name, label)
+
+
+def _target(row: Row, task: str) -> float:
+    if task == "view_count":
+        return math.log(row.whole("view_count", 1)) - MEAN_LOG_VIEWS
+    likes, dislikes = row.whole("like_count"), row.whole("dislike_count")
+    if likes + dislikes == 0:
+        raise row.wrong("like_count", "there must be at least one like or dislike")
+    return 10 * likes / (likes + dislikes) - MEAN_LIKES

@@ -1,0 +1,91 @@
+"""Own videos: a folder of splits and classes, or any folder with a csv.
+
+[{train,val,test}/][CLASS/]name.mp4             or a csv: video[,label,target,split,start_s,end_s]
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+from pipelines.data.annotations.listing import AnnotationFile, Listed, Listing, Row
+from pipelines.data.manifest import SPLITS
+
+COLUMNS = ("label", "target", "split", "start_s", "end_s")
+"""Columns that a csv may have beside `video`."""
+MAX_LABEL = 1000
+"""Numbers in a csv from here on, such as years, are names of classes rather than labels."""
+
+
+def from_folder(files: list[str]) -> Listing:
+    """Return a folder's videos, given as paths below it; a split or class is a folder's name."""
+    return _with_labels([_from_path(name, video_id) for name, video_id in _ids(files).items()], numbered=False)
+
+
+def from_csv(given: str, files: list[str]) -> Listing:
+    """Return what a csv lists of a folder's videos; one may be listed several times with different stretches.
+
+    Raises:
+        UserError: the file is missing, or something in it is wrong.
+    """
+    ids = _ids(files)
+    return _with_labels([_from_row(row, ids) for row in AnnotationFile(given).rows(["video"], COLUMNS)], numbered=True)
+
+
+def _ids(files: list[str]) -> dict[str, str]:
+    """Return the id of each file: its name without the ending, where no two are the same."""
+    stems = Counter(name.rpartition(".")[0] for name in files)
+    return {name: stem if stems[stem := name.rpartition(".")[0]] == 1 else name for name in files}
+
+
+def _from_path(name: str, video_id: str) -> Listed:
+    split, _, rest = name.partition("/")
+    if split not in SPLITS or not rest:
+        split, rest = "", name
+    class_name, _, below = rest.partition("/")
+    return Listed(video_id, name, f"the folder as {name}", split, class_name if below else None)
+
+
+def _from_row(row: Row, ids: dict[str, str]) -> Listed:
+    name, split = row.given("video"), row.text.get("split", "")
+    if split and split not in SPLITS:
+        raise row.wrong("split", f"give {', '.join(SPLITS)} or nothing")
+    target, start_s, end_s = (_number(row, column) for column in ("target", "start_s", "end_s"))
+    video_id = ids.get(name, name)
+    if start_s is not None or end_s is not None:
+        video_id += f"@{start_s or 0:g}-{'' if end_s is None else f'{end_s:g}'}"
+    class_name = row.text.get("label") or None
+    return Listed(video_id, name, row.place, split, class_name, None, target, start_s, end_s)
+
+
+def _number(row: Row, column: str) -> float | None:
+    if not (text := row.text.get(column, "")):
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (column != "target" and value < 0):
+        raise row.wrong(column, f"give a number{'' if column == 'target' else ' >= 0'}")
+    return value
+
+
+def _with_labels(videos: list[Listed], numbered: bool) -> Listing:
+    names = class_names(videos, numbered)
+    labels = {name: label for label, name in enumerate(names)}
+    found = [video if video.class_name is None else replace(video, label=labels[video.class_name]) for video in videos]
+    return Listing(found, names)
+
+
+def class_names(videos: list[Listed], numbered: bool) -> list[str]:
+    """Return the names of the classes in the order of their labels, over all splits: sorted.
+
+    A csv whose labels are all numbers below MAX_LABEL gives the labels themselves (`numbered`): they stay what they
+    are, and one that no video has keeps its place.
+    """
+    names = sorted({video.class_name for video in videos if video.class_name is not None})
+    if numbered and names and all(name.isdecimal() and str(int(name)) == name for name in names):
+        count = max(map(int, names)) + 1
+        return [str(label) for label in range(count)] if count <= MAX_LABEL else names
+    return names

@@ -1,0 +1,269 @@
+"""Batches of clips from cached features: what `clips.py` does with videos.
+
+Threads beside the training copy the tokens of coming batches from the shards, `data.prefetch_batches` of them ahead.
+
+Shapes: B clips of this worker, T frames, N tokens a frame, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines import storage
+from pipelines.config import DataConfig
+from pipelines.data.clip_batches import CANDIDATE_COLUMNS
+from pipelines.data.clip_order import ClipPlan
+from pipelines.data.decode_tasks import NO_LABEL, Reading
+from pipelines.data.feature_cache import FeatureMeta, FeatureReader, TokenArray, check_fresh, read_meta
+from pipelines.data.manifest import digest
+from pipelines.errors import UserError
+from pipelines.storage.checkpoints import weights_digest
+from s5.batch import ClipBatch
+from s5.config import BackboneConfig, ClipConfig, Protocol
+from s5.errors import Failure, VideoError
+from s5.video.clip_times import beyond, clip_seed, stride_s
+
+THREADS = 4
+"""Threads that read at most; as many as there are batches ahead, and one."""
+
+
+class BatchMemory:
+    """Memory of batches: that of a batch is used again once nothing refers to it any more, no view of it either.
+
+    To be given new memory, zeroed page by page, takes the system longer than to copy tokens there.
+    """
+
+    def __init__(self, keep: int) -> None:
+        """Keep the memory of at most `keep` batches that are gone."""
+        self._free: deque[TokenArray] = deque(maxlen=keep)
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return an fp16 tensor of any content: pinned where there is a GPU, from torch, which uses it again itself."""
+        if torch.cuda.is_available():
+            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        size = math.prod(shape)
+        try:
+            whole = self._free.pop()
+        except IndexError:
+            whole = np.empty(size, np.float16)
+        if len(whole) < size:
+            whole = np.empty(size, np.float16)
+        # The tensor's storage, which all its views share, holds this one array, and nothing else does.
+        held = whole[:size].reshape(shape)
+        weakref.finalize(held, _give_back, weakref.ref(self._free), whole).atexit = False
+        return torch.from_numpy(held)
+
+
+def _give_back(free: weakref.ref[deque[TokenArray]], whole: TokenArray) -> None:
+    """Keep memory for the next batch, if there is to be one."""
+    if (kept := free()) is not None:
+        kept.append(whole)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A clip to be read: its video, its seed, and which frames (T,) of it, -1 for black ones."""
+
+    video: dict[str, Any]
+    seed: int
+    frames_T: Any
+
+
+def check_stride(meta: FeatureMeta, clips: ClipConfig, protocol: Protocol, videos: pa.Table) -> None:
+    """Raise `UserError` where frames of clips are closer than those of the features; `whole` clips have no stride."""
+    if protocol == "whole" or clips.frames == 1:
+        return
+    shortest_s = min(stride_s(clips, clips.long_stride, fps) for fps in videos["fps"].to_pylist())
+    if shortest_s * meta.frames_per_second < 1 - 1e-6:
+        raise UserError(
+            f"clips.long_stride is {clips.long_stride:g} {clips.unit}, {shortest_s:g} s: the cached features are "
+            f"{1 / meta.frames_per_second:g} s apart; raise it, or make features with more --frames-per-second"
+        )
+
+
+def check_features(
+    folder: str,
+    manifest: pa.Table,
+    clips: ClipConfig,
+    protocol: Protocol,
+    backbone: BackboneConfig,
+    weights: dict[str, torch.Tensor] | None,
+) -> str:
+    """Return the digest of cached features, after checking that clips of a manifest and a backbone can be read of them.
+
+    Raises:
+        UserError: they cannot; says why.
+    """
+    if weights is None:
+        raise UserError("features are of a trained backbone: give the checkpoint or model.backbone.weights they are of")
+    meta = read_meta(folder)
+    check_fresh(folder, meta, backbone, weights_digest(weights), digest(manifest))
+    check_stride(meta, clips, protocol, manifest)
+    return meta.digest
+
+
+class FeatureClips:
+    """Reads the clips of a manifest's videos."""
+
+    def __init__(self, features: str, manifest: pa.Table, reading: Reading, prefetch: int) -> None:
+        self._reader = FeatureReader(features)
+        # Besides those ahead, one that is being read and one that is trained on.
+        self._memory = BatchMemory(prefetch + 2)
+        self._videos = manifest.select(CANDIDATE_COLUMNS)
+        self._reading = reading
+
+    def videos(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return rows of the manifest."""
+        return list(self._videos.take(pa.array(indices, pa.int64())).to_pylist())
+
+    def clips(self, video: dict[str, Any], seed: int) -> list[_Clip]:
+        """Return the clips of a video.
+
+        Raises:
+            VideoError: it is too short for them, or has no features; says why.
+        """
+        found = []
+        for times_T in self._reading.times(video | {"seed": seed, "first_clip": None, "end_clip": None}):
+            frames_T = self._reader.frames(video["video_id"], times_T)
+            if self._reading.protocol == "windows":
+                frames_T[beyond(times_T, video["end_s"])] = -1
+            found.append(_Clip(video, seed, frames_T))
+        return found
+
+    def batch(self, clips: list[_Clip], failures: list[Failure], step: int, epoch: int) -> ClipBatch:
+        """Read clips."""
+        meta, count = self._reader.meta, self._reading.clips.frames
+        long = self._memory.take((len(clips), count, meta.tokens, meta.width))
+        for clip, out_TND in zip(clips, long.numpy(), strict=True):
+            self._reader.read(clip.video["video_id"], clip.frames_T, out_TND)
+        labels = [NO_LABEL if clip.video["label"] is None else clip.video["label"] for clip in clips]
+        targets = [math.nan if clip.video["target"] is None else clip.video["target"] for clip in clips]
+        return ClipBatch(
+            step=step,
+            epoch=epoch,
+            video_ids=[clip.video["video_id"] for clip in clips],
+            long=long,
+            short=None,
+            seeds=torch.tensor([clip.seed for clip in clips], dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            targets=torch.tensor(targets, dtype=torch.float32),
+            failures=failures,
+        )
+
+
+def train_batches(
+    *,
+    features: str,
+    manifest: pa.Table,
+    plan: ClipPlan,
+    clips: ClipConfig,
+    frame_size: int,
+    seed: int,
+    data: DataConfig,
+    protocol: Protocol = "uniform",
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+) -> Generator[ClipBatch]:
+    """Yield this worker's batch of every step from `start_step` to the plan's end, as `clips.train_batches` does.
+
+    Args:
+        features: their folder.
+        manifest: the videos that the plan's indices mean.
+        plan: the order.
+        clips: which frames.
+        frame_size: height and width of the frames in pixels.
+        seed: seed of the clips.
+        data: batches read ahead.
+        protocol: which clip of a video.
+        rank: this worker.
+        world_size: workers.
+        start_step: first step to yield.
+
+    Raises:
+        VideoError: a video and all its spares have no features.
+    """
+    source = FeatureClips(features, manifest, Reading(clips, frame_size, protocol=protocol), data.prefetch_batches)
+
+    def batch(step: int) -> ClipBatch:
+        rows = plan.rows(step, step + 1, rank, world_size)
+        epoch = step // plan.steps_per_epoch
+        failures: list[Failure] = []
+        chosen: list[_Clip] = []
+        for index, spares in zip(rows.video, rows.spares, strict=True):
+            candidates = source.videos([int(index), *(int(spare) for spare in spares if spare >= 0)])
+            for video in candidates:
+                try:
+                    chosen += source.clips(video, clip_seed(seed, epoch, video["video_id"]))
+                    break
+                except VideoError as error:
+                    failures.append(_failure(video, error))
+            else:
+                tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in failures)
+                raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
+        return replace(source.batch(chosen, failures, step, epoch), global_size=plan.batch_size)
+
+    yield from _ahead(batch, range(start_step, plan.total_steps), data.prefetch_batches)
+
+
+def evaluation_batches(
+    *,
+    features: str,
+    manifest: pa.Table,
+    clips: ClipConfig,
+    frame_size: int,
+    clips_per_video: int,
+    batch_size: int,
+    data: DataConfig,
+    protocol: Protocol = "uniform",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Generator[ClipBatch]:
+    """Yield the evaluated clips of this worker's videos in manifest order, as `clips.evaluation_batches` does.
+
+    A video that fails is listed in `failures` of the first batch and has no clips.
+    """
+    reading = Reading(clips, frame_size, protocol=protocol, evaluated=clips_per_video)
+    source = FeatureClips(features, manifest, reading, data.prefetch_batches)
+    failures: list[Failure] = []
+    chosen: list[_Clip] = []
+    for video in source.videos(list(range(rank, len(manifest), world_size))):
+        try:
+            chosen += source.clips(video, 0)
+        except VideoError as error:
+            failures.append(_failure(video, error))
+
+    def batch(number: int) -> ClipBatch:
+        here = chosen[number * batch_size : (number + 1) * batch_size]
+        return source.batch(here, failures if number == 0 else [], number, 0)
+
+    yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), data.prefetch_batches)
+
+
+def _failure(video: dict[str, Any], error: VideoError) -> Failure:
+    return Failure(video["video_id"], storage.redacted(video["uri"]), str(error))
+
+
+def _ahead(read: Callable[[int], ClipBatch], numbers: range, prefetch: int) -> Generator[ClipBatch]:
+    """Yield what is read of each number, in order; threads read ahead."""
+    coming: deque[Future[ClipBatch]] = deque()
+    with ThreadPoolExecutor(min(THREADS, prefetch + 1), thread_name_prefix="features") as pool:
+        try:
+            for number in numbers:
+                coming.append(pool.submit(read, number))
+                if len(coming) > prefetch:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,0 +1,76 @@
+"""Which clips a stage reads of each video, by the manifest's benchmark or a setting, and what its figures stand on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow as pa
+
+from pipelines.config import ProtocolChoice
+from pipelines.data.manifest import description, split_of
+from s5.config import ClipConfig, Protocol
+
+CLIPS_PER_VIDEO = {"multi-clip": 10}
+"""Clips of a video where the settings do not say; 1 in the other protocols. Windows are as many as there are."""
+LVU_WINDOW_S = 60.0
+"""Length of LVU's windows."""
+
+
+def protocol_of(manifest: pa.Table, *choices: ProtocolChoice) -> Protocol:
+    """Return the first protocol that is chosen; else the one of the manifest's benchmark, `uniform` for own videos."""
+    for choice in choices:
+        if choice != "auto":
+            return choice
+    return description(manifest).protocol or "uniform"
+
+
+def clips_per_video(protocol: Protocol, given: int = 0) -> int:
+    """Return how many clips of a video are evaluated; `given` 0 leaves it to the protocol."""
+    return given or CLIPS_PER_VIDEO.get(protocol, 1)
+
+
+def checked_clips(clips: ClipConfig, protocol: Protocol) -> ClipConfig:
+    """Return the clips that a manifest's videos are to be checked against.
+
+    No video is too short for a window, which is padded, or for a clip as long as the video.
+    """
+    return replace(clips, too_short="shrink") if protocol in ("windows", "whole") else clips
+
+
+def words(protocol: Protocol, clips: ClipConfig, per_video: int) -> str:
+    """Return what is read of each video, in words, with a warning where windows are not LVU's."""
+    if protocol == "whole":
+        return f"clips of {clips.frames} frames over the whole video, {per_video} of each"
+    if protocol != "windows":
+        return f"long clips of {clips.frames} frames, {per_video} spread evenly over each video"
+    length = clips.frames * clips.long_stride
+    every = f"windows of {length:g} {clips.unit} at every second of each video, the end of short ones black"
+    if clips.unit == "seconds" and abs(length - LVU_WINDOW_S) < 1e-6:
+        return every
+    return f"{every} (LVU's are {LVU_WINDOW_S:g} s: clips.frames 60 at clips.long_stride 1)"
+
+
+def listed(videos: pa.Table, split: str) -> int:
+    """Return how many videos of a split were listed; those that there are where the manifest does not say."""
+    return max(description(videos).listed.get(split, 0), len(split_of(videos, split)))
+
+
+def coverage(split: str, used: int, unreadable: int, rows: int, listed: int) -> str:
+    """Return how many of the listed videos a figure stands on, and where the others are, in one sentence.
+
+    Args:
+        split: their split.
+        used: videos that the figure stands on.
+        unreadable: videos that could not be read now.
+        rows: videos of the split in the manifest.
+        listed: videos that the annotations list.
+    """
+    if used == listed:
+        return f"on all {listed} listed videos of split {split}"
+    missing = {
+        "rejected by index": listed - rows,
+        "too short": rows - used - unreadable,
+        "unreadable now": unreadable,
+    }
+    where = ", ".join(f"{count} {what}" for what, count in missing.items() if count)
+    return f"on {used} of {listed} listed videos of split {split}, so not comparable with figures on all: {where}"

@@ -1,0 +1,19 @@
+"""What a stage raises: the user's mistakes, and reasons why it could not finish."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake of the user's: shown as one sentence, exit status 2, no traceback."""
+
+
+class StageError(Exception):
+    """A stage that could not be finished for a reason that one sentence tells; `code` is the exit status."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StoppedError(StageError):
+    """A stage that a signal asked to stop and that saved its work; the exit status is 128 + the signal."""

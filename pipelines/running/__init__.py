@@ -1,0 +1,1 @@
+"""What every stage shares: its run, and the cluster's resources."""

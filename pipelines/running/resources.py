@@ -1,0 +1,183 @@
+"""Start or join Ray, and say before any work whether a stage fits what the cluster has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import ray
+import ray.exceptions
+
+from pipelines.config import DecodeConfig, ScaleConfig
+from pipelines.errors import UserError
+
+# Ray Train moves each worker into a folder of its own, where relative paths end; Ray Data's bars drown progress lines.
+ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+
+# CPUs that a worker leaves to decoding where Ray Train, which knows of no decoding, may give all others to workers.
+SLIVER = 0.001
+
+
+def ensure_ray() -> None:
+    """Join the cluster at $RAY_ADDRESS (a job's is set by Ray), or start Ray on this machine; once per process.
+
+    Raises:
+        UserError: there is no cluster at that address.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    runtime_env: dict[str, Any] = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
+    if address != "local" and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        root = Path(__file__).parent.parent
+        runtime_env["py_modules"] = [str(root / "s5"), str(root / "pipelines")]
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=os.environ.get("RAY_LOG_TO_DRIVER", "0").lower() in ("1", "true"),
+            logging_level=logging.ERROR,
+            runtime_env=runtime_env,
+        )
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if address == "local":
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"RAY_ADDRESS is {address!r}: the cluster there cannot be joined ({reason})") from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler ends the process with status 15, which reads as a failure.
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def resources() -> dict[str, float]:
+    """Return what the cluster has in all, such as `CPU` and `GPU`."""
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def node_cpus() -> list[float]:
+    """Return the CPUs of each node."""
+    return [float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def own_node() -> str:
+    """Return the resource that only this process' node has: a task that asks for some of it runs here."""
+    return f"node:{ray.util.get_node_ip_address()}"  # type: ignore[no-untyped-call]
+
+
+def nodes() -> list[dict[str, float]]:
+    """Return what each node has, such as `CPU` and `GPU`."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def left_free(has: list[dict[str, float]], scale: ScaleConfig, workers: int) -> list[float] | None:
+    """Return the CPUs of each node that workers leave free which fill one node after the other; None: they do not fit.
+
+    Args:
+        has: what each node has.
+        scale: what each worker takes.
+        workers: their number.
+    """
+    free = []
+    for node in sorted(has, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), reverse=True):
+        room = min(int(node.get(kind, 0) / each + 1e-6) for kind, each in _needs(scale).items())
+        placed = min(room, workers)
+        workers -= placed
+        free.append(node.get("CPU", 0) - placed * scale.cpus_per_worker)
+    return None if workers else free
+
+
+def _slots(free: list[float], each: float) -> int:
+    """Return how many tasks of so many CPUs fit the nodes."""
+    return sum(int(cpus / each + 1e-6) for cpus in free)
+
+
+def _free(scale: ScaleConfig, workers: int) -> list[float]:
+    """Return the CPUs of each node that workers leave free; raise `UserError` where they do not fit."""
+    has = nodes()
+    free = left_free(has, scale, workers)
+    if free is not None:
+        return free
+    name = "min_workers" if scale.min_workers else "num_workers"
+    for kind, each in (("CPU", scale.cpus_per_worker), ("GPU", scale.gpus_per_worker)):
+        have = [node.get(kind, 0.0) for node in has]
+        setting = f"scale.{kind.lower()}s_per_worker"
+        if each > max(have):
+            raise UserError(
+                f"{setting} is {each:g}: no node of the cluster has more than {max(have):g} {kind}s, and a worker has "
+                f"to fit on one; lower it, or add larger nodes"
+            )
+        if each * workers > sum(have):
+            raise UserError(
+                f"scale.{name} is {workers}: {each * workers:g} {kind}s are needed and the cluster has {sum(have):g}; "
+                f"lower scale.{name} or {setting}, or add nodes"
+            )
+    what = " and ".join(f"{each:g} {kind}s" for kind, each in _needs(scale).items())
+    raise UserError(
+        f"scale.{name} is {workers}: a worker needs {what} on one node, and the cluster's {len(has)} nodes have room "
+        f"for fewer; lower scale.{name} or what a worker needs, or add nodes"
+    )
+
+
+def _needs(scale: ScaleConfig) -> dict[str, float]:
+    needs = {"CPU": scale.cpus_per_worker, "GPU": scale.gpus_per_worker}
+    return {kind: each for kind, each in needs.items() if each}
+
+
+def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
+    """Return how many decode tasks may run at once beside the training workers, at least one for each worker.
+
+    Where training may start with fewer workers (`scale.min_workers`), these are the workers that count.
+
+    Raises:
+        UserError: training workers and decoding do not fit the cluster together (they would wait for each other).
+    """
+    workers = scale.min_workers or scale.num_workers
+    free = _free(scale, workers)
+    fit = _slots(free, data.cpus_per_decode)
+    if fit < workers:
+        raise UserError(
+            f"data.cpus_per_decode is {data.cpus_per_decode:g}: {workers} workers leave {sum(free):g} CPUs for "
+            f"decoding, {max(free):g} of them on one node, which is fewer than one decode task each; lower it or "
+            f"scale.cpus_per_worker"
+        )
+    return min(fit, data.decode_tasks) if data.decode_tasks else fit
+
+
+def shared_out(scale: ScaleConfig, data: DecodeConfig, workers: int) -> tuple[int, float]:
+    """Return the decode tasks of each of so many running workers, and the CPUs that a task holds.
+
+    Where the workers have grown into the CPUs that decoding needs, a task holds but the sliver that each of them
+    leaves, so that it runs nevertheless.
+    """
+    free = left_free(nodes(), scale, workers) or []
+    fit = _slots(free, data.cpus_per_decode)
+    if fit < workers:
+        return 1, SLIVER
+    return (min(fit, data.decode_tasks) if data.decode_tasks else fit) // workers or 1, data.cpus_per_decode
+
+
+def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
+    """Start or join Ray and return how many decode tasks fit beside the workers; call it before anything is written.
+
+    Args:
+        scale: the workers.
+        data: decoding; None where nothing is decoded, which gives 0.
+
+    Raises:
+        UserError: workers and decoding do not fit the cluster.
+    """
+    ensure_ray()
+    if data is None:
+        _free(scale, scale.min_workers or scale.num_workers)
+        return 0
+    return decode_tasks(scale, data)

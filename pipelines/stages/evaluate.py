@@ -1,0 +1,271 @@
+"""Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder's kNN accuracy and nearest clips.
+
+The protocol says which clips of a video are read (`clip_times`); a video's result is their mean. Replicas of the model
+are Ray actors; each reads its share of the videos through Ray Data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from pipelines import storage
+from pipelines.config import EvaluateConfig, unknown
+from pipelines.data import feature_batches
+from pipelines.data.clip_batches import evaluation_batches
+from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
+from pipelines.data.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
+from pipelines.errors import StageError, UserError
+from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
+from pipelines.running.resources import check_cluster, decode_tasks
+from pipelines.running.stage import REJECTS, Stage, stage_run
+from pipelines.storage.checkpoints import local_checkpoint, of_backbone
+from s5.batch import ClipBatch
+from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
+from s5.config import BackboneConfig, ClipConfig, Protocol
+from s5.config import from_json as config_from_json
+from s5.errors import CheckpointError
+from s5.evaluation import inference, metrics
+from s5.evaluation.inference import ClipOutputs
+
+# Training videos that the kNN classifier compares with, and rows of the picture of nearest clips.
+KNN_VIDEOS, SHOWN_QUERIES = 2048, 8
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate and return the stage's result.
+
+    Raises:
+        UserError: checkpoint, manifest and settings do not fit together; before any work.
+        StageError: too many videos could not be read.
+    """
+    manifest = read_manifest(config.manifest)
+    with local_checkpoint(config.checkpoint) as folder:
+        try:
+            meta = read_meta(folder)
+            weights = encoder_weights(folder)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+        clips, protocol = clips_of(meta), chosen_protocol(manifest, config, meta)
+        rows = chosen(manifest, config, meta)
+        checked = checked_clips(clips, protocol)
+        check_clips(rows, checked)
+        videos = drop_too_short(rows, checked)
+        inputs = {}
+        if config.features:
+            # Replicas may have another folder.
+            config = replace(config, features=storage.absolute(config.features))
+            backbone = config_from_json(BackboneConfig, meta.model["backbone"])
+            inputs["features"] = feature_batches.check_features(
+                config.features, manifest, clips, protocol, backbone, of_backbone(weights)
+            )
+        check_cluster(config.scale, None if config.features else config.data)
+        with stage_run("evaluate", config, inputs=inputs) as stage:
+            stage.progress(
+                f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
+                f"{protocol}: {words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
+            )
+            found = outputs(config, folder, clips, videos, protocol)
+            used, all_listed = len(videos) - len(found.failures), listed(manifest, config.split)
+            stage.details["protocol"] = protocol
+            stage.metrics |= {f"{config.split}/videos": used, f"{config.split}/listed": all_listed}
+            stage.metrics |= {f"{config.split}/clips": len(found.video_ids)}
+            if meta.kind == "lsmcl":
+                pretrained(stage, config, folder, clips, manifest, protocol, found)
+            else:
+                fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
+            stage.progress(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")
+            stage.counts |= {"listed": all_listed, "videos": len(videos), "unreadable": len(found.failures)}
+            storage.remove(stage.path(REJECTS))
+            stage.reject(found.failures)
+            storage.write_json(stage.path("metrics.json"), stage.metrics)
+    return stage.result
+
+
+def clips_of(meta: Meta) -> ClipConfig:
+    """Return the clips that a checkpoint was trained on."""
+    return config_from_json(ClipConfig, meta.settings["clips"])
+
+
+def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> Protocol:
+    """Return which clips are read.
+
+    Raises:
+        UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other, or
+            cached features, which cannot be shown.
+    """
+    if meta.kind != "lsmcl":
+        return protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
+    if config.features:
+        raise UserError(
+            f"features is {config.features!r}: a pretrained encoder's clips are shown, which features are not; leave "
+            "it out"
+        )
+    if config.protocol == "windows":
+        raise UserError(
+            "protocol is 'windows': a pretrained encoder's clips are compared with each other, and windows a second "
+            "apart find their own neighbours; give uniform or whole"
+        )
+    return "uniform" if config.protocol == "auto" else config.protocol
+
+
+def chosen(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> pa.Table:
+    """Return the videos to evaluate: those of the split, with labels where the model gives any."""
+    videos = split_of(manifest, config.split)
+    if len(videos) == 0:
+        splits = tuple(sorted(set(manifest["split"].to_pylist())))
+        raise UserError(f"{unknown('split', config.split, splits)} (manifest {config.manifest!r})")
+    column = {"class": "label", "regression": "target"}.get(meta.kind)
+    if column and videos[column].null_count:
+        raise UserError(f"split is {config.split!r}: {videos[column].null_count} of its videos have no {column}")
+    if meta.kind == "class" and classes(manifest) != meta.classes:
+        raise UserError(
+            f"manifest {config.manifest!r} has the classes {', '.join(classes(manifest))}, the checkpoint "
+            f"{', '.join(meta.classes)}: evaluate on a manifest of the same classes"
+        )
+    return videos
+
+
+def outputs(
+    config: EvaluateConfig,
+    folder: Path,
+    clips: ClipConfig,
+    videos: pa.Table,
+    protocol: Protocol,
+    per_video: int = 0,
+) -> ClipOutputs:
+    """Return what all replicas say of some videos' clips.
+
+    Raises:
+        StageError: more videos than data.max_failure_share could not be read.
+    """
+    world = min(config.scale.num_workers, len(videos))
+    replica: Any = ray.remote(Replica).options(
+        num_cpus=config.scale.cpus_per_worker, num_gpus=config.scale.gpus_per_worker
+    )
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "optimizer.safetensors"}
+    content = ray.put(files)
+    settings = {
+        "clips": clips,
+        "protocol": protocol,
+        "clips_per_video": per_video or clips_per_video(protocol, config.clips_per_video),
+        "batch_size": config.batch_size,
+        "data": config.data,
+        "world_size": world,
+    }
+    if config.features:
+        read = partial(feature_batches.evaluation_batches, features=config.features)
+    else:
+        read = partial(evaluation_batches, decode_tasks=max(1, decode_tasks(config.scale, config.data) // world))
+    read = partial(read, **settings)
+    replicas = [replica.remote(content) for _ in range(world)]
+    parts = ray.get([actor.run.remote(videos, read, rank) for rank, actor in enumerate(replicas)])
+    found = inference.merge(parts)
+    if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
+        first = found.failures[0]
+        raise StageError(
+            f"{len(found.failures)} of {len(videos)} videos cannot be read, more than data.max_failure_share, "
+            f"{config.data.max_failure_share:g}, allows, as {first.video_id!r}: {first.reason}"
+        )
+    return found
+
+
+class Replica:
+    """One copy of the model, as a Ray actor."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="checkpoint_") as name:
+            for file, content in files.items():
+                (Path(name) / file).write_bytes(content)
+            self.model, self.meta = load_model(Path(name))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device)
+
+    def run(self, videos: pa.Table, read: Callable[..., Iterable[ClipBatch]], rank: int) -> ClipOutputs:
+        """Return what the model says of this replica's share of the videos, as `read` reads them."""
+        pretrained = self.meta.kind == "lsmcl"
+        output = inference.features(self.model) if pretrained else inference.scores(self.model, self.meta.kind)
+        frame_size = self.model.config.backbone.frame_size
+        batches = read(manifest=videos, frame_size=frame_size, rank=rank)
+        return inference.run(output, batches, self.device, thumbnails=pretrained)
+
+
+def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutputs, clips: Counter[str]) -> None:
+    """Write predictions and metrics of videos, each from so many clips."""
+    names, values, labels, targets = found.video_ids, found.values, found.labels, found.targets
+    split = config.split
+    table: dict[str, Any] = {"video_id": names, "clips": [clips[name] for name in names]}
+    if meta.kind == "class":
+        predicted = values.argmax(1)
+        hits = int((predicted == labels).sum())
+        low, high = metrics.wilson_interval(hits, len(names))
+        chance = float(torch.bincount(labels).max()) / len(names)
+        stage.metrics |= {f"{split}/accuracy": hits / len(names), f"{split}/accuracy_low": low}
+        stage.metrics |= {f"{split}/accuracy_high": high, f"{split}/chance": chance}
+        table |= {"label": labels.tolist(), "prediction": predicted.tolist(), "scores": values.tolist()}
+        table |= {"predicted_class": [meta.classes[i] for i in predicted.tolist()]}
+        stage.progress(
+            f"{split} accuracy {hits / len(names):.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(names)} videos; "
+            f"always saying the commonest class gives {chance:.3f}"
+        )
+    else:
+        mse = float((values[:, 0] - targets).square().mean())
+        constant = float((targets - targets.mean()).square().mean())
+        stage.metrics |= {f"{split}/mse": mse, f"{split}/mse_constant": constant}
+        table |= {"target": targets.tolist(), "prediction": values[:, 0].tolist()}
+        stage.progress(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
+    storage.write_table(stage.path("predictions.parquet"), pa.table(table))
+    stage.tracker.artifact(stage.path("predictions.parquet"))
+
+
+def pretrained(
+    stage: Stage,
+    config: EvaluateConfig,
+    folder: Path,
+    clips: ClipConfig,
+    manifest: pa.Table,
+    protocol: Protocol,
+    found: ClipOutputs,
+) -> None:
+    """Write kNN accuracy where labels exist, how often a clip's nearest one is of the same video, and a picture."""
+    names = list(dict.fromkeys(found.video_ids))
+    owner = torch.tensor([names.index(name) for name in found.video_ids])
+    clip = torch.arange(len(owner))
+    index, similarity = metrics.nearest(found.values, clip, config.neighbours)
+    if len(owner) > len(names) > 1:
+        same = float((owner[index[:, 0]] == owner).float().mean())
+        chance = float(np.mean([((owner == o).sum().item() - 1) / (len(owner) - 1) for o in owner]))
+        stage.metrics |= {"retrieval/same_video": same, "retrieval/chance": chance, "retrieval/clips": len(owner)}
+        stage.progress(f"nearest clip of the same video: {same:.3f} of {len(owner)} clips (chance {chance:.3f})")
+    train = labelled(split_of(manifest, "train"))
+    known = found.labels >= 0
+    if config.split != "train" and bool(known.any()) and len(train):
+        train = drop_too_short(train, checked_clips(clips, protocol))[:KNN_VIDEOS]
+        reference = outputs(config, folder, clips, train, protocol, per_video=1)
+        top1 = metrics.knn_accuracy(reference.values, reference.labels, found.values[known], found.labels[known])
+        stage.metrics |= {"knn/top1": top1, "knn/videos": int(known.sum())}
+        stage.progress(f"kNN top-1 {top1:.3f} of {int(known.sum())} clips, {len(reference.labels)} training videos")
+    assert found.thumbnails is not None
+    queries = [found.video_ids.index(name) for name in names[:SHOWN_QUERIES]]
+    picture = Neighbours(found.thumbnails.numpy(), found.video_ids, queries, index.tolist(), similarity.tolist())
+    path = stage.path(NEIGHBOURS)
+    storage.write_bytes(path, draw_neighbours(picture))
+    stage.tracker.artifact(path)
+    stage.details["neighbours"] = path
+    stage.progress(f"query clips and their nearest clips: {path}")
+
+
+def labelled(videos: pa.Table) -> pa.Table:
+    """Return the rows that have a label."""
+    return videos.filter(pa.compute.is_valid(videos["label"]))

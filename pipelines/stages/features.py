@@ -1,0 +1,275 @@
+"""Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`feature_store.py`).
+
+Copies of the backbone are actors of Ray Data. An actor makes whole shards: processes of its own read its videos in
+chunks, some ahead, so that it holds a few chunks and never a video.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.exceptions
+import torch
+from torch import Tensor
+
+from pipelines import storage
+from pipelines.config import FeaturesConfig
+from pipelines.data.clip_batches import in_chunks, limit
+from pipelines.data.decode_tasks import attempted
+from pipelines.data.feature_cache import (
+    INDEX,
+    FeatureMeta,
+    FloatArray,
+    TokenArray,
+    backbone_settings,
+    finish,
+    finished_shards,
+    frame_times,
+    shard_path,
+    shard_writer,
+)
+from pipelines.data.manifest import digest, read_manifest
+from pipelines.data.video_process import Clips, VideoProcess
+from pipelines.errors import StageError
+from pipelines.running.resources import check_cluster, node_cpus
+from pipelines.running.stage import REJECTS, Stage, finished, progress, stage_run
+from pipelines.storage.checkpoints import trained_backbone, weights_digest
+from s5.errors import Failure, VideoError
+from s5.models.backbone import Backbone
+from s5.video.reading import FrameArray
+
+COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
+"""Columns of the manifest that encoding needs."""
+PROGRESS_S = 10.0
+"""Seconds between two lines of progress."""
+
+
+def run(config: FeaturesConfig) -> dict[str, Any]:
+    """Encode all videos and return the stage's result; the same --out resumes.
+
+    Raises:
+        UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
+        StageError: no video can be read, or encoding failed.
+    """
+    manifest = read_manifest(config.manifest)
+    backbone = trained_backbone(config.model.backbone, config.checkpoint)
+    meta = meta_of(config, backbone, digest(manifest))
+    inputs = {"manifest": meta.manifest, "weights of the backbone": meta.weights}
+    if (result := finished("features", config, inputs)) is not None:
+        progress("features", f"{config.out} is finished already; give another --out to encode anew")
+        return result
+    decoders = decoders_each(config, check_cluster(config.scale, config.data), node_cpus())
+    with stage_run("features", config, inputs=inputs) as stage:
+        shards = -(-len(manifest) // config.shard_videos)
+        done = finished_shards(stage.out)
+        stage.progress(
+            f"{len(manifest)} videos in {shards} shards, {config.frames_per_second:g} frames a second, "
+            f"{meta.tokens} tokens of width {meta.width} a frame, {config.scale.num_workers} workers with {decoders} "
+            f"decoders each" + (f"; {len(done)} shards are there already" if done else "")
+        )
+        left = [shard for shard in range(shards) if shard not in done]
+        stage.metrics["features/frames_per_second"] = encode_all(
+            config, stage, meta, backbone, manifest, left, decoders
+        )
+        black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
+        index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
+        _tell(stage, index, meta, kept=len(done))
+    return stage.result
+
+
+def decoders_each(config: FeaturesConfig, tasks: int, nodes: list[float]) -> int:
+    """Return how many of the decode tasks each worker has, at least one: it lies on one of the nodes with all of them.
+
+    Args:
+        config: workers, and CPUs of each and of a decode task.
+        tasks: decode tasks that the whole cluster has CPUs for.
+        nodes: CPUs of each node.
+    """
+    workers = config.scale.num_workers
+    for decoders in range(tasks // workers, 1, -1):
+        each = config.scale.cpus_per_worker + decoders * config.data.cpus_per_decode
+        if sum(int(cpus / each + 1e-6) for cpus in nodes) >= workers:
+            return decoders
+    return 1
+
+
+def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> FeatureMeta:
+    """Return what the features are made from."""
+    return FeatureMeta(
+        backbone=backbone_settings(config.model.backbone),
+        weights=weights_digest(backbone.vit.state_dict()),
+        mean=backbone.mean.flatten().tolist(),
+        std=backbone.std.flatten().tolist(),
+        precision=config.precision,
+        frames_per_second=config.frames_per_second,
+        manifest=manifest,
+        tokens=backbone.tokens,
+        width=backbone.width,
+        chunk_frames=config.chunk_frames,
+    )
+
+
+def _tell(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
+    rows = index.to_pylist()
+    failures = [Failure(row["video_id"], row["uri"], row["reason"]) for row in rows if row["reason"]]
+    storage.remove(stage.path(REJECTS))
+    stage.reject(failures)
+    if len(failures) == len(rows):
+        raise StageError(
+            f"none of the {len(rows)} videos can be read, as {failures[0].video_id!r}: {failures[0].reason}"
+        )
+    videos, frames = len(rows) - len(failures), sum(row["frames"] for row in rows)
+    gigabytes = frames * meta.tokens * meta.width * 2 / 1e9
+    stage.counts |= {"videos": videos, "rejects": len(failures), "frames": frames}
+    stage.counts |= {"shards_kept": kept}
+    stage.metrics |= {"features/gigabytes": gigabytes}
+    stage.progress(f"{frames} frames of {videos} videos, {gigabytes:.2f} GB, {len(failures)} rejects -> {stage.out}")
+
+
+def encode_all(
+    config: FeaturesConfig,
+    stage: Stage,
+    meta: FeatureMeta,
+    backbone: Backbone,
+    manifest: pa.Table,
+    shards: list[int],
+    decoders: int,
+) -> float:
+    """Make the given shards, one Ray Data execution, and return the frames encoded a second."""
+    started = told = time.monotonic()
+    frames = done = 0
+    try:
+        for index in encoded(config, stage.out, meta, backbone, manifest, shards, decoders):
+            frames += sum(index["frames"].to_pylist())
+            done += 1
+            if time.monotonic() - told > PROGRESS_S or done == len(shards):
+                told = time.monotonic()
+                rate = frames / (told - started)
+                stage.progress(f"{done} of {len(shards)} shards, {frames} frames, {rate:.1f} a second")
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().rpartition("\n")[2]
+        raise StageError(f"encoding failed: {reason}; finished shards are kept, the same command resumes") from error
+    return frames / (time.monotonic() - started)
+
+
+def encoded(
+    config: FeaturesConfig,
+    out: str,
+    meta: FeatureMeta,
+    backbone: Backbone,
+    manifest: pa.Table,
+    shards: list[int],
+    decoders: int,
+) -> Iterator[pa.Table]:
+    """Make shards and yield the rows of the index of each, in order."""
+    if not shards:
+        return
+    size = config.shard_videos
+    numbered = manifest.select(COLUMNS).append_column("shard", pa.array(np.arange(len(manifest)) // size))
+    # Only the last shard may have fewer videos, so that each of the others stays a chunk.
+    dataset = in_chunks(pa.concat_tables([numbered.slice(shard * size, size) for shard in shards]), size)
+    scale, cpus = config.scale, config.scale.cpus_per_worker + decoders * config.data.cpus_per_decode
+    workers = min(scale.num_workers, len(shards))
+    limit(dataset, workers * cpus)
+    made = dataset.map_batches(
+        Encoder,
+        fn_constructor_args=(config, out, meta, ray.put(backbone.vit.state_dict()), decoders),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=cpus,
+        num_gpus=scale.gpus_per_worker or None,
+    )
+    tables: Any = made.iter_batches(batch_size=None, batch_format="pyarrow")
+    yield from tables
+
+
+def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> TokenArray:
+    """Return the tokens (T, N, D) of frames, fp16.
+
+    Raises:
+        VideoError: they are not finite, or too large for fp16.
+    """
+    device = backbone.mean.device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        tokens = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
+    if not bool(torch.isfinite(tokens).all()):
+        raise VideoError("tokens are not finite in fp16")
+    array: TokenArray = tokens.view(len(frames_THWC), backbone.tokens, backbone.width).cpu().numpy()
+    return array
+
+
+class Encoder:
+    """One copy of the backbone, with the processes that read frames for it, as an actor of Ray Data."""
+
+    def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, weights: Any, decoders: int) -> None:
+        self.config, self.out, self.meta = config, out, meta
+        self.backbone = Backbone(replace(config.model.backbone, weights="", frozen=True))
+        state: dict[str, Tensor] = ray.get(weights)
+        self.backbone.vit.load_state_dict(state)
+        self.backbone.eval().to("cuda" if config.scale.gpus_per_worker else "cpu")
+        self.pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
+        self.ahead = 2 * decoders
+        self.processes: SimpleQueue[VideoProcess] = SimpleQueue()
+        for _ in range(decoders):
+            self.processes.put(VideoProcess())
+
+    def __call__(self, videos: pa.Table) -> pa.Table:
+        """Make a shard of some rows of the manifest, and return its rows of the index."""
+        shard = videos["shard"][0].as_py()
+        rows = [
+            {"video_id": video["video_id"], "uri": storage.redacted(video["uri"]), "shard": shard, "reason": ""}
+            | {"start_s": video["start_s"], "batch": 0, "frames": 0}
+            for video in videos.to_pylist()
+        ]
+        with shard_writer(self.out, shard, self.meta) as writer:
+            for number, times_T, coming in self._read_ahead(videos.to_pylist(), rows):
+                row = rows[number]
+                try:
+                    frames = coming.result()
+                    if not row["reason"]:
+                        tokens = encode(self.backbone, frames, self.config.precision)
+                        row["batch"] = row["batch"] if row["frames"] else writer.batches
+                        row["frames"] += len(times_T)
+                        writer.add(times_T, tokens)
+                except VideoError as error:
+                    # What is written of it by now stays in the shard, and nothing points there.
+                    row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
+        index = pa.Table.from_pylist(rows, INDEX)
+        storage.write_table(shard_path(self.out, shard, "parquet"), index)
+        return index
+
+    def _read_ahead(
+        self, videos: list[dict[str, Any]], rows: list[dict[str, Any]]
+    ) -> Iterator[tuple[int, FloatArray, Future[FrameArray]]]:
+        """Yield a video's number, the times (T,) of a chunk and its frames to come; none more of one that failed."""
+        window: deque[tuple[int, FloatArray, Future[FrameArray]]] = deque()
+        for number, video in enumerate(videos):
+            times = frame_times(video["start_s"], video["end_s"], self.config.frames_per_second)
+            for first in range(0, len(times), self.config.chunk_frames):
+                if rows[number]["reason"]:
+                    break
+                chunk = times[first : first + self.config.chunk_frames]
+                window.append((number, chunk, self.pool.submit(self._read, video, chunk)))
+                if len(window) > self.ahead:
+                    yield window.popleft()
+        yield from window
+
+    def _read(self, video: dict[str, Any], times_T: FloatArray) -> FrameArray:
+        size = self.config.model.backbone.frame_size
+        clips = Clips([times_T], size, (video["width"], video["height"]), video["decoder"])
+        process, timeout_s = self.processes.get(), self.config.data.decode_timeout_s
+        try:
+            return attempted(partial(process.read, storage.absolute(video["uri"]), clips, timeout_s))[0]
+        finally:
+            self.processes.put(process)

@@ -1,0 +1,312 @@
+"""Stage `index`: probe videos into a manifest.
+
+--source folder     VIDEOS/[{train,val,test}/][CLASS/]name.mp4
+--source csv        any layout, with a csv: video[,label,target,split,start_s,end_s]
+--source lvu ...    a benchmark's own annotation files (see annotations/); its videos by their ids, anywhere in VIDEOS
+OUT/manifest.parquet    one row a video that decodes (see manifest.py)
+OUT/rejects.parquet     video_id, uri, reason of every other that is listed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from pipelines import storage
+from pipelines.config import DecodeConfig, IndexConfig
+from pipelines.data.annotations import breakfast, coin, kinetics, lvu, own
+from pipelines.data.annotations.listing import Listed, Listing
+from pipelines.data.clip_batches import in_chunks, limit
+from pipelines.data.decode_tasks import probe_chunk
+from pipelines.data.manifest import MANIFEST, SCHEMA, SPLITS, Description, lone_classes, metadata, splits
+from pipelines.errors import UserError
+from pipelines.running.resources import ensure_ray, resources
+from pipelines.running.stage import REJECTS, Stage, stage_run
+from s5.errors import Failure
+
+EXTENSIONS = ("mp4", "avi", "mkv", "mov", "webm", "m4v", "mpg", "mpeg", "ts", "wmv", "flv", "ogv", "3gp")
+"""Endings of the files that are taken for videos."""
+BENCHMARKS = {"lvu": lvu.read, "breakfast": breakfast.read, "coin": coin.read, "kinetics": kinetics.read}
+"""Readers of annotations whose videos are named by ids without endings."""
+BENCHMARK_VAL_SHARE = 0.1
+"""Share held out for validation of a benchmark that has no such split, where the settings say nothing."""
+FIRST_REASONS = 3
+"""Reasons told where no video can be read."""
+FIRST_CLASSES = 5
+"""Classes named in a warning."""
+PROGRESS_S = 10.0
+"""Seconds between two lines of progress."""
+
+
+def run(config: IndexConfig) -> dict[str, Any]:
+    """Probe all videos and write the manifest and the rejects.
+
+    Returns:
+        The stage's result; counts of `listed` videos, `videos`, `rejects`, `ignored` files and the videos of each
+        split, and under `splits` those listed, found and rejected in each.
+
+    Raises:
+        UserError: there are no videos, none can be read, or the annotations are wrong.
+    """
+    listing, ignored = list_videos(config)
+    held = hold_out(listing.videos, shares(listing, config), config.seed)
+    ensure_ray()
+    with stage_run("index", config) as stage:
+        found = sum(not video.reason for video in listing.videos)
+        what = " ".join(filter(None, (listing.dataset, listing.task, f"{len(listing.videos)} videos")))
+        what += f" in {len(listing.classes)} classes" if listing.classes else ""
+        stage.progress(f"{what}, {found} found below {config.videos}; {ignored} other files")
+        rows, rejects = probe_all(listing.videos, config.data, stage)
+        storage.remove(stage.path(REJECTS))
+        stage.reject(rejects)
+        if not rows:
+            storage.remove(stage.path(MANIFEST))
+            reasons = "; ".join(f"{reject.video_id!r}: {reject.reason}" for reject in rejects[:FIRST_REASONS])
+            raise UserError(f"none of the {len(rejects)} videos can be read ({reasons}); see {stage.path(REJECTS)}")
+        keep_learnable(rows, held)
+        table = manifest_of(rows, listing, held, config)
+        storage.write_table(stage.path(MANIFEST), table)
+        _tell(stage, table, listing, held, ignored)
+    return stage.result
+
+
+def _tell(stage: Stage, table: pa.Table, listing: Listing, held: dict[str, str], ignored: int) -> None:
+    found = [video for video in listing.videos if not video.reason]
+    readable, listed, found_counts = splits(table), listed_counts(listing.videos, held), listed_counts(found, held)
+    total, rejects = len(listing.videos), len(listing.videos) - len(table)
+    hours = sum(table["duration_s"].to_pylist()) / 3600
+    stage.counts |= {"listed": total, "videos": len(table), "rejects": rejects, "ignored": ignored, **readable}
+    stage.metrics |= {"index/videos": float(len(table)), "index/rejects": float(rejects), "index/hours": hours}
+    stage.details["splits"] = {
+        split: {"listed": count, "found": found_counts.get(split, 0), "rejected": count - readable.get(split, 0)}
+        for split, count in listed.items()
+    }
+    for split, numbers in stage.details["splits"].items():
+        stage.progress(f"{split}: " + ", ".join(f"{number} {what}" for what, number in numbers.items()))
+    single, unlearnt = lone_classes(table)
+    _warn(stage, single, "a single video, which cannot be both learnt and tested")
+    _warn(stage, unlearnt, "no video in split train to learn from")
+    outcome = ", ".join(f"{split} {count}" for split, count in readable.items())
+    stage.progress(
+        f"{len(table)} of {total} videos ({outcome}), {hours:.2f} hours, {rejects} rejects -> {stage.path(MANIFEST)}"
+    )
+
+
+def _warn(stage: Stage, names: list[str], fault: str) -> None:
+    if names:
+        told = ", ".join(repr(name) for name in names[:FIRST_CLASSES]) + (", ..." if len(names) > FIRST_CLASSES else "")
+        stage.progress(f"warning: {len(names)} of the classes have {fault}: {told}")
+
+
+# --- listing --------------------------------------------------------------------------------------------------------
+
+
+def list_videos(config: IndexConfig) -> tuple[Listing, int]:
+    """Return what the annotations or the folder list, videos by id, and the number of files that are none of them.
+
+    Raises:
+        UserError: the folder or annotations are missing or have no videos, or the annotations are wrong.
+    """
+    source = config.source if config.source != "auto" else "csv" if config.annotations else "folder"
+    if source in BENCHMARKS:
+        # Before the folder, whose listing may take minutes.
+        listing = BENCHMARKS[source](config.annotations)
+        files, ignored = _video_files(config.videos)
+        videos = by_id(listing.videos, files, config.videos)
+        if all(video.reason for video in videos):
+            raise UserError(
+                f"videos is {config.videos!r}: none of the {len(videos)} videos that the annotations list is in it or "
+                f"below it, such as {videos[0].name}.mp4; {len(files)} other videos are"
+            )
+    else:
+        files, ignored = _video_files(config.videos)
+        listing = own.from_csv(config.annotations, files) if source == "csv" else own.from_folder(files)
+        videos = by_name(listing.videos, files, config.videos)
+    if not videos:
+        where = f"annotations is {config.annotations!r}: it lists no videos"
+        where = where if config.annotations else f"videos is {config.videos!r}: no videos below it"
+        raise UserError(f"{where}; looked for files that end in {', '.join(EXTENSIONS)}")
+    ignored += len(files) - len({video.name for video in videos if not video.reason})
+    return replace(listing, videos=sorted(videos, key=lambda video: video.video_id)), ignored
+
+
+def _video_files(folder: str) -> tuple[list[str], int]:
+    """Return the names of a folder's video files and the number of other files; hidden ones are neither."""
+    if not storage.is_folder(folder):
+        raise UserError(f"videos is {folder!r}: there is no such folder")
+    system, inner = storage.filesystem(folder)
+    infos = system.get_file_info(fs.FileSelector(inner, recursive=True))
+    files = [info.path.removeprefix(inner.rstrip("/") + "/") for info in infos if info.type == fs.FileType.File]
+    visible = [name for name in files if not name.startswith(".") and "/." not in name]
+    videos = sorted(name for name in visible if name.rpartition(".")[2].lower() in EXTENSIONS)
+    return videos, len(visible) - len(videos)
+
+
+def by_name(videos: list[Listed], files: list[str], folder: str) -> list[Listed]:
+    """Return videos with their files, or the reason why they have none; their names are paths below the folder."""
+    root, known = storage.absolute(folder).rstrip("/"), set(files)
+    return [
+        replace(
+            video,
+            uri=f"{root}/{video.name}",
+            reason="" if video.name in known else f"listed in {video.place}, not found as {video.name}",
+        )
+        for video in videos
+    ]
+
+
+def by_id(videos: list[Listed], files: list[str], folder: str) -> list[Listed]:
+    """Return videos with their files; their names are paths without ending, in the folder or in any below it."""
+    root = storage.absolute(folder).rstrip("/")
+    depth = 1 + videos[0].name.count("/")
+    first: dict[str, str] = {}
+    second: dict[str, str] = {}
+    for file in files:
+        ending = "/".join(file.rpartition(".")[0].rsplit("/", depth)[-depth:])
+        if first.setdefault(ending, file) != file:
+            second[ending] = file
+
+    def located(video: Listed) -> Listed:
+        file = first.get(video.name)
+        if file is None:
+            reason = f"listed in {video.place}, not found as {video.name}.* in the folder or below it"
+            return replace(video, uri=f"{root}/{video.name}", reason=video.reason or reason)
+        both = f"found as {file} and as {second[video.name]}: leave one" if video.name in second else ""
+        return replace(video, name=file, uri=f"{root}/{file}", reason=video.reason or both)
+
+    return [located(video) for video in videos]
+
+
+# --- probing --------------------------------------------------------------------------------------------------------
+
+
+def probe_all(listed: list[Listed], data: DecodeConfig, stage: Stage) -> tuple[list[dict[str, Any]], list[Failure]]:
+    """Return a row for each video that can be read, with its facts and what was listed, and the others.
+
+    Of these, the damaged ones come before those that are listed but not found.
+    """
+    rows: list[dict[str, Any]] = []
+    rejects: list[Failure] = []
+    missing = [Failure(video.video_id, video.uri, video.reason) for video in listed if video.reason]
+    found = [video for video in listed if not video.reason]
+    started = told = time.monotonic()
+    for done, (video, facts) in enumerate(zip(found, _probed(found, data), strict=True), start=1):
+        reason = facts["reason"] or _stretch_fault(video, facts["duration_s"])
+        if reason:
+            rejects.append(Failure(video.video_id, video.uri, reason))
+        else:
+            rows.append(facts | asdict(video))
+        if time.monotonic() - told > PROGRESS_S or done == len(found):
+            told = time.monotonic()
+            rate = done / (told - started)
+            stage.progress(f"probed {done} of {len(found)} videos, {rate:.1f} a second, {len(rejects)} rejects")
+    return rows, rejects + missing
+
+
+def _stretch_fault(video: Listed, duration_s: float) -> str:
+    start_s, end_s = video.start_s or 0.0, duration_s if video.end_s is None else video.end_s
+    if start_s >= duration_s:
+        return f"start_s {start_s:g} lies beyond the end of the video ({duration_s:.2f} s)"
+    return f"end_s {end_s:g} is not after start_s {start_s:g}" if end_s <= start_s else ""
+
+
+def _probed(videos: list[Listed], data: DecodeConfig) -> Iterator[dict[str, Any]]:
+    """Return the facts of each video in order, or the reason why there are none."""
+    table = pa.table({"uri": pa.array([video.uri for video in videos], pa.string())})
+    return in_tasks(table, partial(probe_chunk, timeout_s=data.decode_timeout_s), data)
+
+
+def in_tasks(rows: pa.Table, work: Callable[[pa.Table], pa.Table], data: DecodeConfig) -> Iterator[dict[str, Any]]:
+    """Yield what `work` makes of chunks of rows, row by row in order; one Ray Data execution.
+
+    Raises:
+        UserError: a task asks for more CPUs than there are.
+    """
+    cpus = resources().get("CPU", 0.0)
+    if data.cpus_per_decode > cpus:
+        raise UserError(f"data.cpus_per_decode is {data.cpus_per_decode:g}: the cluster has {cpus:g} CPUs; lower it")
+    if len(rows) == 0:
+        return
+    dataset = in_chunks(rows, data.clips_per_task)
+    limit(dataset, (data.decode_tasks or int(cpus / data.cpus_per_decode)) * data.cpus_per_decode)
+    done = dataset.map_batches(work, batch_size=None, batch_format="pyarrow", num_cpus=data.cpus_per_decode)
+    batches: Any = done.iter_batches(batch_size=None, batch_format="pyarrow")
+    for batch in batches:
+        yield from batch.to_pylist()
+
+
+# --- splits ---------------------------------------------------------------------------------------------------------
+
+
+def shares(listing: Listing, config: IndexConfig) -> dict[str, float]:
+    """Return the shares of the training videos that are held out for the splits that the annotations do not have."""
+    default = BENCHMARK_VAL_SHARE if listing.dataset else 0.0
+    wanted = {"val": default if config.val_share is None else config.val_share, "test": config.test_share}
+    present = {video.split for video in listing.videos}
+    return {split: share for split, share in wanted.items() if split not in present}
+
+
+def hold_out(videos: list[Listed], shares: dict[str, float], seed: int) -> dict[str, str]:
+    """Choose shares of each class's training videos for other splits, by hash; one stays for training.
+
+    What is chosen depends on what is listed, not on what is found: a video that vanishes moves no other.
+
+    Returns:
+        The new split of each video held out, by id.
+    """
+
+    def place(video: Listed) -> bytes:
+        return hashlib.blake2b(f"{seed}/{video.video_id}".encode()).digest()
+
+    by_class: dict[str | None, list[Listed]] = {}
+    for video in videos:
+        if video.split in ("", "train"):
+            by_class.setdefault(video.class_name, []).append(video)
+    held: dict[str, str] = {}
+    for members in by_class.values() if any(shares.values()) else ():
+        spread = iter(sorted(members, key=place)[:-1])
+        for split, share in shares.items():
+            held |= {video.video_id: split for video in islice(spread, round(len(members) * share))}
+    return held
+
+
+def keep_learnable(rows: list[dict[str, Any]], held: dict[str, str]) -> None:
+    """Give a held-out video back to training where no other video of its class could be read there."""
+    learnt = {row["class_name"] for row in rows if row["split"] in ("", "train") and row["video_id"] not in held}
+    for row in rows:
+        if row["video_id"] in held and row["class_name"] not in learnt:
+            del held[row["video_id"]]
+            learnt.add(row["class_name"])
+
+
+def listed_counts(videos: list[Listed], held: dict[str, str]) -> dict[str, int]:
+    """Return the number of videos of each split that has any."""
+    counts = Counter(held.get(video.video_id) or video.split or "train" for video in videos)
+    return {split: counts[split] for split in SPLITS if split in counts}
+
+
+# --- the manifest ---------------------------------------------------------------------------------------------------
+
+
+def manifest_of(rows: list[dict[str, Any]], listing: Listing, held: dict[str, str], config: IndexConfig) -> pa.Table:
+    """Return the manifest's table: stretches cut to the video, videos held out."""
+    dataset = config.dataset or listing.dataset or storage.absolute(config.videos).rstrip("/").rpartition("/")[2]
+    for row in rows:
+        row |= {"dataset": dataset, "split": held.get(row["video_id"]) or row["split"] or "train"}
+        row |= {"start_s": row["start_s"] or 0.0, "end_s": min(row["end_s"] or row["duration_s"], row["duration_s"])}
+    about = Description(
+        dataset=listing.dataset,
+        task=listing.task,
+        protocol=listing.protocol,
+        listed=listed_counts(listing.videos, held),
+    )
+    return pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata(listing.classes, about)))

@@ -1,0 +1,79 @@
+"""The place below --out where a run's checkpoints lie: a local folder, or one in an object store."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pyarrow import fs
+
+from pipelines import storage
+from s5.checkpoints.backend import LocalStore, Store
+from s5.checkpoints.checkpoint import META
+
+
+def store_of(path: str) -> Store:
+    """Return the store for a path or URI.
+
+    Raises:
+        UserError: the URI's scheme is unknown, or its store cannot be reached.
+    """
+    path = storage.absolute(path)
+    return ObjectStore(path) if storage.is_uri(path) else LocalStore(Path(path))
+
+
+class ObjectStore:
+    """A folder in an object store, whose names are there only once all of a file is."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self._system, self._inner = storage.filesystem(place)
+
+    def listing(self) -> dict[str, set[str]]:
+        """Return the folders with the names of their files."""
+        selector = fs.FileSelector(self._inner, recursive=True, allow_not_found=True)
+        found: dict[str, set[str]] = {}
+        for info in self._system.get_file_info(selector):
+            name, _, file = info.path.removeprefix(f"{self._inner}/").partition("/")
+            if file and info.is_file:
+                found.setdefault(name, set()).add(file)
+        return found
+
+    def put(self, name: str, file: str, blocks: Iterable[memoryview]) -> None:
+        """Upload a file."""
+        folder = storage.join(self._inner, name)
+        storage.make_folder(self._system, folder)
+        with self._system.open_output_stream(storage.join(folder, file)) as sink:
+            for block in blocks:
+                sink.write(block)
+
+    def read(self, name: str, file: str) -> bytes:
+        """Return a small file of a checkpoint."""
+        return storage.read_bytes(storage.join(self.path(name), file))
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """Give a copy of the checkpoint, which is deleted afterwards."""
+        target = Path(tempfile.mkdtemp(prefix="checkpoint_"))
+        try:
+            storage.download(self.path(name), target)
+            yield target
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+
+    def remove(self, name: str) -> None:
+        """Delete a checkpoint, meta.json first."""
+        folder = storage.join(self._inner, name)
+        storage.remove(storage.join(self.path(name), META))
+        with suppress(FileNotFoundError):
+            self._system.delete_dir(folder)
+
+    def check_room(self, size: int) -> None:
+        """Do nothing: an object store does not say what it has left."""
+
+    def path(self, name: str) -> str:
+        """Return a checkpoint's URI."""
+        return storage.join(self.place, name)

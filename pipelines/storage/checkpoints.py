@@ -1,0 +1,109 @@
+"""Where the weights that training starts from come from: checkpoints on any storage, and the backbone's own."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from pipelines import storage
+from pipelines.errors import UserError
+from s5.checkpoints.checkpoint import check_architecture, encoder_weights
+from s5.config import BackboneConfig
+from s5.errors import CheckpointError
+from s5.models.backbone import Backbone
+
+
+@contextmanager
+def local_checkpoint(path: str) -> Iterator[Path]:
+    """Give a checkpoint as a local folder: itself, or a copy that is deleted afterwards.
+
+    Args:
+        path: a checkpoint's folder, or the --out of a stage that made one (its best is taken).
+
+    Raises:
+        UserError: there is none.
+    """
+    path = storage.absolute(path)
+    if not storage.exists(path):
+        raise UserError(f"checkpoint is {path!r}: there is no such folder; give a checkpoint or the --out of a stage")
+    result = storage.join(path, "result.json")
+    if storage.exists(result):
+        found = storage.read_json(result).get("checkpoint")
+        if not found:
+            raise UserError(f"checkpoint is {path!r}: that stage made none; give the --out of pretrain or finetune")
+        path = found
+    elif not storage.exists(storage.join(path, "meta.json")):
+        raise UserError(f"checkpoint is {path!r}: neither a checkpoint nor the --out of a finished stage")
+    if not storage.is_uri(path):
+        yield Path(path)
+        return
+    target = Path(tempfile.mkdtemp(prefix="checkpoint_"))
+    try:
+        storage.download(path, target)
+        yield target
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
+    """Return the weights that the backbone is to start from, or None for random ones.
+
+    They are read here, once and before any work: a training worker may have neither the file nor a way to the hub.
+
+    Raises:
+        UserError: the file is missing or of another model, or timm cannot get its own weights.
+    """
+    if not config.weights:
+        return None
+    try:
+        return Backbone(config).vit.state_dict()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"backbone.weights is {config.weights!r}: timm cannot get them ({reason}); give a file, or go online once"
+        ) from None
+
+
+def of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the part of an encoder's weights that is its backbone's."""
+    prefix = "backbone.vit."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def trained_backbone(config: BackboneConfig, path: str) -> Backbone:
+    """Return a frozen backbone with the weights of a checkpoint, or where `path` is empty with its own.
+
+    Raises:
+        UserError: there are no weights, or they are of another backbone.
+    """
+    if not path and not config.weights:
+        raise UserError("model.backbone.weights is '': a random backbone has no features; give weights or --checkpoint")
+    weights = backbone_weights(config)
+    try:
+        if weights is None:
+            with local_checkpoint(path) as folder:
+                check_architecture(folder, {f"backbone.{name}": value for name, value in asdict(config).items()})
+                weights = of_backbone(encoder_weights(folder))
+        backbone = Backbone(replace(config, weights="", frozen=True))
+    except (CheckpointError, ValueError) as error:
+        raise UserError(str(error)) from None
+    backbone.vit.load_state_dict(weights)
+    return backbone.eval()
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return what identifies weights by their names, shapes and values."""
+    sink = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(weights.items()):
+        sink.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        sink.update(value.detach().cpu().contiguous().numpy().data)
+    return sink.hexdigest()

@@ -1,0 +1,59 @@
+"""Tracking URIs: which MLflow store a stage logs to, and the lock of one that is a database file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines import storage
+from pipelines.config import TrackingConfig
+from pipelines.errors import UserError
+
+OFF = "off"
+
+
+def resolve_uri(config: TrackingConfig, out: str) -> str:
+    """Return the tracking URI of a stage that writes to `out`, valid in any working directory; `off` for none.
+
+    Raises:
+        UserError: a `file:` store, which MLflow has given up, or no URI at all where `out` is on an object store.
+    """
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    out = storage.absolute(out)
+    if not uri:
+        if storage.is_uri(out):
+            remedy = "give --tracking.uri http://... of an MLflow server, or --tracking.uri off"
+            raise UserError(f"--tracking.uri is empty and --out is {out!r}, where no database can lie: {remedy}")
+        return f"sqlite:///{os.path.dirname(out)}/mlflow.db"
+    if uri.startswith("sqlite:"):
+        path, mark, query = uri.removeprefix("sqlite:///").partition("?")
+        if not path or path.startswith(("sqlite:", ":memory:")):
+            raise UserError(f"--tracking.uri is {uri!r}: give sqlite:///FOLDER/mlflow.db")
+        return f"sqlite:///{storage.absolute(path)}{mark}{query}"
+    if uri.startswith("file:"):
+        raise UserError(f"--tracking.uri is {uri!r}: MLflow has no file stores now; give sqlite:///FOLDER/mlflow.db")
+    if uri in (OFF, "databricks") or ":" in uri:
+        return uri.rstrip("/")
+    path = storage.absolute(uri)
+    return f"sqlite:///{path}" if path.endswith(".db") else f"sqlite:///{path}/mlflow.db"
+
+
+def database(uri: str) -> str:
+    """Return the file of a sqlite URI, or nothing."""
+    return uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:") else ""
+
+
+@contextmanager
+def alone(uri: str) -> Iterator[None]:
+    """Hold a database's lock: processes that open a new one at once would ruin it."""
+    path = database(uri)
+    if not path:
+        yield
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

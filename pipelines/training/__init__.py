@@ -1,0 +1,1 @@
+"""Ray Train around the training loop; the only room that imports ray.train."""

@@ -1,0 +1,257 @@
+"""A checkpoint: a folder that rebuilds itself, of safetensors and JSON alone.
+
+model.safetensors      weights and buffers of the task that was trained
+optimizer.safetensors  moments and step counts of the optimiser
+meta.json              kind, step, model settings, classes, all settings of the run, and digests of the other files
+
+meta.json is written last: a folder without it is a save that was cut short. Its own digest is its last key.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from s5.config import ModelConfig, from_json
+from s5.errors import CheckpointError, DamagedError
+from s5.models.video_model import VideoModel
+
+FORMAT = 2
+MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
+# Settings of the model that do not change the encoder's weights or what they compute.
+FREE = (
+    "decoder.selection.",
+    "decoder.dropout",
+    "decoder.ssm.lr",
+    "decoder.attention.implementation",
+    "backbone.weights",
+    "backbone.frozen",
+)
+
+# Decoders whose weights are the same, those that pretraining does not make apart.
+INTERCHANGEABLE = {"s5", "vis4mer", "vtm"}
+
+Kind = Literal["lsmcl", "class", "regression"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a checkpoint says of itself."""
+
+    kind: Kind
+    """The task: `lsmcl` (an encoder), or `class` or `regression` (a fine-tuned model)."""
+    step: int
+    """Optimiser steps taken: also the position in the clip plan."""
+    model: dict[str, Any]
+    """Settings of the model (ModelConfig)."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes in the order of the head's outputs."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """All settings of the run."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Last value of every metric at that step."""
+    evaluated: dict[str, float] = field(default_factory=dict)
+    """Metrics of the evaluation of these very weights; empty where there was none at that step."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Numbers that training goes on from besides weights and moments, such as the scale of an fp16 loss."""
+    commit: str = "unknown"
+    """Commit of the code."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each other file; filled in where they are written."""
+    format: int = FORMAT
+    """Version of this layout."""
+
+
+def contents(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that each file of a checkpoint holds, as they are: on their device, not copied."""
+    moments = {
+        f"{index}.{name}": value.detach()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    return {MODEL: {name: value.detach() for name, value in task.state_dict().items()}, OPTIMIZER: moments}
+
+
+def meta_bytes(meta: Meta) -> bytes:
+    """Return the content of meta.json."""
+    values = asdict(meta)
+    return json.dumps(values | {"digest": _digest(values)}, indent=2).encode()
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def parse_meta(content: bytes, where: str) -> Meta:
+    """Return what a meta.json says.
+
+    Args:
+        content: of the file.
+        where: the checkpoint's path or URI, for messages.
+
+    Raises:
+        DamagedError: it is not what was written.
+        CheckpointError: it has a layout of another version.
+    """
+    try:
+        values = dict(json.loads(content))
+        digest = values.pop("digest", None)
+        if digest is not None and digest != _digest(values):
+            raise DamagedError(where, f"{META} is not what was saved (digests differ)")
+        if (layout := values.get("format")) != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {where!r} has layout {layout!r}, and this version reads {FORMAT}: use the version that "
+                f"made it (commit {values.get('commit', 'unknown')}), or train anew with another --out"
+            )
+        if digest is None:
+            raise DamagedError(where, f"{META} has no digest")
+        return Meta(**values)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DamagedError(where, f"{META}: {error}") from None
+
+
+def read_meta(folder: Path) -> Meta:
+    """Return what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, is damaged, or has a layout of another version.
+    """
+    try:
+        return parse_meta((folder / META).read_bytes(), str(folder))
+    except FileNotFoundError:
+        raise DamagedError(str(folder), f"it has no {META}: no checkpoint, or one whose save was cut short") from None
+    except OSError as error:
+        raise _unreadable(folder, META, error) from None
+
+
+def verify(folder: Path, names: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Meta:
+    """Compare a checkpoint's files with the digests taken when they were saved, and return what it says of itself.
+
+    Raises:
+        DamagedError: a file is missing, or not what was saved; says which.
+        CheckpointError: it has a layout of another version.
+    """
+    meta = read_meta(folder)
+    for name in names:
+        try:
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DamagedError(str(folder), f"{name} is missing") from None
+        except OSError as error:
+            raise _unreadable(folder, name, error) from None
+        if found != meta.files.get(name):
+            raise DamagedError(str(folder), f"{name} is not what was saved (digests differ)")
+    return meta
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> Exception:
+    """Return what to raise: a bad sector is damage; what else keeps a file from being read may pass."""
+    return DamagedError(str(folder), f"{name}: {error.strerror}") if error.errno == errno.EIO else error
+
+
+def digest(folder: Path) -> str:
+    """Return what identifies a checkpoint: the digest of its weights.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or is damaged.
+    """
+    return read_meta(folder).files[MODEL]
+
+
+def restore(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Meta:
+    """Load a checkpoint into the task and optimiser that it was saved from, and return its meta data.
+
+    Digests are not compared: see `verify`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+    """
+    meta = read_meta(folder)
+    weights = read_weights(folder, MODEL)
+    try:
+        task.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"checkpoint {str(folder)!r} is of another architecture: {error}") from None
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in read_weights(folder, OPTIMIZER).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return meta
+
+
+def read_weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
+    """Return the tensors of one of a checkpoint's files, on the CPU; digests are not compared.
+
+    Raises:
+        DamagedError: the file is missing, or cannot be read as what it is.
+    """
+    try:
+        return load_file(folder / name)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(str(folder), f"{name}: {error}") from None
+
+
+def encoder_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint's video model: the online encoder of LSMCL, or the fine-tuned model.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or its weights are damaged.
+    """
+    prefix = "encoder." if verify(folder, (MODEL,)).kind == "lsmcl" else "model."
+    return {k.removeprefix(prefix): v for k, v in read_weights(folder, MODEL).items() if k.startswith(prefix)}
+
+
+def load_model(folder: Path) -> tuple[VideoModel, Meta]:
+    """Build a checkpoint's video model from its own settings and weights, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or is damaged.
+    """
+    meta = read_meta(folder)
+    weights = encoder_weights(folder)
+    outputs = {"class": len(meta.classes), "regression": 1}.get(meta.kind)
+    # The weights are all in the checkpoint: the file that the backbone started from need not be there any more.
+    config = from_json(ModelConfig, meta.model | {"backbone": meta.model["backbone"] | {"weights": ""}})
+    model = VideoModel(config, outputs)
+    if meta.kind == "lsmcl":
+        model.load_pretrained(weights)
+    else:
+        model.load_state_dict(weights)
+    return model.eval(), meta
+
+
+def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
+    """Compare a checkpoint's architecture with the one that is to be trained, without reading its weights.
+
+    Args:
+        folder: the checkpoint.
+        wanted: settings of the model to be trained, by dotted keys (`decoder.blocks`).
+
+    Raises:
+        CheckpointError: they differ; names the setting and both values.
+    """
+    there = asdict(from_json(ModelConfig, read_meta(folder).model))
+    for key, value in wanted.items():
+        if key.startswith(FREE):
+            continue
+        found: Any = there
+        for part in key.split("."):
+            found = found[part]
+        if found != value and not (key == "decoder.name" and {found, value} <= INTERCHANGEABLE):
+            raise CheckpointError(
+                f"checkpoint {str(folder)!r} is of another architecture: model.{key} is {found!r} there and {value!r} "
+                f"here; give --model.{key} {found}, or the same --preset or --config"
+            )

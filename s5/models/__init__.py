@@ -1,0 +1,1 @@
+"""Every `nn.Module`: selection, mixers, blocks, decoders, backbone, video model."""

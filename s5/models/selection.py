@@ -1,0 +1,325 @@
+"""Token selection of S5: momentum S4, mask generator, Gumbel top-K with a straight-through gradient.
+
+Source: "Selective Structured State-Spaces for Long-Form Video Understanding", arXiv 2303.14526, section 3. The exact
+form of the gradient and of the mask generators is from the paper's presentation, not checked against its text.
+
+Shapes: B batch, L sequence, D width, K kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s5 import rng
+from s5.config import SelectionConfig
+from s5.ssm.convolution import convolve_score, convolve_score_backward
+from s5.ssm.layers import LinearSSM
+
+_EPSILON = 1e-20
+"""Keeps the logarithms of Gumbel noise finite; far below the resolution of the uniform numbers."""
+
+
+def keep_count(keep_ratio: float, length: int) -> int:
+    """Number of tokens K to keep of `length`: the rounded share, at least 1."""
+    return max(1, round(keep_ratio * length))
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise -log(-log(u + eps) + eps) from u in [0, 1)."""
+    return -torch.log(-torch.log(uniform + _EPSILON) + _EPSILON)
+
+
+def normalized_entropy(logits_BL: Tensor) -> Tensor:
+    """Entropy of softmax(logits) over log L, averaged over the batch: 0 one token, 1 uniform (also where L is 1)."""
+    log_p_BL = torch.log_softmax(logits_BL.detach().float(), dim=1)
+    length = logits_BL.shape[1]
+    if length == 1:
+        return log_p_BL.new_ones(())
+    return -(log_p_BL.exp() * log_p_BL).sum(1).mean() / math.log(length)
+
+
+class _Pick(torch.autograd.Function):
+    """Rows of x, whose gradient also reaches the soft weights as if each row were their weighted mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, soft_BL: Tensor, indices_BK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BLD, indices_BK)
+        ctx.soft_dtype = soft_BL.dtype
+        return rows(x_BLD, indices_BK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad_BKD,) = grads
+        x_BLD, indices_BK = ctx.saved_tensors
+        grad_x_BLD = grad_soft_BL = None
+        if ctx.needs_input_grad[0]:
+            grad_x_BLD = spread(grad_BKD, indices_BK, x_BLD.shape[1])
+        if ctx.needs_input_grad[1]:
+            grad_soft_BL = soft_gradient(x_BLD, grad_BKD, ctx.soft_dtype)
+        return grad_x_BLD, grad_soft_BL, None
+
+
+def spread(grad_BKD: Tensor, indices_BK: Tensor, length: int) -> Tensor:
+    """Gradient (B, L, D) of `rows`: each of the K rows at its index, 0 elsewhere."""
+    batch, _, width = grad_BKD.shape
+    grad_BLD = grad_BKD.new_zeros(batch, length, width)
+    # No index occurs twice: a copy, which is deterministic, stands for a sum.
+    grad_BLD.flatten(0, 1).index_copy_(0, _flat_indices(indices_BK, length), grad_BKD.flatten(0, 1))
+    return grad_BLD
+
+
+def soft_gradient(x_BLD: Tensor, grad_BKD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient (B, L) of the soft weights, which every picked row is a weighted mean by."""
+    total_BD = grad_BKD.sum(1, dtype=dtype).to(x_BLD.dtype)
+    return torch.bmm(x_BLD, total_BD[..., None])[..., 0].to(dtype)
+
+
+def _flat_indices(indices_BK: Tensor, length: int) -> Tensor:
+    """Row numbers (B * K,) in the (B * L, D) view of the tokens."""
+    starts = torch.arange(indices_BK.shape[0], device=indices_BK.device) * length
+    return (indices_BK + starts[:, None]).flatten()
+
+
+def rows(x_BLD: Tensor, indices_BK: Tensor) -> Tensor:
+    """Tokens (B, K, D) at the indices."""
+    picked = x_BLD.flatten(0, 1).index_select(0, _flat_indices(indices_BK, x_BLD.shape[1]))
+    return picked.view(*indices_BK.shape, x_BLD.shape[2])
+
+
+def check_count(k: int, length: int) -> None:
+    """Raise `ValueError` unless 1 <= k <= length."""
+    if not 1 <= k <= length:
+        raise ValueError(f"k is {k}: give 1 to {length}, the number of tokens")
+
+
+def gumbel_scores(logits_BL: Tensor, gumbel_uniform_BL: Tensor | None) -> Tensor:
+    """log p, plus Gumbel noise where there is any, in fp32 at least."""
+    dtype = torch.promote_types(logits_BL.dtype, torch.float32)
+    scores_BL = torch.log_softmax(logits_BL.to(dtype), dim=1)
+    return scores_BL if gumbel_uniform_BL is None else scores_BL + gumbel(gumbel_uniform_BL)
+
+
+def top(scores_BL: Tensor, k: int) -> Tensor:
+    """Indices of the K highest scores in order of time. The stable sort makes ties fall to the earlier token."""
+    order_BL = torch.argsort(scores_BL.detach(), dim=1, descending=True, stable=True)
+    return order_BL[:, :k].sort(dim=1).values
+
+
+def select(
+    x_BLD: Tensor,
+    logits_BL: Tensor,
+    k: int,
+    temperature: float | Tensor = 1.0,
+    gumbel_uniform_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keep K of L tokens without replacement, in order of time (arXiv 2303.14526, section 3).
+
+    The K highest `log p + g` are kept, g Gumbel noise. With y = softmax((log p + g) / rho), one and the same for all
+    picks, the result is `x[indices] + (stop(x)^T y - stop(stop(x)^T y))`: the value is that of the tokens picked, and
+    the gradient also reaches the logits, at O(L D) cost and only in the backward pass.
+
+    Args:
+        x_BLD: (B, L, D) tokens.
+        logits_BL: (B, L) scores; compared in fp32 at least.
+        k: number K of tokens to keep, 1 to L.
+        temperature: rho of the soft part.
+        gumbel_uniform_BL: (B, L) uniform numbers in [0, 1); None for plain, deterministic top-K.
+
+    Returns:
+        Tokens (B, K, D) in the type of x, and their ascending indices (B, K), int64.
+
+    Raises:
+        ValueError: k is not in 1..L.
+    """
+    check_count(k, x_BLD.shape[1])
+    with torch.autocast(x_BLD.device.type, enabled=False):
+        scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
+        indices_BK = top(scores_BL, k)
+        soft_BL = torch.softmax(scores_BL / temperature, dim=1)
+        picked_BKD: Tensor = _Pick.apply(x_BLD, soft_BL, indices_BK)
+    return picked_BKD, indices_BK
+
+
+def select_reference(
+    x_BLD: Tensor,
+    logits_BL: Tensor,
+    k: int,
+    temperature: float | Tensor = 1.0,
+    gumbel_uniform_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reference of `select`: a (K, L) one-hot matrix with straight-through gradient, O(K L D)."""
+    check_count(k, x_BLD.shape[1])
+    scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
+    indices_BK = torch.topk(scores_BL, k, dim=1).indices.sort(dim=1).values
+    hard_BKL = torch.nn.functional.one_hot(indices_BK, x_BLD.shape[1]).to(scores_BL.dtype)
+    soft_BKL = torch.softmax(scores_BL / temperature, dim=1)[:, None].expand_as(hard_BKL)
+    matrix_BKL = hard_BKL + soft_BKL - soft_BKL.detach()
+    return torch.einsum("bkl,bld->bkd", matrix_BKL, x_BLD), indices_BK
+
+
+class MomentumSSM(nn.Module):
+    """Exponential moving average of a block's state space, which gives every token its global context.
+
+    Its parameters take no gradient, which also keeps them from the optimiser, and are part of the state dict.
+    """
+
+    def __init__(self, online: LinearSSM, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.average = copy.deepcopy(online).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, online: LinearSSM) -> None:
+        """Move towards `online`: average = momentum * average + (1 - momentum) * online."""
+        torch._foreach_lerp_(list(self.average.parameters()), list(online.parameters()), 1 - self.momentum)
+
+    @torch.no_grad()
+    def reset(self, online: LinearSSM) -> None:
+        """Become a copy of `online`."""
+        torch._foreach_copy_(list(self.average.parameters()), list(online.parameters()))
+
+    @torch.no_grad()
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Linear state-space output (B, L, D) for tokens (B, L, D), without gradient."""
+        return self.average.convolve(x_BLD)
+
+    def score(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
+        """`forward(x) @ weight`, (B, L), with a gradient for the weight alone and without the features in between."""
+        with torch.no_grad():
+            kernel_DM, size = self.average.taps(x_BLD.shape[1])
+        logits_BL: Tensor = convolve_score(x_BLD, kernel_DM, size, weight_D)
+        return logits_BL
+
+    @torch.no_grad()
+    def score_gradient(self, grad_BL: Tensor, x_BLD: Tensor) -> Tensor:
+        """Gradient (D,) of `score` for the weight."""
+        weight_D: Tensor = convolve_score_backward(grad_BL, x_BLD, *self.average.taps(x_BLD.shape[1]))
+        return weight_D
+
+
+def _score(features_BLD: Tensor, linear: nn.Linear) -> Tensor:
+    """Logits (B, L) of a linear layer, in its own type under autocast too: bf16 would round them to ties."""
+    weight_D = linear.weight[0]
+    with torch.autocast(weight_D.device.type, enabled=False):
+        return features_BLD.to(weight_D.dtype) @ weight_D
+
+
+class TransformerGenerator(nn.Module):
+    """Mask generator of one transformer layer and a linear one: (B, L, D) -> logits (B, L)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # Dropout would draw from the worker's generator instead of the sample's.
+        self.layer = nn.TransformerEncoderLayer(
+            width, math.gcd(width, 8), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def forward(self, features_BLD: Tensor) -> Tensor:
+        """Logits (B, L)."""
+        return _score(self.layer(features_BLD), self.score)
+
+
+class Selected(NamedTuple):
+    """What a selection kept."""
+
+    tokens: Tensor
+    """(B, K, D)."""
+    indices: Tensor
+    """(B, K) int64, ascending positions in the sequence."""
+    entropy: Tensor
+    """Normalised entropy of p, 0 to 1, without gradient."""
+
+
+class Selection(nn.Module):
+    """Mask generator over momentum S4 or backbone features, and the selection that follows from it.
+
+    Neither kind of features carries a gradient back to the tokens, so that only the generator learns what to keep. The
+    logits have no bias, to which softmax and top-K are blind. Random selection draws noise in evaluation as well, from
+    fixed seeds where there are none.
+
+    Args:
+        config: settings; `generator` is not `none`.
+        online: state space of the block that the momentum S4 is an average of.
+
+    Raises:
+        ValueError: the generator is `none`.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, config: SelectionConfig, online: LinearSSM) -> None:
+        super().__init__()
+        if config.generator == "none":
+            raise ValueError("selection.generator is 'none': leave the selection out of the block")
+        self.config = config
+        uses_momentum = config.features == "s4" and config.generator != "random"
+        self.momentum = MomentumSSM(online, config.momentum) if uses_momentum else None
+        self.generator: nn.Linear | TransformerGenerator | None = None
+        if config.generator == "linear":
+            self.generator = nn.Linear(online.width, 1, bias=False)
+        elif config.generator == "transformer":
+            self.generator = TransformerGenerator(online.width)
+        # A tensor, and filled in place: a number would be compiled in anew at each change.
+        self.register_buffer("temperature", torch.tensor(config.temperature), persistent=False)
+
+    def set_progress(self, progress: float) -> None:
+        """Set the temperature for a share of the training, 0 to 1: exponential from start to end.
+
+        Raises:
+            ValueError: `progress` is not in [0, 1].
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress is {progress}: give the share of the training that is done, 0 to 1")
+        start, end = self.config.temperature, self.config.temperature_end
+        self.temperature.fill_(start * (end / start) ** progress)
+
+    def logits(self, tokens_BLD: Tensor) -> Tensor:
+        """Logits (B, L) of normalised tokens, constant for random selection; no gradient for the tokens."""
+        tokens_BLD = tokens_BLD.detach()
+        if self.generator is None:
+            return tokens_BLD.new_zeros(tokens_BLD.shape[:2], dtype=torch.float32)
+        if isinstance(self.generator, nn.Linear) and self.momentum is not None:
+            return self.momentum.score(tokens_BLD, self.generator.weight[0])
+        features_BLD = tokens_BLD if self.momentum is None else self.momentum(tokens_BLD)
+        if isinstance(self.generator, nn.Linear):
+            return _score(features_BLD, self.generator)
+        logits_BL: Tensor = self.generator(features_BLD)
+        return logits_BL
+
+    def uniform(self, x_BLD: Tensor, seeds_B: Tensor | None, stream: str) -> Tensor | None:
+        """Uniform numbers (B, L) for the Gumbel noise; None for plain top-K.
+
+        Raises:
+            ValueError: there are no seeds in training.
+        """
+        if not self.training and self.generator is not None:
+            return None
+        if seeds_B is None:
+            if self.training:
+                raise ValueError("seeds_B is None: give a seed a sample, or rng.fresh_seeds, in training")
+            seeds_B = torch.zeros(x_BLD.shape[0], dtype=torch.int64, device=x_BLD.device)
+        return rng.uniform(seeds_B, stream, x_BLD.shape[1])
+
+    def forward(self, x_BLD: Tensor, tokens_BLD: Tensor, k: int, seeds_B: Tensor | None, stream: str) -> Selected:
+        """Keep K tokens of the block's input.
+
+        Args:
+            x_BLD: (B, L, D) block input, from which tokens are taken.
+            tokens_BLD: (B, L, D) the same after the block's LayerNorm, which the generator judges.
+            k: number of tokens to keep.
+            seeds_B: (B,) seeds of the samples; needed in training.
+            stream: name of the noise.
+
+        Raises:
+            ValueError: k is not in 1..L, or there are no seeds in training.
+        """
+        logits_BL = self.logits(tokens_BLD)
+        uniform_BL = self.uniform(x_BLD, seeds_B, stream)
+        tokens_BKD, indices_BK = select(x_BLD, logits_BL, k, self.temperature, uniform_BL)
+        return Selected(tokens_BKD, indices_BK, normalized_entropy(logits_BL))

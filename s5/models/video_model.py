@@ -1,0 +1,120 @@
+"""The video model: frame encoder, temporal pyramid and, for a labelled task, a head. It is built from its config alone.
+
+Shapes: B batch, T frames, U time steps, N tokens of a step, K patches kept of a step, L tokens of a clip, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from s5.config import ModelConfig
+from s5.models.backbone import Backbone
+from s5.models.decoders import DecoderOutput, build_decoder
+
+# Weights that pretraining does not make: it runs without selection or merging, and without a head.
+NOT_PRETRAINED = ("selection.", "merging.", "head.")
+
+
+class Prediction(NamedTuple):
+    """What a video model says of a batch of clips."""
+
+    logits_BC: Tensor
+    """Scores, one a class, or one number in regression."""
+    features_BD: Tensor
+    """What the head saw."""
+    kept: list[Tensor]
+    """Indices of the tokens kept by each selecting block, (B, K). Those of the pyramid's first block are positions in
+    time and frame, as `Backbone.forward` numbers them."""
+    entropy: Tensor | None
+    """Entropy of the mask generator over that of the uniform distribution, 0 to 1."""
+    keep_ratio: float
+    """Share of the clip's tokens that all selecting blocks let through, 1 without selection."""
+
+
+class VideoModel(nn.Module):
+    """Clips of frames to features, and to predictions where there is a head."""
+
+    def __init__(self, config: ModelConfig, outputs: int | None = None) -> None:
+        """Build the model.
+
+        Args:
+            config: its settings.
+            outputs: numbers that the head gives: classes, or 1 for regression; None for no head.
+        """
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone)
+        width = config.decoder.width or self.backbone.width
+        self.projection = nn.Identity() if width == self.backbone.width else nn.Linear(self.backbone.width, width)
+        self.decoder = build_decoder(config.decoder, width)
+        self.head = nn.Linear(self.decoder.out_width, outputs) if outputs else None
+
+    def encode(self, clips: Tensor, seeds_B: Tensor | None = None, keep_BUK: Tensor | None = None) -> DecoderOutput:
+        """Return the features of clips, with what the selection kept.
+
+        Args:
+            clips: frames (B, T, H, W, C), 0 to 255, or the tokens (B, U, N, D) that the backbone makes of them.
+            seeds_B: seeds of dropout and Gumbel noise, one a clip; None draws from torch's generator.
+            keep_BUK: patches of frames that masking leaves, None for all.
+
+        Raises:
+            ValueError: frames or tokens are not of the backbone's size.
+        """
+        if clips.ndim == 4:
+            tokens_BLD, steps = self._cached(clips), clips.shape[1]
+        else:
+            tokens_BLD, steps = self.backbone(clips, keep_BUK), self.backbone.steps(clips.shape[1])
+        return cast(DecoderOutput, self.decoder(self.projection(tokens_BLD), seeds_B, steps))
+
+    def _cached(self, tokens_BUND: Tensor) -> Tensor:
+        number, width = self.backbone.tokens, self.backbone.width
+        if tokens_BUND.shape[2:] != (number, width):
+            raise ValueError(f"tokens are {tuple(tokens_BUND.shape)}: the backbone gives (B, U, {number}, {width})")
+        return rearrange(tokens_BUND, "b u n d -> b (u n) d").to(self.backbone.mean.dtype)
+
+    def forward(self, clips: Tensor, seeds_B: Tensor | None = None) -> Prediction:
+        """Return predictions for clips: frames or tokens, see `encode`.
+
+        Raises:
+            ValueError: the model has no head.
+        """
+        if self.head is None:
+            raise ValueError("the model has no head: it was built for pretraining; fine-tune it, or call encode")
+        out = self.encode(clips, seeds_B)
+        return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.entropy, out.keep_ratio)
+
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Load the frame encoder's weights, in timm's layout; positional embeddings are interpolated.
+
+        Raises:
+            ValueError: the weights are those of another model.
+        """
+        self.backbone.load(state)
+
+    def load_pretrained(self, state: dict[str, Tensor]) -> None:
+        """Load an encoder's weights; mask generator and head stay as they are, the momentum S4 starts as a copy.
+
+        Raises:
+            ValueError: the weights are those of another architecture.
+        """
+        own = {key: value for key, value in self.state_dict().items() if not any(n in key for n in NOT_PRETRAINED)}
+        wrong = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+        if wrong:
+            raise ValueError(f"the checkpoint is of another architecture: {wrong[0]!r} is missing or of another shape")
+        self.load_state_dict({key: state[key] for key in own}, strict=False)
+        self.decoder.reset_momentum()
+
+
+def check_model(config: ModelConfig) -> None:
+    """Build a model without memory for its weights, to find settings that do not fit together.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    with torch.device("meta"):
+        VideoModel(replace(config, backbone=replace(config.backbone, weights="")))

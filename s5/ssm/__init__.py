@@ -1,0 +1,1 @@
+"""Diagonal and DPLR state spaces: matrices, kernels, long convolution, layers. Usable alone."""

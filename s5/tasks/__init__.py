@@ -1,0 +1,1 @@
+"""What is learned: LSMCL pretraining and supervised fine-tuning."""

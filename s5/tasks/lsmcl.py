@@ -1,0 +1,175 @@
+"""LSMCL: long-short masked contrastive learning (arXiv 2303.14526), with MoCo v3's heads and recipe (2104.02057).
+
+Shapes: B clips of this worker, G clips of all workers, U time steps, K patches kept, D width of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s5 import distributed
+from s5.batch import ClipBatch
+from s5.config import LSMCLConfig, ModelConfig
+from s5.models.backbone import random_masking
+from s5.models.video_model import VideoModel
+from s5.tasks.augment import colour_jitter
+
+
+def info_nce(query_BD: Tensor, key_GD: Tensor, temperature: float, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the InfoNCE loss, mean over the queries, and the cosine similarities (B, G), both in fp32.
+
+    The positive of query `i` is key `first + i`; all other keys are negatives. The loss is scaled by twice the
+    temperature, as in MoCo v3's algorithm 1, so that its gradient does not depend on it to first order.
+    """
+    # Autocast would take the product in half precision, where similarities of 1024 keys have many ties.
+    with torch.autocast(query_BD.device.type, enabled=False):
+        similarity_BG = F.normalize(query_BD.float(), dim=-1) @ F.normalize(key_GD.float(), dim=-1).T
+        target_B = first + torch.arange(len(query_BD), device=query_BD.device)
+        loss = F.cross_entropy(similarity_BG / temperature, target_B) * 2 * temperature
+    return loss, similarity_BG
+
+
+def head(widths: list[int], last_affine: bool) -> nn.Sequential:
+    """Return MoCo v3's MLP: linear layers with batch normalisation, ReLU between them, none after the last."""
+    layers: list[nn.Module] = []
+    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+        last = i == len(widths) - 2
+        layers.append(nn.Linear(width_in, width_out, bias=False))
+        layers.append(distributed.BatchNorm(width_out, affine=not last or last_affine))
+        if not last:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def embedding_spread(x_BD: Tensor) -> Tensor:
+    """Return the spread of embeddings: 1 where directions are independent and random, 0 where all are one point."""
+    spread: Tensor = F.normalize(x_BD.float(), dim=-1).std(0, correction=0).mean() * x_BD.shape[-1] ** 0.5
+    return spread
+
+
+class LSMCL(nn.Module):
+    """Online and momentum branch over long and short clips; the task of pretraining.
+
+    `q = predictor(projector(encoder(R_mask(x))))`, `k` the same without the predictor and with moving averages of the
+    weights. Long and short clips serve in turn as queries and as keys.
+    """
+
+    def __init__(self, model: ModelConfig, config: LSMCLConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Random masking stands in for the mask generator while pretraining, so the pyramid keeps all tokens.
+        selection = replace(model.decoder.selection, generator="none")
+        self.encoder = VideoModel(replace(model, decoder=replace(model.decoder, selection=selection)))
+        if config.freeze_patches:
+            self.encoder.backbone.vit.patch_embed.requires_grad_(False)
+        width = self.encoder.decoder.out_width
+        self.projector = head([width, config.hidden, config.hidden, config.dim], last_affine=False)
+        self.predictor = head([config.dim, config.hidden, config.dim], last_affine=True)
+        self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.momentum = config.momentum
+
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Load the frame encoder's weights into both branches, which start as one.
+
+        Raises:
+            ValueError: the weights are those of another model.
+        """
+        self.encoder.load_backbone(state)
+        self.momentum_encoder.load_backbone(state)
+
+    def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return the loss of a batch of pairs, and what tells whether the task works, as scalars."""
+        views = self._views(batch)
+        encoded = {"features": self._features(self.encoder, *views)}
+        with torch.no_grad():
+            targets = {"features": self._features(self.momentum_encoder, *views)}
+        return self.losses(encoded, targets, batch)
+
+    def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return what of the online branch belongs to each pair alone: its long and short clip's features (B, 2, D)."""
+        return {"features": self._features(self.encoder, *self._views(batch))}
+
+    @torch.no_grad()
+    def targets(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return the same of the momentum branch, without gradient."""
+        return {"features": self._features(self.momentum_encoder, *self._views(batch))}
+
+    def losses(
+        self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
+    ) -> dict[str, Tensor]:
+        """Return the scalars of a whole batch, whose pairs are one another's negatives, from what encodes each pair."""
+        queries = [self.predictor(self.projector(x)) for x in encoded["features"].unbind(1)]
+        with torch.no_grad():
+            projected = [self.momentum_projector(x).float() for x in targets["features"].unbind(1)]
+            keys = [distributed.gather(x, batch.total) for x in projected]
+        return self._losses(queries, keys)
+
+    def _views(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return all long, then all short clips as both branches see them, their seeds and the patches that stay."""
+        assert batch.short is not None, "LSMCL needs pairs of clips"
+        keep = [self._mask(batch, view) for view in ("long", "short")]
+        keep_2BUK = None if keep[0] is None else torch.cat(cast(list[Tensor], keep))
+        strength = self.config.jitter
+        frames = torch.cat(
+            [
+                colour_jitter(batch.long, batch.seeds, "long/jitter", strength),
+                colour_jitter(batch.short, batch.seeds, "short/jitter", strength),
+            ]
+        )
+        return frames, torch.cat([batch.seeds, ~batch.seeds]), keep_2BUK
+
+    def _features(self, encoder: VideoModel, frames: Tensor, seeds_2B: Tensor, keep_2BUK: Tensor | None) -> Tensor:
+        return torch.stack(encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2), dim=1)
+
+    def _mask(self, batch: ClipBatch, view: str) -> Tensor | None:
+        backbone = self.encoder.backbone
+        steps, kept = backbone.steps(batch.long.shape[1]), backbone.kept(self.config.mask_ratio)
+        return random_masking(batch.seeds, f"{view}/mask", steps, backbone.patches, kept)
+
+    def _losses(self, queries: list[Tensor], keys: list[Tensor]) -> dict[str, Tensor]:
+        total = len(keys[0])
+        first = distributed.share_of(total, distributed.rank(), distributed.world_size()).start
+        query_long, query_short = queries
+        key_long, key_short = keys
+        # Short predicts long and long predicts short.
+        pairs = [(query_short, key_long), (query_long, key_short)]
+        losses, positives, negatives, hits = [], [], [], []
+        for query_BD, key_GD in pairs:
+            loss, similarity_BG = info_nce(query_BD, key_GD, self.config.temperature, first)
+            own = similarity_BG.detach().diagonal(first)
+            others = similarity_BG.shape[1] - 1
+            losses.append(loss)
+            positives.append(own.mean())
+            negatives.append((similarity_BG.detach().sum(1) - own).mean() / max(others, 1))
+            hits.append((similarity_BG.argmax(1) == first + torch.arange(len(own), device=own.device)).float().mean())
+        scalars = {
+            "loss": losses[0] + losses[1],
+            "top1": torch.stack(hits).mean(),
+            "similarity_positive": torch.stack(positives).mean(),
+            "similarity_negative": torch.stack(negatives).mean(),
+            "embedding_spread": embedding_spread(torch.cat(keys)),
+        }
+        weight = distributed.weight(len(query_long), total)
+        return {name: value * weight for name, value in scalars.items()}
+
+    def before_step(self, progress: float) -> None:
+        """Do nothing: only the momentum follows a schedule, after the step."""
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> dict[str, float]:
+        """Move the momentum branch towards the online one; `progress` from 0 to 1 raises the momentum to 1 (cosine)."""
+        self.momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2
+        pairs = ((self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector))
+        for online, average in pairs:
+            torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - self.momentum)
+        return {"momentum": self.momentum}

@@ -1,0 +1,40 @@
+"""What the decoders have in common: the interface, the error, and which frame is on screen when.
+
+Shapes: N frames of a video, U times in ascending order, H height and W width of a picture in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import IO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+FrameArray = npt.NDArray[np.uint8]
+Source = str | IO[bytes]
+"""A local file by its name, or an open file that can be read and sought in."""
+
+TOLERANCE_S = 1e-3
+"""Frame times are stored in float32 and whole ticks: a time that equals one must not fall on the frame before."""
+
+
+class Reader(Protocol):
+    """An open video whose pictures have the size that was asked for."""
+
+    def read(self, times_U: FloatArray) -> list[FrameArray]:
+        """Return the pictures (H, W, 3), uint8 RGB, on screen at ascending times in seconds after the first frame.
+
+        Raises:
+            VideoError: a frame fails to decode.
+        """
+
+    def close(self) -> None:
+        """Free what decoding holds."""
+
+
+def frame_indices(starts_N: FloatArray, times_U: FloatArray) -> IntArray:
+    """Return the indices (U,) of the frames on screen at the given times, for frames that start at `starts_N`."""
+    shown_U = np.searchsorted(starts_N, times_U + TOLERANCE_S, side="right") - 1
+    return np.clip(shown_U, 0, len(starts_N) - 1).astype(np.int64)

@@ -1,0 +1,174 @@
+"""Open a video, read the frames at given times, say what is wrong with it.
+
+decord reads what it reads rightly, PyAV the rest (`choose`). A frame is on screen from its presentation time until the
+next one's; times are seconds after the first frame, wherever the container's clock starts. Sizes are those on screen:
+after rotation, and of square pixels.
+
+Shapes: T frames of a clip, U times of all clips, S height and width of a frame in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from s5.errors import VideoError
+from s5.video.decord_reader import DecordReader
+from s5.video.pyav_reader import Contents, PyAVReader, scan
+from s5.video.reader import FloatArray as FloatArray
+from s5.video.reader import FrameArray as FrameArray
+from s5.video.reader import Reader, Source
+
+Decoder = Literal["decord", "pyav"]
+DECORD_CONTAINERS = ("mov", "matroska", "avi")
+"""Containers, as FFmpeg's format names begin, in which decord finds the right frames."""
+ROTATION_CONTAINER = "mov"
+"""The one container whose rotation decord applies."""
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video is: display size in pixels, length in seconds, mean frame rate, codec, and what decodes it."""
+
+    duration_s: float
+    fps: float
+    num_frames: int
+    width: int
+    height: int
+    codec: str
+    decoder: Decoder
+
+
+def probe(source: Source) -> VideoFacts:
+    """Return the facts of a video after reading all its packets and decoding its first, middle and last frame.
+
+    Raises:
+        VideoError: it is missing, empty, truncated, not a video, has no video stream or no frames, or a frame fails to
+            decode.
+    """
+    source = checked(source)
+    contents = scan(source)
+    starts_N, size = contents.starts_N, contents.display_size
+    sampled = starts_N[[0, len(starts_N) // 2, -1]]
+    decoder = choose(source, contents)
+    try:
+        _read(source, decoder, size, sampled)
+    except VideoError:
+        if decoder == "pyav":
+            raise
+        decoder = "pyav"
+        _read(source, decoder, size, sampled)
+    # The last frame stays on screen for as long as a frame does on average.
+    shown_s, count = float(starts_N[-1]), len(starts_N)
+    if shown_s == 0 and not contents.rate:
+        raise VideoError("the file has neither times of the frames nor a frame rate")
+    duration_s = shown_s * count / (count - 1) if shown_s else count / contents.rate
+    return VideoFacts(duration_s, count / duration_s, count, *size, contents.codec, decoder)
+
+
+def choose(source: Source, contents: Contents) -> Decoder:
+    """Return what decodes a video rightly: decord, unless it is known to fail or to give other frames.
+
+    decord 0.6 is right for local files in the containers that it knows the times of, whose frames all come on screen
+    after the key frame that they are stored behind: after a seek it gives wrong ones otherwise (open groups of
+    pictures, as in H.264 and HEVC; MPEG-2 and MPEG-4 with B-frames). It must find as many frames as there are packets,
+    at the same times; it cannot open AV1.
+    """
+    known = isinstance(source, str) and contents.container.startswith(DECORD_CONTAINERS)
+    turned = contents.rotation and not contents.container.startswith(ROTATION_CONTAINER)
+    if not known or turned or contents.counted or contents.open_groups:
+        return "pyav"
+    try:
+        starts_N = DecordReader(str(source), *contents.display_size).starts_N
+    except VideoError:
+        return "pyav"
+    same = len(starts_N) == len(contents.starts_N) and np.allclose(starts_N, contents.starts_N, rtol=1e-6, atol=2e-3)
+    return "decord" if same else "pyav"
+
+
+def read_frames(source: Source, times_T: FloatArray, size: int) -> FrameArray:
+    """Return the frames on screen at the given times, (T, S, S, 3) uint8 RGB; see `read_clips`."""
+    return read_clips(source, [times_T], size)[0]
+
+
+def read_clips(
+    source: Source,
+    clips: Sequence[FloatArray],
+    size: int,
+    display_size: tuple[int, int] | None = None,
+    decoder: Decoder | None = None,
+) -> list[FrameArray]:
+    """Return several clips of one video from one open and one ascending pass over all their frames.
+
+    A frame is scaled so that its short side has S pixels, with its aspect ratio, and cropped to S x S at the centre.
+    A time takes the frame that is on screen then; times beyond the end take the last frame.
+
+    Args:
+        source: a local file, or an open file, which PyAV reads.
+        clips: times (T,) in seconds of each clip, in any order; T may differ between clips.
+        size: S in pixels.
+        display_size: width and height of the video where they are known (`VideoFacts`).
+        decoder: what decodes the video where that is known (`VideoFacts`). Where either is not known, all packets of
+            the file are read first to find out. PyAV takes over where decord fails.
+
+    Returns:
+        For each clip its frames (T, S, S, 3), uint8 RGB.
+
+    Raises:
+        VideoError: the file cannot be opened or a frame fails to decode.
+    """
+    source = checked(source)
+    if display_size is None or decoder is None:
+        contents = scan(source)
+        display_size, decoder = contents.display_size, choose(source, contents)
+    width, height = scaled(display_size, size)
+    times_U = np.unique(np.concatenate(clips))
+    try:
+        frames = _read(source, decoder, (width, height), times_U)
+    except VideoError:
+        if decoder == "pyav":
+            raise
+        frames = _read(source, "pyav", (width, height), times_U)
+    top, left = (height - size) // 2, (width - size) // 2
+    square = [frame[top : top + size, left : left + size] for frame in frames]
+    return [np.stack([square[place] for place in np.searchsorted(times_U, times_T)]) for times_T in clips]
+
+
+def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
+    """Return the width and height to decode at: short side `size`, aspect ratio kept."""
+    width, height = display_size
+    if width < height:
+        return size, max(size, round(size * height / width))
+    return max(size, round(size * width / height)), size
+
+
+def _read(source: Source, decoder: Decoder, size: tuple[int, int], times_U: FloatArray) -> list[FrameArray]:
+    reader: Reader
+    if decoder == "decord" and isinstance(source, str):
+        reader = DecordReader(source, *size)
+    else:
+        reader = PyAVReader(source, size)
+    with closing(reader):
+        return reader.read(times_U)
+
+
+def checked(source: Source) -> Source:
+    """Return a source, a local name made absolute: FFmpeg takes a name such as `a:b.mp4` for a protocol's.
+
+    Raises:
+        VideoError: there is no file of that name, or it is empty or may not be read.
+    """
+    if not isinstance(source, str):
+        return source
+    if not os.path.isfile(source):
+        raise VideoError("a folder, not a file" if os.path.isdir(source) else "file not found")
+    if os.path.getsize(source) == 0:
+        raise VideoError("file is empty (0 bytes)")
+    if not os.access(source, os.R_OK):
+        raise VideoError("no permission to read the file")
+    return os.path.abspath(source)

@@ -1,0 +1,164 @@
+"""The dotted key, presets, spaces, and what the command line says of mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines import __main__ as command_line
+from pipelines.config import STAGES, FinetuneConfig, IndexConfig, PretrainConfig, SweepConfig, flatten, override
+from pipelines.config.presets import PRESETS, preset
+from pipelines.errors import UserError
+from pipelines.running import stage
+from pipelines.tuning import search_space
+
+
+def test_override_converts_and_checks() -> None:
+    config = override(PretrainConfig(), {"optim.lr": "3e-4", "optim.betas": [0.9, 0.95], "model.backbone.depth": "2"})
+    assert (config.optim.lr, config.optim.betas, config.model.backbone.depth) == (3e-4, (0.9, 0.95), 2)
+    assert PretrainConfig().optim.lr != 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim.lrr": 1}, "unknown setting 'optim.lrr': did you mean optim.lr"),
+        ({"lr": 1}, "unknown setting 'lr': did you mean optim.lr"),
+        ({"optim.lr": "fast"}, "optim.lr is 'fast': input should be a valid number"),
+        ({"optim.lr": -1}, "optim.lr is -1.0: give a positive number"),
+        ({"model.decoder.name": "s6"}, "model.decoder.name is 's6': input should be 's5', 'vis4mer', 'lst', "),
+        ({"scale.num_workers": 33}, "loop.batch_size is 32: give at least scale.num_workers, 33, or 0"),
+        ({"model.backbone.tubelet": 3}, "backbone.tubelet is 3: give a divisor of the 16 frames of a clip"),
+    ],
+)
+def test_mistakes_name_the_setting_the_value_and_the_remedy(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(PretrainConfig(), changes)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("stage_name", STAGES)
+def test_every_preset_survives_run_json(name: str, stage_name: str) -> None:
+    config = getattr(preset(name), stage_name)
+    values = json.loads(json.dumps(stage.to_json(stage_name, config)))
+    assert values.pop("stage") == stage_name
+    assert override(type(config)(), stage.from_json(values)) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "lvu"}, "annotations is '': give those of source lvu"),
+        ({"source": "csv"}, "annotations is '': give those of source csv"),
+        ({"source": "folder", "annotations": "a.csv"}, "annotations is 'a.csv': source folder takes none"),
+        ({"source": "coco"}, "source is 'coco': input should be 'auto', 'folder', 'csv', 'lvu'"),
+        ({"val_share": "0.5", "test_share": 0.5}, "test_share is 0.5: leave room for training"),
+        ({"val_share": 1}, "val_share is 1.0: give a value in"),
+        ({"data.prefetch_batches": 1}, "unknown setting 'data.prefetch_batches'"),
+    ],
+)
+def test_mistakes_in_what_is_indexed(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(IndexConfig(), changes)
+
+
+def test_flatten_has_every_leaf_once() -> None:
+    leaves = flatten(FinetuneConfig())
+    assert leaves["model.decoder.ssm.state"] == 64
+    assert "model.decoder" not in leaves
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["pretain"], "unknown stage 'pretain': did you mean pretrain?"),
+        (["pretrain", "--preset", "quikstart"], "unknown preset 'quikstart': did you mean quickstart?"),
+        (["pretrain", "--optim.lrr", "1"], "unknown setting 'optim.lrr': did you mean optim.lr?"),
+        (["pretrain", "--config", "nowhere.json"], "--config is 'nowhere.json': there is no such file"),
+        (["pretrain", "--manifest", "nowhere"], "manifest is 'nowhere': there is no such file"),
+        (["finetune", "--preset"], "--preset is given without a value"),
+        (["index", "--videos", "nowhere"], "videos is 'nowhere': there is no such folder"),
+    ],
+)
+def test_mistakes_cost_one_sentence_and_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_value_names_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(["pretrain", "--optim.lr", "-1"])
+    assert ended.value.code == 2
+    assert "optim.lr is -1.0: give a positive number" in capsys.readouterr().err
+
+
+def test_an_out_that_cannot_be_written_to_fails_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert command_line.main(["sample", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "it cannot be written to" in capsys.readouterr().err
+
+
+def test_run_json_gives_the_same_settings(tmp_path: Path) -> None:
+    _, config = command_line.parse(["pretrain", "--preset", "quickstart", "--optim.lr", "0.01"])
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(stage.to_json("pretrain", config)))
+    assert command_line.parse(["pretrain", "--config", str(path)]) == ("pretrain", config)
+    with pytest.raises(UserError, match="it is not of stage 'finetune'"):
+        command_line.parse(["finetune", "--config", str(path)])
+
+
+def test_dashes_and_booleans_are_understood() -> None:
+    _, config = command_line.parse(["finetune", "--loop.batch-size=8", "--model.backbone.no-frozen"])
+    assert isinstance(config, FinetuneConfig)
+    assert config.loop.batch_size == 8
+    assert not config.model.backbone.frozen
+
+
+# --- spaces of sweeps -----------------------------------------------------------------------------------------------
+
+
+def test_a_key_without_a_stage_is_set_in_all_of_them() -> None:
+    config = SweepConfig(space=("clips.frames=4,8", "pretrain.optim.lr=loguniform(1e-4,1e-2)", "lsmcl.mask_ratio=0.5"))
+    dimensions = search_space.parse(config)
+    assert dimensions["clips.frames"] == search_space.Choice(("4", "8"))
+    assert dimensions["pretrain.optim.lr"] == search_space.Range(1e-4, 1e-2, True)
+    values = {"clips.frames": "4", "pretrain.optim.lr": 1e-3, "lsmcl.mask_ratio": "0.5"}
+    assert search_space.configured(config, "pretrain", values) == {
+        "clips.frames": "4",
+        "lsmcl.mask_ratio": "0.5",
+        "optim.lr": 1e-3,
+    }
+    assert search_space.configured(config, "finetune", values) == {"clips.frames": "4"}
+    assert len(list(search_space.combinations(dimensions))) == 4
+    assert search_space.name_of(values) == "frames=4,lr=0.001,mask_ratio=0.5"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("lsmcl.mask_ration=0.5", "unknown setting 'lsmcl.mask_ration': did you mean lsmcl.mask_ratio"),
+        ("lsmcl.mask_ratio", "write key=value,value"),
+        ("optim.lr=uniform(1,0)", "give low < high"),
+        ("optim.lr=loguniform(0,1)", "both above 0"),
+    ],
+)
+def test_spaces_that_make_no_sense_are_named(entry: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        search_space.parse(SweepConfig(space=(entry,)))
+
+
+def test_every_combination_is_checked_beforehand() -> None:
+    config = SweepConfig(space=("lsmcl.mask_ratio=0.5,1.5",))
+    with pytest.raises(UserError, match=r"lsmcl.mask_ratio is 1.5: give a value in"):
+        search_space.check(config, search_space.parse(config))

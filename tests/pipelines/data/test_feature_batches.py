@@ -1,0 +1,173 @@
+"""Memory of batches from cached features: used again, and never while anything refers to what it holds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines import storage
+from pipelines.config import DataConfig
+from pipelines.data.clip_order import ClipPlan
+from pipelines.data.feature_batches import BatchMemory, evaluation_batches, train_batches
+from pipelines.data.feature_cache import (
+    INDEX,
+    FeatureMeta,
+    FeatureReader,
+    finish,
+    frame_times,
+    shard_path,
+    shard_writer,
+)
+from pipelines.data.manifest import SCHEMA
+from s5.batch import ClipBatch
+from s5.config import ClipConfig
+
+VIDEOS, FRAMES, TOKENS, WIDTH, CHUNK, CLIP = 4, 23, 3, 8, 5, 7
+CLIPS = ClipConfig(frames=CLIP, long_stride=1.0)
+Float16Array = npt.NDArray[np.float16]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pa.Table, Float16Array]:
+    """Write features of random tokens, two videos a shard, and return their folder, manifest and values."""
+    folder = str(tmp_path_factory.mktemp("features"))
+    layout = {"tokens": TOKENS, "width": WIDTH, "chunk_frames": CHUNK, "frames_per_second": 1.0}
+    meta = FeatureMeta(backbone={}, weights="", mean=[], std=[], precision="fp32", manifest="", **layout)  # type: ignore[arg-type]
+    shape = (VIDEOS, FRAMES, TOKENS, WIDTH)
+    tokens_VTND = np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
+    times_T = frame_times(0, FRAMES, 1.0)
+    for shard in range(VIDEOS // 2):
+        rows: list[dict[str, Any]] = []
+        with shard_writer(folder, shard, meta) as writer:
+            for video in (2 * shard, 2 * shard + 1):
+                place = {"shard": shard, "batch": writer.batches, "frames": FRAMES, "start_s": 0.0}
+                rows.append({"video_id": f"v{video}", "uri": "", "reason": ""} | place)
+                for first in range(0, FRAMES, CHUNK):
+                    chunk = slice(first, first + CHUNK)
+                    writer.add(times_T[chunk], tokens_VTND[video, chunk])
+        storage.write_table(shard_path(folder, shard, "parquet"), pa.Table.from_pylist(rows, INDEX))
+    finish(folder, meta, VIDEOS // 2, np.full((TOKENS, WIDTH), 7, np.float16))
+    facts = {"uri": "", "split": "train", "width": 1, "height": 1, "start_s": 0.0, "end_s": float(FRAMES)}
+    facts |= {"duration_s": float(FRAMES), "fps": 25.0, "num_frames": 25 * FRAMES}
+    videos = [{"video_id": f"v{video}"} | facts for video in range(VIDEOS)]
+    return folder, pa.Table.from_pylist(videos, SCHEMA), tokens_VTND
+
+
+def training(folder: str, manifest: pa.Table, prefetch: int, steps: int = 24) -> Generator[ClipBatch]:
+    return train_batches(
+        features=folder,
+        manifest=manifest,
+        plan=ClipPlan(VIDEOS, 2, epochs=1, seed=3, steps=steps),
+        clips=CLIPS,
+        frame_size=1,
+        seed=5,
+        data=DataConfig(prefetch_batches=prefetch),
+        protocol="windows",
+    )
+
+
+def test_any_frames_are_read_in_any_order(written: tuple[str, pa.Table, Float16Array]) -> None:
+    folder, _, tokens_VTND = written
+    reader = FeatureReader(folder)
+    rng = np.random.default_rng(1)
+    black = np.full((TOKENS, WIDTH), 7, np.float16)
+    for frames in (
+        [4, 5],
+        [0, 1, 2, 9, 10, 3, 3],
+        [-1, 0, 1, -1, -1, 4, 5],
+        [22, 21, 20],
+        rng.integers(-1, FRAMES, 40),
+    ):
+        frames_T = np.array(frames, np.int64)
+        found_TND = np.empty((len(frames_T), TOKENS, WIDTH), np.float16)
+        reader.read("v3", frames_T, found_TND)
+        # Frame by frame, from the values that were written.
+        slow_TND = np.stack([black if frame < 0 else tokens_VTND[3, frame] for frame in frames_T])
+        np.testing.assert_array_equal(found_TND, slow_TND)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 6])
+def test_batches_that_are_held_keep_their_tokens(written: tuple[str, pa.Table, Float16Array], prefetch: int) -> None:
+    folder, manifest, _ = written
+    truth = [batch.long.clone() for batch in training(folder, manifest, 0)]
+    assert len({tuple(long.flatten().tolist()) for long in truth}) > 8
+    # Of each batch something else is held: nothing, all, a view, and numpy's view of a view.
+    kept: list[Callable[[torch.Tensor], Any]] = [
+        lambda long: None,
+        lambda long: long,
+        lambda long: long[1, 2:].transpose(0, 1),
+        lambda long: long[0].numpy()[3],
+    ]
+    held = []
+    for step, batch in enumerate(training(folder, manifest, prefetch)):
+        torch.testing.assert_close(batch.long, truth[step], rtol=0, atol=0)
+        held.append((kept[step % 4](batch.long), kept[step % 4](truth[step])))
+    for found, wanted in held:
+        if wanted is not None:
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def places(batches: Iterable[ClipBatch]) -> set[int]:
+    """Return where in memory batches lay that are dropped one by one."""
+    return {batch.long.data_ptr() for batch in batches}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch has pinned memory in its own cache")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_memory_of_dropped_batches_is_used_again(written: tuple[str, pa.Table, Float16Array], prefetch: int) -> None:
+    folder, manifest, _ = written
+    made = places(training(folder, manifest, prefetch))
+    assert len(made) <= prefetch + 2
+    evaluated = evaluation_batches(
+        features=folder,
+        manifest=manifest,
+        clips=CLIPS,
+        frame_size=1,
+        clips_per_video=1,
+        batch_size=3,
+        data=DataConfig(prefetch_batches=prefetch),
+        protocol="windows",
+    )
+    sizes = [(len(batch.video_ids), batch.long.clone()) for batch in evaluated]
+    assert sum(count for count, _ in sizes) == VIDEOS * (FRAMES - CLIP + 1)
+    # The last batch is a smaller one, in the memory of a larger one.
+    assert sizes[-1][0] < 3
+
+
+def test_memory_is_that_of_a_batch_that_is_gone() -> None:
+    memory = BatchMemory(keep=1)
+    first, second = memory.take((4, 5)), memory.take((4, 5))
+    places = first.data_ptr(), second.data_ptr()
+    assert places[0] != places[1]
+    view = first[2]
+    del first
+    third = memory.take((4, 5))
+    assert third.data_ptr() not in places
+    del view
+    assert memory.take((2, 3)).data_ptr() == places[0]
+    assert memory.take((4, 6)).data_ptr() not in (places[1], third.data_ptr())
+
+
+def test_files_are_closed_with_the_last_batch(written: tuple[str, pa.Table, Float16Array]) -> None:
+    folder, manifest, _ = written
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no list of this process's maps")
+    gc.disable()
+    try:
+        batches = training(folder, manifest, 2)
+        held = next(batches)
+        assert folder in maps.read_text()
+        batches.close()
+        assert folder not in maps.read_text()
+        assert len(held.video_ids) == 2
+    finally:
+        gc.enable()

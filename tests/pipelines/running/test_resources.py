@@ -1,0 +1,68 @@
+"""Whether workers and decoding fit the nodes of a cluster, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipelines.config import DataConfig, ScaleConfig
+from pipelines.errors import UserError
+from pipelines.running import resources
+
+
+def scale(workers: int, cpus: float = 1.0, **settings: Any) -> ScaleConfig:
+    return ScaleConfig(num_workers=workers, cpus_per_worker=cpus, **settings)
+
+
+def nodes(monkeypatch: pytest.MonkeyPatch, *cpus: float, gpus: float = 0) -> None:
+    monkeypatch.setattr(resources, "nodes", lambda: [{"CPU": each, "GPU": gpus} for each in cpus])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "settings", "message"),
+    [
+        ((2, 2), scale(1, 3), r"scale.cpus_per_worker is 3: no node of the cluster has more than 2 CPUs"),
+        ((1, 1), scale(3), r"scale.num_workers is 3: 3 CPUs are needed and the cluster has 2"),
+        ((2, 2, 2), scale(4, 1.5), r"scale.num_workers is 4: a worker needs 1.5 CPUs on one node, .* 3 nodes"),
+        ((4,), scale(1, gpus_per_worker=1), r"scale.gpus_per_worker is 1: no node of the cluster has more than 0 GPUs"),
+        ((2,), scale(8, 1.5, min_workers=2), r"scale.min_workers is 2: 3 CPUs are needed and the cluster has 2"),
+    ],
+)
+def test_workers_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, cpus: tuple[float, ...], settings: ScaleConfig, message: str
+) -> None:
+    nodes(monkeypatch, *cpus)
+    with pytest.raises(UserError, match=message):
+        resources.decode_tasks(settings, DataConfig(cpus_per_decode=0.1))
+
+
+def test_a_decode_task_has_to_fit_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, 2, 2)
+    # Half a CPU is left on each node: one in all, and room for none of one CPU.
+    with pytest.raises(UserError, match=r"data.cpus_per_decode is 1: 2 workers leave 1 CPUs .* 0.5 of them on one"):
+        resources.decode_tasks(scale(2, 1.5), DataConfig(cpus_per_decode=1))
+    assert resources.decode_tasks(scale(2, 1.5), DataConfig(cpus_per_decode=0.5)) == 2
+    assert resources.decode_tasks(scale(1, 1.5), DataConfig(cpus_per_decode=1)) == 2
+
+
+def test_fewer_workers_are_enough_where_they_may_be_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, 1)
+    settings, data = scale(2, 0.75, min_workers=1), DataConfig(cpus_per_decode=0.25)
+    assert resources.decode_tasks(settings, data) == 1
+    assert resources.shared_out(settings, data, 1) == (1, 0.25)
+
+
+def test_decoding_goes_on_where_workers_hold_all_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(cpus_per_decode=0.5)
+    nodes(monkeypatch, 2)
+    assert resources.shared_out(scale(2, min_workers=1), data, 2) == (1, resources.SLIVER)
+    nodes(monkeypatch, 2, 2)
+    assert resources.shared_out(scale(2, min_workers=1), data, 2) == (2, 0.5)
+
+
+def test_settings_that_cannot_be_met() -> None:
+    with pytest.raises(ValueError, match=r"scale.min_workers is 3: give 0 to scale.num_workers, 2"):
+        scale(2, min_workers=3)
+    with pytest.raises(ValueError, match=r"scale.hang_timeout_s is 1"):
+        scale(2, hang_timeout_s=1)

@@ -1,0 +1,219 @@
+"""Sweeps: what their spaces mean, what is refused before any work, and real trials on a real Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from pipelines.config import (
+    FinetuneConfig,
+    IndexConfig,
+    PretrainConfig,
+    SampleConfig,
+    SweepConfig,
+    TrackingConfig,
+    override,
+)
+from pipelines.errors import StoppedError, UserError
+from pipelines.stages import index, sample, sweep
+from pipelines.tracking.history import Run, read_runs
+from pipelines.training.launcher import RAY_TRAIN
+from pipelines.tuning import search_space, trials
+from tests.tiny import HEADS, TINY
+
+SMALL = TINY | {"loop.epochs": 1, "loop.evaluate_every": 0}
+
+
+def values_of(*entries: str, **changes: Any) -> list[dict[str, Any]]:
+    config = SweepConfig(space=entries, **changes)
+    return search_space.trials(config, search_space.parse(config))
+
+
+# --- the space ------------------------------------------------------------------------------------------------------
+
+
+def test_draws_follow_from_the_seed() -> None:
+    entries = ("optim.lr=loguniform(1e-5,1e-2)", "clips.frames=4,8", "lsmcl.momentum=uniform(0.9,0.99)")
+    drawn = values_of(*entries, samples=8)
+    assert drawn == values_of(*entries, samples=8) != values_of(*entries, samples=8, seed=1)
+    assert drawn[:6] == values_of(*entries, samples=3)
+    assert len({search_space.name_of(values) for values in drawn}) == len(drawn) == 16
+    assert all(list(values) == ["optim.lr", "clips.frames", "lsmcl.momentum"] for values in drawn)
+    assert all(1e-5 <= values["optim.lr"] <= 1e-2 and 0.9 <= values["lsmcl.momentum"] <= 0.99 for values in drawn)
+    assert 0.2 < sum(values["optim.lr"] < 10**-3.5 for values in drawn) / len(drawn) < 0.8
+
+
+def test_a_grid_runs_each_trial_once() -> None:
+    assert len(values_of("clips.frames=4,8,4", "lsmcl.mask_ratio=0.25,0.75", samples=3)) == 4
+
+
+def test_other_values_have_other_names() -> None:
+    values: list[Any] = [0.12341, 0.12342, 1e-5, "a/b", "a_b", "a b", "x" * 300, "x" * 299]
+    names = {search_space.name_of({"optim.lr": value}) for value in values}
+    assert len(names) == len(values)
+    assert {"lr=0.12341", "lr=1e-05", "lr=a_b"} <= names
+    assert all(len(name) < 60 and "/" not in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (("clips.frames=,",), "write key=value,value"),
+        (("clips.frames=4", "clips.frames=8"), "clips.frames is there already"),
+    ],
+)
+def test_entries_without_or_with_two_values_are_named(entries: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        values_of(*entries)
+
+
+# --- before any work ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "val/acuracy"}, r"unknown metric 'val/acuracy': did you mean val/accuracy\?"),
+        ({"metric": "val/mse"}, "unknown metric 'val/mse'"),
+        ({"metric": "val/accuracy", "stages": "pretrain"}, "unknown metric 'val/accuracy'"),
+        ({"metric": "knn/top1", "early_stopping": True}, "early_stopping compares evaluations of finetune; give val/"),
+    ],
+)
+def test_a_metric_that_no_trial_has_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trials.check_metric(override(SweepConfig(), changes))
+
+
+@pytest.mark.parametrize(
+    ("metric", "order"),
+    [("val/mse", "min"), ("train/loss", "min"), ("val/mae", "min"), ("knn/top1", "max"), ("val/accuracy", "max")],
+)
+def test_errors_and_losses_are_minimised(metric: str, order: str) -> None:
+    assert trials.order(SweepConfig(metric=metric)) == order
+
+
+def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space_ = ("finetune.checkpoint=a,b", "model.backbone.weights=timm,w.pt,s3://b/w.pt")
+    config = SweepConfig(out="out", space=space_, stages="finetune")
+    plans = trials.plan(config, search_space.parse(config))
+    settings = [each.stages["finetune"] for each in plans]
+    assert {each.manifest for each in settings} == {f"{tmp_path}/out/index/manifest.parquet"}
+    assert {each.checkpoint for each in settings if isinstance(each, FinetuneConfig)} == {
+        f"{tmp_path}/a",
+        f"{tmp_path}/b",
+    }
+    assert {each.model.backbone.weights for each in settings} == {"timm", f"{tmp_path}/w.pt", "s3://b/w.pt"}
+    assert all(each.out.startswith(f"{tmp_path}/out/trials/checkpoint=") for each in settings)
+    assert {each.tracking.uri for each in settings} == {f"sqlite:///{tmp_path}/mlflow.db"}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Index 40 small rendered videos of ten activities."""
+    folder = tmp_path_factory.mktemp("data")
+    off = TrackingConfig(uri="off")
+    videos, out = str(folder / "videos"), str(folder / "index")
+    sample.run(
+        SampleConfig(out=videos, videos=40, seconds=12, fps=4, size=32, val_share=0.25, test_share=0.25, tracking=off)
+    )
+    index.run(IndexConfig(videos=videos, out=out, tracking=off))
+    return out
+
+
+def of_pretraining(manifest: str, out: Path, **changes: Any) -> SweepConfig:
+    config = SweepConfig(
+        out=str(out / "sweep"),
+        space=("lsmcl.mask_ratio=0.25,0.75",),
+        stages="pretrain",
+        concurrent_trials=1,
+        pretrain=override(PretrainConfig(), SMALL | HEADS | {"manifest": manifest}),
+    )
+    return override(config, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": ("clips.frames=4,400",)}, r"trial frames=400: .*clip"),
+        ({"pretrain__probe_videos": 0}, "metric is 'knn/top1': pretrain.probe_videos is 0"),
+        ({"pretrain__manifest": "none.parquet"}, "manifest is '.*/none.parquet': there is no such file"),
+    ],
+)
+def test_every_trial_is_checked_before_the_first(
+    manifest: str, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep.run(of_pretraining(manifest, tmp_path, **changes))
+    assert not (tmp_path / "sweep").exists()
+
+
+# --- real trials ----------------------------------------------------------------------------------------------------
+
+
+def logged(out: Path) -> list[Run]:
+    return read_runs(f"sqlite:///{out}/mlflow.db", "s5")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_local")
+def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
+    config = of_pretraining(manifest, tmp_path)
+    result = sweep.run(config)
+    assert result["counts"] == {"trials": 2, "failed": 0}
+    assert {row["trial"] for row in result["trials"]} == {"mask_ratio=0.25", "mask_ratio=0.75"}
+    runs = logged(tmp_path)
+    parent = next(run for run in runs if run.stage == "sweep")
+    trials = [run for run in runs if run.parent_run == parent.run_id]
+    assert {run.params["trial.lsmcl.mask_ratio"] for run in trials} == {"0.25", "0.75"}
+    assert all("knn/top1" in run.metrics for run in trials)
+    assert {run.parent_run for run in runs if run.stage == "pretrain"} == {run.run_id for run in trials}
+    assert {run.status for run in runs} == {"FINISHED"}
+    assert sweep.run(config) == result
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_local")
+def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path) -> None:
+    # Long enough for a trial not to end by itself before it is stopped.
+    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=25)
+    first, second = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio}" / "pretrain" for ratio in (0.25, 0.75))
+    sent: list[float] = []
+
+    def interrupt() -> None:
+        while not (second / RAY_TRAIN).exists():
+            time.sleep(0.1)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    with pytest.raises(StoppedError, match="stopped as asked after 1 of 2 trials") as stopped:
+        sweep.run(config)
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert time.monotonic() - sent[0] < 120
+    assert {run.status for run in logged(tmp_path) if str(second.parent) in run.out or run.stage == "sweep"} == {
+        "KILLED"
+    }
+    assert not (tmp_path / "sweep" / "result.json").exists()
+    deadline = time.monotonic() + 120
+    while ray.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, "the stopped trial's workers still hold CPUs"
+        time.sleep(0.5)
+
+    before = (first / "result.json").stat().st_mtime_ns
+    assert sweep.run(config)["counts"] == {"trials": 2, "failed": 0}
+    assert (first / "result.json").stat().st_mtime_ns == before
+    assert {run.status for run in logged(tmp_path)} == {"FINISHED"}

@@ -1,0 +1,348 @@
+"""Tracking against real stores: a database file, and an `mlflow server` that comes and goes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import storage, tracking
+from pipelines.config import TrackingConfig
+from pipelines.errors import UserError
+from pipelines.tracking import send_queue
+from pipelines.tracking.history import metric_history, read_runs
+
+DEADLINE_S = 240.0  # for a busy machine; nothing waits that long when it works
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables, which take seconds to make."""
+    folder = tmp_path_factory.mktemp("database")
+    tracker = tracking.start(TrackingConfig(experiment="template"), stage="a", out=str(folder / "o"), params={})
+    tracker.finish("FINISHED")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def clean_cwd(tmp_path: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test runs in a folder of its own, and nothing may appear there."""
+    shutil.copy(database, tmp_path / "mlflow.db")
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield
+    assert list(folder.iterdir()) == []
+
+
+# --- URIs -----------------------------------------------------------------------------------------------------------
+
+
+def test_uri_defaults_to_a_database_beside_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tracking.resolve_uri(TrackingConfig(), "/data/out/pretrain") == "sqlite:////data/out/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000/")
+    assert tracking.resolve_uri(TrackingConfig(), "s3://bucket/out") == "http://host:5000"
+    assert tracking.resolve_uri(TrackingConfig(uri="off"), "s3://bucket/out") == "off"
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///a/mlflow.db", "a/mlflow.db", "a"])
+def test_uri_of_a_relative_database_becomes_absolute(uri: str) -> None:
+    assert tracking.resolve_uri(TrackingConfig(uri=uri), "o") == f"sqlite:///{Path.cwd()}/a/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "file:mlruns", "sqlite:///", "sqlite://", "sqlite:///:memory:"])
+def test_uri_of_no_use_is_a_users_mistake(uri: str) -> None:
+    with pytest.raises(UserError, match=r"--tracking\.uri is .*give"):
+        tracking.resolve_uri(TrackingConfig(uri=uri), "/o")
+
+
+def test_uri_cannot_default_on_an_object_store() -> None:
+    with pytest.raises(UserError, match=r"give --tracking\.uri http"):
+        tracking.resolve_uri(TrackingConfig(), "s3://bucket/out")
+
+
+# --- a database file ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_the_default_database(tmp_path: Path) -> None:
+    out = str(tmp_path / "out" / "pretrain")
+    storage.write_json(f"{out}/run.json", {"stage": "pretrain"})
+    params = {f"group.key{i}": i for i in range(130)} | {"space": ("a=1,2", "b=3"), "long": "x" * 9000, "empty": ""}
+    tracker = tracking.start(TrackingConfig(), stage="pretrain", out=out, params=params, parent_run="0123456789abcdef")
+    for step in range(5):
+        tracker.log({"train/loss": 5.0 - step, "per class/a@b": 1.0, "nan": math.nan}, step)
+    tracker.log({"train/loss": 0.5, "test/accuracy": 0.25}, None)
+    tracker.finish("FINISHED")
+
+    [run] = read_runs(tracker.uri, "s5")
+    assert (run.stage, run.name, run.out, run.status) == ("pretrain", "pretrain", out, "FINISHED")
+    assert run.run_id == tracker.run_id
+    assert run.parent_run == "0123456789abcdef"
+    assert len(run.params) == 133
+    assert json.loads(run.params["space"]) == ["a=1,2", "b=3"]
+    assert len(run.params["long"]) == 6000
+    assert run.metrics["train/loss"] == 0.5
+    assert run.metrics["test/accuracy"] == 0.25
+    assert run.metrics["per class/a_b"] == 1.0
+    assert math.isnan(run.metrics["nan"])
+    assert 0 <= run.seconds < 100
+    # The final result stands at the last step, not at step 0.
+    assert metric_history(tracker.uri, run.run_id, "train/loss") == [(0, 5), (1, 4), (2, 3), (3, 2), (4, 0.5)]
+    files = sorted(p.name for p in (tmp_path / "out" / "mlartifacts" / run.run_id).rglob("*") if p.is_file())
+    assert files == ["run.json"]
+    assert not storage.exists(f"{out}/{tracking.UNSENT_FILE}")
+
+
+def test_a_second_start_goes_on_with_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "o")
+    first = tracking.start(TrackingConfig(), stage="finetune", out=out, params={"a": 1, "scale.num_workers": 1})
+    first.log({"m": 1.0}, 1)
+    first.finish("FAILED")
+    second = tracking.start(
+        TrackingConfig(), stage="finetune", out=out, params={"a": 1, "scale.num_workers": 2, "new": 3}
+    )
+    [run] = read_runs(second.uri, "s5")
+    assert run.status == "RUNNING"
+    second.log({"m": 2.0}, 2)
+    second.finish("FINISHED")
+    [run] = read_runs(second.uri, "s5")
+    assert run.run_id == first.run_id == second.run_id
+    assert run.status == "FINISHED"
+    assert run.params == {"a": "1", "scale.num_workers": "1", "new": "3"}
+    assert metric_history(second.uri, run.run_id, "m") == [(1, 1.0), (2, 2.0)]
+    with tracking.reading(second.uri) as client:
+        client.delete_run(run.run_id)
+    third = tracking.start(TrackingConfig(), stage="finetune", out=out, params={})
+    third.finish("FINISHED")
+    assert [run.run_id for run in read_runs(second.uri, "s5")] == [third.run_id] != [first.run_id]
+    assert capfd.readouterr().err == ""
+
+
+def test_what_mlflow_refuses_is_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = tracking.start(TrackingConfig(), stage="pretrain", out=str(tmp_path / "o"), params={})
+    tracker.artifact(str(tmp_path / "missing.png"))
+    for step in range(20):
+        tracker.log({"x" * 300 if step == 7 else "m": 1.0}, step)
+    tracker.finish("FINISHED")
+    assert tracker.run_id
+    assert len(metric_history(tracker.uri, tracker.run_id, "m")) == 19
+    err = capfd.readouterr().err
+    assert "missing.png (No such file or directory): it is left out" in err
+    assert "refused 2 entries" in err
+
+
+def test_a_store_of_no_use_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(UserError, match=r"--tracking\.uri is .*give another one"):
+        tracking.start(config, stage="pretrain", out=str(tmp_path / "o"), params={})
+
+
+def test_a_deleted_experiment_is_a_users_mistake(tmp_path: Path) -> None:
+    tracker = tracking.start(TrackingConfig(experiment="gone"), stage="a", out=str(tmp_path / "o"), params={})
+    tracker.finish("FINISHED")
+    with tracking.reading(tracker.uri) as client:
+        experiment = client.get_experiment_by_name("gone")
+        assert experiment
+        client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(UserError, match=r"'gone' was deleted .* give another name"):
+        tracking.start(TrackingConfig(experiment="gone"), stage="a", out=str(tmp_path / "o"), params={})
+
+
+def test_off_does_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    tracker = tracking.start(TrackingConfig(uri="off"), stage="pretrain", out=str(out), params={"a": 1})
+    tracker.log({"m": 1.0}, 1)
+    tracker.artifact("nowhere")
+    tracker.finish("FINISHED")
+    assert (tracker.uri, tracker.run_id) == ("off", None)
+    assert not out.exists()
+
+
+def test_reading_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such database; run a stage first"):
+        read_runs(f"sqlite:///{tmp_path}/new/mlflow.db", "s5")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.start(TrackingConfig(experiment="videos"), stage="a", out=str(tmp_path / "o"), params={}).finish(
+        "FINISHED"
+    )
+    with pytest.raises(UserError, match=r"unknown experiment 'vidoes': did you mean videos\?"):
+        read_runs(uri, "vidoes")
+    with pytest.raises(UserError, match="'off'"):
+        read_runs("off", "s5")
+
+
+def test_runs_below_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrackingConfig(uri=str(tmp_path / "mlflow.db"))
+    for name in ("a/x", "a", "ab"):
+        tracking.start(config, stage=name, out=str(tmp_path / name), params={}).finish("FINISHED")
+    uri = tracking.resolve_uri(config, "o")
+    assert [run.stage for run in read_runs(uri, "s5", below=str(tmp_path / "a"))] == ["a/x", "a"]
+    assert [run.stage for run in read_runs(uri, "s5", below="../a/")] == ["a/x", "a"]
+    assert len(read_runs(uri, "s5")) == 3
+
+
+TRIAL = """
+import sys
+from pipelines import tracking
+from pipelines.config import TrackingConfig
+tracker = tracking.start(TrackingConfig(uri=sys.argv[1]), stage="trial", out=sys.argv[2], params={"a": 1})
+for step in range(50):
+    tracker.log({"m": step}, step)
+tracker.finish("FINISHED")
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_open_a_new_database_at_once(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    trials = [
+        subprocess.Popen([sys.executable, "-c", TRIAL, uri, str(tmp_path / f"o{i}")], env=env, stderr=subprocess.PIPE)
+        for i in range(4)
+    ]
+    assert [(trial.communicate(timeout=DEADLINE_S)[1], trial.returncode) for trial in trials] == [(b"", 0)] * 4
+    runs = read_runs(uri, "s5")
+    assert len(runs) == 4
+    for run in runs:
+        assert metric_history(uri, run.run_id, "m") == [(step, float(step)) for step in range(50)]
+
+
+# --- a server that comes and goes -----------------------------------------------------------------------------------
+
+
+class Server:
+    """An `mlflow server` on a port of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True, env=_server_environment()
+            )
+        until(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        if self.process:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def _server_environment() -> dict[str, str]:
+    # MLflow's job runner would start more processes, of no use here.
+    off = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")} | off
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(send_queue, "BACKOFF_S", (0.2, 0.5))
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder)
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_late_and_leaves_early(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "o")
+    config = TrackingConfig(uri=server.uri)
+    tracker = tracking.start(config, stage="pretrain", out=out, params={"a": ""})
+    assert tracker.run_id is None
+    began = time.monotonic()
+    for step in range(3000):
+        tracker.log({"m": float(step), "nan": math.nan}, step)
+    assert time.monotonic() - began < 1
+    server.start()
+    until(lambda: tracker.run_id is not None)
+    until(lambda: read_runs(server.uri, "s5")[0].metrics.get("m") == 2999)
+
+    server.kill()
+    monkeypatch.setattr("pipelines.tracking.tracker.FLUSH_S", 0.5)
+    tracker.log({"other": 1.0}, 1)
+    tracker.log({"m": -1.0}, 3000)
+    tracker.finish("FINISHED")
+    assert len(send_queue.read_rows(f"{out}/{tracking.UNSENT_FILE}")) == 2
+    err = capfd.readouterr().err
+    assert f"2 values are kept in {out}/{tracking.UNSENT_FILE}" in err
+    assert err.count("answers again") == 1
+
+    monkeypatch.setattr("pipelines.tracking.tracker.FLUSH_S", DEADLINE_S)
+    server.start()
+    again = tracking.start(config, stage="pretrain", out=out, params={"a": ""})
+    again.finish("FINISHED")
+    assert again.run_id == tracker.run_id
+    [run] = read_runs(server.uri, "s5")
+    assert run.status == "FINISHED"
+    assert run.metrics["other"] == 1.0
+    assert math.isnan(run.metrics["nan"])
+    history = metric_history(server.uri, run.run_id, "m")
+    assert history == [(step, float(step)) for step in range(3000)] + [(3000, -1.0)]
+    assert not storage.exists(f"{out}/{tracking.UNSENT_FILE}")
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_comes_back(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.tracking.tracker.FLUSH_S", DEADLINE_S)
+    server.start()
+    tracker = tracking.start(TrackingConfig(uri=server.uri), stage="pretrain", out=str(tmp_path / "o"), params={})
+    assert tracker.run_id
+    for step in range(100):
+        tracker.log({"m": float(step)}, step)
+        if step == 50:
+            until(lambda: bool(read_runs(server.uri, "s5")[0].metrics))
+            server.kill()
+    tracker.artifact(__file__)
+    until(lambda: "does not answer" in capfd.readouterr().err)
+    server.start()
+    tracker.finish("FINISHED")
+    assert metric_history(server.uri, tracker.run_id, "m") == [(step, float(step)) for step in range(100)]
+    with tracking.reading(server.uri) as client:
+        assert [file.path for file in client.list_artifacts(tracker.run_id)] == [Path(__file__).name]
+    assert read_runs(server.uri, "s5")[0].status == "FINISHED"
+    err = capfd.readouterr().err
+    assert err.count("answers again") == 1
+    assert "does not answer" not in err

@@ -1,0 +1,203 @@
+"""The line from manifest to evaluation, on a real Ray cluster and a real MLflow database."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import storage
+from pipelines.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    IndexConfig,
+    PretrainConfig,
+    SampleConfig,
+    TrackingConfig,
+    override,
+)
+from pipelines.errors import StageError, StoppedError, UserError
+from pipelines.stages import evaluate, finetune, index, pretrain, sample
+from pipelines.tracking.history import metric_history, read_runs
+from s5.checkpoints.checkpoint import load_model
+from tests.tiny import HEADS, TINY
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_local")]
+
+MODEL = TINY | {"loop.epochs": 3}
+TASK = HEADS | {"loop.evaluate_every": 0}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Index 40 small rendered videos of ten activities: 20 for training, 10 for validation, 10 for testing."""
+    folder = tmp_path_factory.mktemp("data")
+    off = TrackingConfig(uri="off")
+    videos = str(folder / "videos")
+    sample.run(
+        SampleConfig(out=videos, videos=40, seconds=12, fps=4, size=32, val_share=0.25, test_share=0.25, tracking=off)
+    )
+    out = str(folder / "index")
+    result = index.run(IndexConfig(videos=videos, out=out, tracking=off))
+    assert result["counts"] | {"train": 20, "val": 10, "test": 10, "rejects": 0} == result["counts"]
+    return out
+
+
+def pretraining(manifest: str, out: Path, **changes: Any) -> PretrainConfig:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return override(PretrainConfig(), MODEL | TASK | {"manifest": manifest, "out": str(out)} | dotted)
+
+
+def losses(config: PretrainConfig | FinetuneConfig) -> list[float]:
+    """Return the loss of every step as MLflow has it."""
+    uri = f"sqlite:///{Path(config.out).parent}/mlflow.db"
+    run = next(run for run in read_runs(uri, "s5") if run.out == config.out)
+    history = metric_history(uri, run.run_id, "train/loss")
+    assert [step for step, _ in history] == list(range(1, len(history) + 1))
+    return [value for _, value in history]
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    """Pretrain without a break on one worker."""
+    config = pretraining(manifest, tmp_path_factory.mktemp("straight") / "pretrain")
+    result = pretrain.run(config)
+    assert result["counts"]["steps"] == 6
+    assert {"train/loss", "train/top1", "train/embedding_spread", "knn/top1", "data/failures"} <= result[
+        "metrics"
+    ].keys()
+    return config
+
+
+def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path: Path) -> None:
+    """Also where each computes its share in parts, and anew for the backward pass."""
+    again = replace(straight, out=str(tmp_path / "again"))
+    pretrain.run(again)
+    assert losses(again) == losses(straight)
+    saving = {"loop.micro_batch": 3, "loop.recompute": True}
+    two = override(straight, saving | {"out": str(tmp_path / "two"), "scale.num_workers": 2})
+    pretrain.run(two)
+    assert losses(two) == pytest.approx(losses(straight), rel=2e-3)
+    assert losses(two)[0] == pytest.approx(losses(straight)[0], rel=1e-6)
+
+
+def test_a_stopped_run_resumes_where_it_was(
+    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Long enough for the signal to arrive before the end on any machine.
+    whole = override(
+        straight, {"out": str(tmp_path / "whole"), "loop.epochs": 40, "loop.checkpoint_every": 20, "optim.lr": 1e-4}
+    )
+    config = replace(whole, out=str(tmp_path / "pretrain"))
+
+    def stop(step: int, row: dict[str, float]) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="the checkpoint is kept, and the same command resumes") as stopped:
+        pretrain.run(config, on_row=stop)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not storage.exists(str(tmp_path / "pretrain" / "result.json"))
+    with pytest.raises(UserError, match=r"holds a run with optim.lr 0.0001, not 0.002: give another --out"):
+        pretrain.run(override(config, {"optim.lr": 2e-3}))
+
+    result = pretrain.run(config)
+    assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 80
+    assert f"going on from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
+    assert result["metrics"]["train/save_failures"] == 0
+    pretrain.run(whole)
+    assert losses(config) == losses(whole)
+    resumed, uninterrupted = (load_model(checkpoint_of(c))[0].state_dict() for c in (config, whole))
+    assert all((resumed[name] == value).all() for name, value in uninterrupted.items())
+    assert pretrain.run(config) == result
+
+
+def test_a_run_that_diverges_ends_with_its_videos(
+    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"optim.lr": 1e30, "optim.warmup": 0.0, "loop.max_skipped": 2}
+    config = override(straight, changes | {"out": str(tmp_path / "pretrain")})
+    with pytest.raises(StageError, match=r"not finite in steps 2 to 4, more in a row than loop.max_skipped allows"):
+        pretrain.run(config)
+    skipped = storage.read_json(str(tmp_path / "pretrain" / "not_finite.json"))
+    assert [step["step"] for step in skipped] == [2, 3, 4]
+    assert [len(set(step["video_ids"])) for step in skipped] == [8, 8, 8]
+    assert "WARNING: 1 step(s) skipped up to step 2" in capsys.readouterr().out
+
+
+def test_an_alarm_tells_of_collapsed_embeddings(
+    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No spread is as wide as twice that of random directions."""
+    changes = {"lsmcl.collapse_spread": 2.0, "loop.steps": 1, "out": str(tmp_path / "pretrain")}
+    result = pretrain.run(override(straight, changes))
+    assert result["metrics"]["train/collapsed_at_step"] == 1
+    assert "ALARM: embeddings collapse (spread " in capsys.readouterr().out
+
+
+def checkpoint_of(config: PretrainConfig | FinetuneConfig) -> Path:
+    return Path(storage.read_json(storage.join(config.out, "result.json"))["checkpoint"])
+
+
+def test_fine_tuning_and_evaluation(straight: PretrainConfig, manifest: str, tmp_path: Path) -> None:
+    table = pq.read_table(Path(manifest) / "manifest.parquet")
+    # One training video is gone since the index was made: its spare is trained on, and the loss of it is listed.
+    gone = table.filter([split == "train" for split in table["split"].to_pylist()])["uri"].to_pylist()[0]
+    moved = Path(gone).rename(f"{gone}.gone")
+    try:
+        config = override(
+            FinetuneConfig(),
+            MODEL
+            | {
+                "manifest": manifest,
+                "out": str(tmp_path / "finetune"),
+                "checkpoint": straight.out,
+                "data.max_failure_share": 0.5,
+                "scale.num_workers": 2,
+            },
+        )
+        result = finetune.run(config)
+    finally:
+        moved.rename(gone)
+    assert result["metrics"]["data/failures_total"] >= 1
+    assert {"val/accuracy", "best/val/accuracy", "train/selection_entropy"} <= result["metrics"].keys()
+    rejects = pq.read_table(tmp_path / "finetune" / "rejects.parquet").to_pylist()
+    assert {(row["uri"], row["reason"]) for row in rejects} == {(gone, "file not found")}
+
+    found = evaluate.run(
+        EvaluateConfig(
+            out=str(tmp_path / "evaluate"),
+            checkpoint=config.out,
+            manifest=manifest,
+            clips_per_video=2,
+            data=config.data,
+        )
+    )
+    predictions = pq.read_table(tmp_path / "evaluate" / "predictions.parquet").to_pylist()
+    assert len(predictions) == found["metrics"]["test/videos"] == 10
+    hits = sum(row["label"] == row["prediction"] for row in predictions)
+    assert found["metrics"]["test/accuracy"] == pytest.approx(hits / 10)
+    assert found["metrics"]["test/chance"] == pytest.approx(0.1)
+
+    near = evaluate.run(
+        EvaluateConfig(
+            out=str(tmp_path / "near"), checkpoint=straight.out, manifest=manifest, clips_per_video=2, data=config.data
+        )
+    )
+    assert (tmp_path / "near" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
+    assert {"knn/top1", "retrieval/same_video"} <= near["metrics"].keys()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(
+    straight: PretrainConfig, manifest: str, tmp_path: Path
+) -> None:
+    changes = {"manifest": manifest, "out": str(tmp_path / "finetune"), "checkpoint": straight.out}
+    config = override(FinetuneConfig(), MODEL | changes | {"model.backbone.depth": 2})
+    with pytest.raises(UserError, match=r"model.backbone.depth is 1 there and 2 here"):
+        finetune.run(config)
+    assert not (tmp_path / "finetune").exists()
