@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from clusters import connection
 from pipelines import storage
-from pipelines.__main__ import parse
-from pipelines.config import StageConfig, SweepConfig, flatten
+from pipelines.command_line import parse
+from pipelines.config import StageConfig, to_json
 from pipelines.errors import UserError
+from pipelines.preflight import used_paths
 from pipelines.running import stage
 from pipelines.storage import provenance
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 CODE = ("s5", "pipelines", "clusters")
-# Settings that name files, by the last part of their key; `timm` and the empty text are no files.
-PATHS = ("out", "manifest", "checkpoint", "videos", "video", "annotations", "runs", "weights")
-NO_FILES = ("", "timm")
 PASSED_ON = ("MLFLOW_TRACKING_URI",)
 STOPPED = 130
 SUCCEEDED, FAILED = 0, 1
@@ -62,10 +60,7 @@ def check_paths(config: StageConfig) -> None:
     Raises:
         UserError: a setting names a relative path.
     """
-    for key, value in flatten(config).items():
-        group, _, leaf = key.rpartition(".")
-        if leaf not in PATHS or not isinstance(value, str) or value in NO_FILES or _is_unused(config, group, leaf):
-            continue
+    for key, (value, _) in used_paths(config).items():
         if not storage.is_uri(value) and not os.path.isabs(value):
             raise UserError(
                 f"--{key} is {value!r}: a job runs in another folder on another machine; "
@@ -90,13 +85,6 @@ def check_tracking(config: StageConfig) -> None:
         raise UserError(
             f"--tracking.uri is {uri!r}: a job runs in another folder; give an address, or sqlite:////an/absolute/path"
         )
-
-
-def _is_unused(config: StageConfig, group: str, leaf: str) -> bool:
-    """Return whether a sweep, which gives each trial its own --out, never reads that path."""
-    if not isinstance(config, SweepConfig) or not group:
-        return False
-    return leaf == "out" or group.partition(".")[0] not in config.stages.split("+")
 
 
 def environment(submission: Submission) -> dict[str, str]:
@@ -128,7 +116,7 @@ def stage_package(submission: Submission, folder: Path) -> None:
             shutil.copyfile(source, target)
     if (ROOT / "pyproject.toml").is_file():
         shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
-    storage.write_json(str(folder / stage.RUN), stage.to_json(submission.stage, submission.config))
+    storage.write_json(str(folder / stage.RUN), to_json(submission.stage, submission.config))
 
 
 def submit(client: JobSubmissionClient, submission: Submission) -> str:

@@ -9,13 +9,25 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 Config = TypeVar("Config")
 
 DecoderName = Literal["s5", "vis4mer", "lst", "performer", "orthoformer", "tsn", "vtm"]
 Protocol = Literal["uniform", "windows", "whole", "multi-clip"]
 """Which clips of a video are learnt from and which its result is put together from (`s5.video.clip_times`)."""
+
+
+@dataclass(frozen=True)
+class PathRole:
+    """Marks a setting that names a file or folder, in `typing.Annotated`."""
+
+    kind: Literal["input", "output", "scope"]
+    """`input`: it has to exist; `output`: it is written; `scope`: what lies below it is meant."""
+    what: Literal["file", "folder", "file or folder", "manifest", "checkpoint", "features", "weights"]
+    """What is named."""
+    not_paths: tuple[str, ...] = ("",)
+    """Values that name nothing."""
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
@@ -58,7 +70,7 @@ class BackboneConfig:
     """timm's name of the model."""
     frame_size: int = 224
     """Height and width of a frame in pixels; positional embeddings are made for (or interpolated to) it."""
-    weights: str = ""
+    weights: Annotated[str, PathRole("input", "weights", ("", "timm"))] = ""
     """Where the weights come from: empty for random ones, `timm` for timm's own (cached or from the hub), or a file
     (.safetensors, .pt) in timm's layout."""
     frozen: bool = False

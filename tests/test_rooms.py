@@ -19,7 +19,13 @@ ROOMS = {
     "clusters": ("",),
 }
 # Modules at the top that stand above all rooms: the command line, and what a notebook calls.
-FACES = ("pipelines/__main__.py", "pipelines/__init__.py", "s5/__init__.py")
+FACES = (
+    "pipelines/__main__.py",
+    "pipelines/command_line.py",
+    "pipelines/preflight.py",
+    "pipelines/__init__.py",
+    "s5/__init__.py",
+)
 STAGES = ("sample", "index", "transcode", "pretrain", "features", "finetune", "evaluate", "sweep", "predict", "report")
 FORBIDDEN = {"s5": ("ray", "mlflow", "pipelines", "clusters"), "pipelines": ("clusters",)}
 # Who alone may import a package: a folder, or a file.
@@ -28,7 +34,7 @@ HOMES = {
     "ray.train": ("pipelines/training/",),
     "ray.tune": ("pipelines/tuning/", "pipelines/stages/sweep.py"),
     "matplotlib": ("pipelines/plots/",),
-    "tyro": ("pipelines/__main__.py",),
+    "tyro": ("pipelines/command_line.py",),
 }
 MODULES_A_ROOM = 14
 S5_NEEDS = ("torch", "timm", "einops", "numpy", "safetensors", "torchvision")

@@ -1,7 +1,11 @@
 """Settings of the stages, dotted keys and presets."""
 
+from pipelines.config.dotted import INPUTS as INPUTS
 from pipelines.config.dotted import flatten as flatten
+from pipelines.config.dotted import leaves_of as leaves_of
 from pipelines.config.dotted import override as override
+from pipelines.config.dotted import paths as paths
+from pipelines.config.dotted import to_json as to_json
 from pipelines.config.dotted import unknown as unknown
 from pipelines.config.shared import DataConfig as DataConfig
 from pipelines.config.shared import DecodeConfig as DecodeConfig

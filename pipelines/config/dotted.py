@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipelines.errors import UserError
+from s5.config import PathRole
 
 Config = TypeVar("Config")
+
+INPUTS = "inputs"
+"""Key of run.json with the digests of what a stage reads."""
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -27,6 +31,49 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + f.name] = value
     return leaves
+
+
+def to_json(stage: str, config: Any) -> dict[str, Any]:
+    """Return what run.json holds: the stage and its settings as nested values that JSON knows."""
+    nested: dict[str, Any] = {"stage": stage}
+    for key, value in flatten(config).items():
+        *groups, leaf = key.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = list(value) if isinstance(value, tuple) else value
+    return nested
+
+
+def leaves_of(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested values, such as run.json's, under their dotted keys: what `override` takes."""
+    leaves: dict[str, Any] = {}
+    for key, item in nested.items():
+        if isinstance(item, dict):
+            leaves |= leaves_of(item, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = item
+    return leaves
+
+
+def hints(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every leaf, `Annotated` ones with what they are annotated with, under its dotted key."""
+    types = get_type_hints(type(config), include_extras=True)
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= hints(value, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = types[f.name]
+    return found
+
+
+def paths(config: Any) -> dict[str, tuple[str, PathRole]]:
+    """Return the settings that name a file or folder, under their dotted keys, with their roles."""
+    values = flatten(config)
+    roles = {key: role for key, hint in hints(config).items() for role in get_args(hint) if isinstance(role, PathRole)}
+    return {key: (values[key], role) for key, role in roles.items() if values[key] not in role.not_paths}
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -47,7 +94,7 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def _replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     """`override` for keys that are known to exist."""
-    hints = get_type_hints(type(config))
+    types = get_type_hints(type(config))
     fields: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -55,7 +102,7 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
-            fields[head] = _convert(hints[head], prefix + head, value)
+            fields[head] = convert(types[head], prefix + head, value)
     for head, part in nested.items():
         fields[head] = _replace(getattr(config, head), part, f"{prefix}{head}.")
     try:
@@ -64,7 +111,12 @@ def _replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
         raise UserError(str(error)) from None
 
 
-def _convert(hint: Any, key: str, value: Any) -> Any:
+def convert(hint: Any, key: str, value: Any) -> Any:
+    """Return a value as a setting's type has it.
+
+    Raises:
+        UserError: it cannot be converted; names the key and the value.
+    """
     if isinstance(value, list):
         value = tuple(value)
     try:

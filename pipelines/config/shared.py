@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from s5.config import require, require_range
+from s5.config import PathRole, require, require_range
+
+OutFolder = Annotated[str, PathRole("output", "folder")]
+VideoFolder = Annotated[str, PathRole("input", "folder")]
+AnnotationsPath = Annotated[str, PathRole("input", "file or folder")]
+ManifestPath = Annotated[str, PathRole("input", "manifest")]
+CheckpointPath = Annotated[str, PathRole("input", "checkpoint")]
+FeaturesPath = Annotated[str, PathRole("input", "features")]
+RunsFolder = Annotated[str, PathRole("scope", "folder")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,28 @@ from typing import Literal
 from pipelines.config.dotted import flatten as flatten
 from pipelines.config.dotted import override as override
 from pipelines.config.dotted import unknown as unknown
+from pipelines.config.shared import (
+    AnnotationsPath,
+    CheckpointPath,
+    FeaturesPath,
+    ManifestPath,
+    OutFolder,
+    RunsFolder,
+    VideoFolder,
+)
 from pipelines.config.shared import DataConfig as DataConfig
 from pipelines.config.shared import DecodeConfig as DecodeConfig
 from pipelines.config.shared import ScaleConfig as ScaleConfig
 from pipelines.config.shared import TrackingConfig as TrackingConfig
-from s5.config import BackboneConfig, ClipConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig, require
+from s5.config import (
+    BackboneConfig,
+    ClipConfig,
+    LoopConfig,
+    LSMCLConfig,
+    ModelConfig,
+    OptimConfig,
+    require,
+)
 
 ProtocolChoice = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
 
@@ -22,7 +39,7 @@ ProtocolChoice = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
 class SampleConfig:
     """Render the sample data set: long-form H.264 videos of ten activities made of shared steps, with annotations."""
 
-    out: str = "out/sample"
+    out: OutFolder = "out/sample"
     """Folder for the videos and annotations."""
     videos: int = 480
     """Number of videos, all splits together."""
@@ -58,13 +75,13 @@ class SampleConfig:
 class IndexConfig:
     """Probe videos, of a folder, a csv or a benchmark, into manifest.parquet and rejects.parquet."""
 
-    out: str = "out/index"
+    out: OutFolder = "out/index"
     """Folder for manifest.parquet and rejects.parquet."""
     source: Literal["auto", "folder", "csv", "lvu", "breakfast", "coin", "kinetics"] = "auto"
     """What lists the videos; `auto`: a `csv` where annotations are given, else the `folder`."""
-    videos: str = "out/sample"
+    videos: VideoFolder = "out/sample"
     """Folder of videos, of a benchmark ID.ENDING at any depth; `folder`: [{train,val,test}/][CLASS/]name.ENDING."""
-    annotations: str = ""
+    annotations: AnnotationsPath = ""
     """A csv with `video` (path below the folder) and any of `label`, `target`, `split`, `start_s`, `end_s`; or the
     folder of an LVU task, that of the csv files of Breakfast or Kinetics, COIN.json."""
     dataset: str = ""
@@ -96,9 +113,9 @@ class IndexConfig:
 class TranscodeConfig:
     """Re-encode the videos of a manifest to a small size and short groups of pictures, which are cheap to read."""
 
-    out: str = "out/transcode"
+    out: OutFolder = "out/transcode"
     """Folder for the videos, manifest.parquet and rejects.parquet; a second start with the same folder resumes."""
-    manifest: str = "out/index/manifest.parquet"
+    manifest: ManifestPath = "out/index/manifest.parquet"
     """Manifest of the videos: a file, or the folder that `index` wrote."""
     short_side: int = 224
     """Short side of the new videos in pixels; smaller ones keep their size."""
@@ -129,9 +146,9 @@ class TranscodeConfig:
 class PretrainConfig:
     """Pretrain with LSMCL: long and short clips of unlabelled videos, momentum encoder, symmetric InfoNCE."""
 
-    out: str = "out/pretrain"
+    out: OutFolder = "out/pretrain"
     """Folder for checkpoints and result.json; a second start with the same folder resumes."""
-    manifest: str = "out/index/manifest.parquet"
+    manifest: ManifestPath = "out/index/manifest.parquet"
     """Manifest of the videos: a file, or the folder that `index` wrote."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Long and short clips."""
@@ -171,11 +188,11 @@ class EncoderConfig:
 class FeaturesConfig:
     """Encode the frames of a manifest's videos once, by a backbone that stays as it is, for fine-tuning and sweeps."""
 
-    out: str = "out/features"
+    out: OutFolder = "out/features"
     """Folder for the shards, index.parquet and features.json; a second start with the same folder resumes."""
-    manifest: str = "out/index/manifest.parquet"
+    manifest: ManifestPath = "out/index/manifest.parquet"
     """Manifest of the videos: a file, or the folder that `index` wrote."""
-    checkpoint: str = ""
+    checkpoint: CheckpointPath = ""
     """Checkpoint that the backbone's weights are taken from: its folder or the --out of `pretrain` or `finetune`; empty
     for model.backbone.weights."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
@@ -210,13 +227,13 @@ class FeaturesConfig:
 class FinetuneConfig:
     """Fine-tune a video model on labels, from a pretrained checkpoint or from scratch."""
 
-    out: str = "out/finetune"
+    out: OutFolder = "out/finetune"
     """Folder for checkpoints and result.json; a second start with the same folder resumes."""
-    manifest: str = "out/index/manifest.parquet"
+    manifest: ManifestPath = "out/index/manifest.parquet"
     """Manifest of the videos: a file, or the folder that `index` wrote."""
-    checkpoint: str = ""
+    checkpoint: CheckpointPath = ""
     """Pretrained checkpoint to start from: its folder or the --out of `pretrain`; empty to start from scratch."""
-    features: str = ""
+    features: FeaturesPath = ""
     """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen."""
     task: Literal["class", "regression"] = "class"
     """What is learnt: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
@@ -250,11 +267,11 @@ class FinetuneConfig:
 class EvaluateConfig:
     """Evaluate a checkpoint: accuracy or error of a fine-tuned model; kNN and nearest clips of a pretrained one."""
 
-    out: str = "out/evaluate"
+    out: OutFolder = "out/evaluate"
     """Folder for metrics.json, predictions.parquet, figures and result.json."""
-    checkpoint: str = "out/finetune"
+    checkpoint: CheckpointPath = "out/finetune"
     """Checkpoint: its folder or the --out of `pretrain` or `finetune`."""
-    manifest: str = "out/index/manifest.parquet"
+    manifest: ManifestPath = "out/index/manifest.parquet"
     """Manifest of the videos: a file, or the folder that `index` wrote."""
     split: str = "test"
     """Split to evaluate on."""
@@ -264,7 +281,7 @@ class EvaluateConfig:
     fine-tuning was set to, else the manifest's benchmark's; for a pretrained encoder `uniform`."""
     clips_per_video: int = 0
     """Clips of each video; 0 for 10 in protocol multi-clip and else 1. `windows` takes all."""
-    features: str = ""
+    features: FeaturesPath = ""
     """Cached features to read in place of videos, of the checkpoint's own backbone: the --out of `features`. Not for a
     pretrained encoder, whose clips are shown."""
     batch_size: int = 16
@@ -288,7 +305,7 @@ class EvaluateConfig:
 class SweepConfig:
     """Sweep settings of pretraining and fine-tuning with Ray Tune, one trial a combination."""
 
-    out: str = "out/sweep"
+    out: OutFolder = "out/sweep"
     """Folder for the trials and result.json; a second start with the same folder resumes."""
     space: tuple[str, ...] = ("lsmcl.mask_ratio=0.25,0.5,0.75", "clips.frames=8,16")
     """What varies: `key=value,value,...` (every combination) or `key=uniform(a,b)`, `key=loguniform(a,b)` (drawn
@@ -322,9 +339,9 @@ class SweepConfig:
 class ReportConfig:
     """Tables and figures of what MLflow holds: results by stage, learning curves, sweep maps."""
 
-    out: str = "out/report"
+    out: OutFolder = "out/report"
     """Folder for report.md, the figures and result.json."""
-    runs: str = ""
+    runs: RunsFolder = ""
     """Only runs whose --out lies below this folder; empty for the whole experiment."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the runs are logged."""

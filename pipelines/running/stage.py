@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipelines import storage, tracking
-from pipelines.config import StageConfig, flatten
+from pipelines.config import INPUTS, StageConfig, flatten, leaves_of, to_json
 from pipelines.errors import StoppedError, UserError
 from pipelines.storage import provenance
 from s5.errors import Failure
@@ -28,8 +28,6 @@ REJECTS = "rejects.parquet"
 # Folders below --out that a resumed run goes on from: checkpoints; a sweep's trials; the videos that were transcoded;
 # cached features.
 CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
-# Key of run.json with the digests of what a stage reads.
-INPUTS = "inputs"
 REJECTS_SCHEMA = pa.schema([("video_id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 SHOWN_REJECTS = 5
 # These say where and how fast a stage runs, not what it computes: they may change when it resumes.
@@ -200,7 +198,7 @@ def _check_stage(name: str, out: str, earlier: dict[str, Any] | None) -> None:
 
 def _check_same(config: StageConfig, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise `UserError` where a run in --out differs from the one to be started in what it computes."""
-    before, now = _fixed(from_json(earlier)), _fixed(from_json(wanted))
+    before, now = _fixed(leaves_of(earlier)), _fixed(leaves_of(wanted))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
             continue
@@ -218,29 +216,6 @@ def _check_same(config: StageConfig, earlier: dict[str, Any], wanted: dict[str, 
 def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:
     free = tuple(f"{prefix}{name}" for name in FREE_SETTINGS for prefix in ("", "pretrain.", "finetune."))
     return {key: value for key, value in leaves.items() if key != "out" and not key.startswith(free)}
-
-
-def to_json(name: str, config: StageConfig) -> dict[str, Any]:
-    """Return what run.json holds: the stage and its settings as nested values that JSON knows."""
-    nested: dict[str, Any] = {"stage": name}
-    for key, value in flatten(config).items():
-        *groups, leaf = key.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[leaf] = list(value) if isinstance(value, tuple) else value
-    return nested
-
-
-def from_json(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested values under their dotted keys: what `override` takes."""
-    leaves: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            leaves |= from_json(item, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = item
-    return leaves
 
 
 def _result(stage: Stage, config: StageConfig, seconds: float) -> dict[str, Any]:

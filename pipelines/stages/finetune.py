@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines import storage
-from pipelines.config import FinetuneConfig, flatten
+from pipelines.config import FinetuneConfig, flatten, to_json
 from pipelines.data import feature_batches
 from pipelines.data.clip_batches import evaluation_batches, train_batches
 from pipelines.data.clip_order import ClipPlan, plan_of, with_batch_size
@@ -22,7 +22,7 @@ from pipelines.data.manifest import check_for_training, classes, digest, drop_to
 from pipelines.data.protocols import checked_clips, clips_per_video, listed, protocol_of, words
 from pipelines.errors import UserError
 from pipelines.running.resources import check_cluster
-from pipelines.running.stage import Stage, finished, progress, stage_run, to_json
+from pipelines.running.stage import Stage, finished, progress, stage_run
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import backbone_weights, local_checkpoint, of_backbone
 from pipelines.training.launcher import OnRow, RayContext, launch

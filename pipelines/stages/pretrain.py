@@ -10,14 +10,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines.config import PretrainConfig
+from pipelines.config import PretrainConfig, to_json
 from pipelines.data.clip_batches import evaluation_batches, train_batches
 from pipelines.data.clip_order import ClipPlan, plan_of, with_batch_size
 from pipelines.data.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import listed
 from pipelines.errors import UserError
 from pipelines.running.resources import check_cluster
-from pipelines.running.stage import Stage, finished, progress, stage_run, to_json
+from pipelines.running.stage import Stage, finished, progress, stage_run
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import backbone_weights
 from pipelines.training.launcher import OnRow, RayContext, launch

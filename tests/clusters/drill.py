@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
 }
 DRIVER = """
 import ctypes, glob, json, os, sys, time
-import pipelines.__main__
+import pipelines.command_line
 from pipelines.stages import pretrain
 from pipelines.config import PretrainConfig, override
 
@@ -99,7 +99,7 @@ def hang(how):
 
 if __name__ == "__main__":
     pretrain.build = recorded
-    sys.exit(pipelines.__main__.main(["pretrain", *settings]))
+    sys.exit(pipelines.command_line.main(["pretrain", *settings]))
 """
 
 

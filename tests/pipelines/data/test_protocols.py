@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import storage
-from pipelines.__main__ import main
+from pipelines.command_line import main
 from pipelines.config import EvaluateConfig, FinetuneConfig, IndexConfig, override
 from pipelines.data.manifest import MANIFEST, SCHEMA, Description, classes, metadata, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words

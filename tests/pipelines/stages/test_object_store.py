@@ -27,7 +27,7 @@ from tests.pipelines.training.test_training import MODEL, TASK
 # One process, so that Ray starts once.
 STAGES = """
 import json, sys
-from pipelines.__main__ import main
+from pipelines.command_line import main
 for arguments in json.loads(sys.argv[1]):
     if code := main(arguments):
         sys.exit(f"{arguments[0]} ended with {code}")

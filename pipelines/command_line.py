@@ -1,0 +1,119 @@
+"""The command line: `python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]`."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pipelines import preflight
+from pipelines.config import INPUTS, STAGES, StageConfig, leaves_of, override, unknown
+from pipelines.config.arguments import parse_settings
+from pipelines.config.presets import PRESETS, preset
+from pipelines.errors import StageError, UserError
+
+USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
+
+stages:   {", ".join(STAGES)}
+presets:  {", ".join(PRESETS)}
+
+python -m pipelines STAGE --help lists a stage's settings; every stage takes --out, a folder or a URI."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a stage and return the exit status: 0 done, 1 failed, 2 the user's mistake, 128 + signal when stopped."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        name, config = parse(argv)
+        preflight.check_inputs(config)
+        preflight.check_out(config.out)
+        # Not before: a stage takes seconds to import.
+        importlib.import_module(f"pipelines.stages.{name}").run(config)
+    except UserError as error:
+        return _say(error, 2)
+    except StageError as error:
+        return _say(error, error.code)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _say(f"the disk is full ({error.filename or '--out'}): make room and run the same command again", 1)
+        return _say(f"{error.filename or 'storage'}: {error.strerror or error}", 1)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
+    """Return the stage and its checked settings for a command line without the program's name.
+
+    Raises:
+        UserError: unknown stage, preset or setting, a bad value, or a run.json that is missing or of another stage.
+        SystemExit: `--help` (status 0).
+    """
+    name, *rest = argv
+    if name not in STAGES:
+        raise UserError(unknown("stage", name, STAGES))
+    chosen, rest = _take(rest, "preset")
+    path, rest = _take(rest, "config")
+    if chosen is not None and path is not None:
+        raise UserError("--preset and --config exclude each other: a saved run.json holds every setting")
+    config: StageConfig = getattr(preset(chosen or "base"), name)
+    if path is not None:
+        config = _saved(name, config, path)
+    if "--help" in rest or "-h" in rest:
+        _help(name, config)
+    return name, override(config, parse_settings(rest, config))
+
+
+def _help(name: str, config: StageConfig) -> NoReturn:
+    import tyro
+
+    description = f"{(type(config).__doc__ or '').strip()}\n\nPresets: {', '.join(PRESETS)}"
+    program = f"python -m pipelines {name}"
+    tyro.cli(type(config), default=config, args=["--help"], prog=program, description=description)
+    raise AssertionError("help ends the process")
+
+
+def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Return the value of an option, if it is there, and the arguments without it."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"--{option}="):
+            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+        if argument == f"--{option}":
+            if i + 1 == len(arguments):
+                raise UserError(f"--{option} is given without a value")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+    return None, arguments
+
+
+def _saved(name: str, config: StageConfig, path: str) -> StageConfig:
+    """Return the settings that a run.json holds."""
+    try:
+        values: Any = _read_json(path)
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise UserError(f"--config is {path!r}: {reason}; give the run.json of an earlier run") from None
+    except ValueError as error:
+        raise UserError(f"--config is {path!r}: not JSON: {error}") from None
+    if not isinstance(values, dict) or values.pop("stage", name) != name:
+        raise UserError(f"--config is {path!r}: it is not of stage {name!r}; give a run.json of that stage")
+    values.pop(INPUTS, None)
+    return override(config, leaves_of(values))
+
+
+def _read_json(path: str) -> Any:
+    if "://" not in path:
+        return json.loads(Path(path).expanduser().read_bytes())
+    from pipelines import storage
+
+    return storage.read_json(path)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

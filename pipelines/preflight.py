@@ -1,0 +1,114 @@
+"""What is checked before a stage is imported: mistakes are answered at once, without torch, Ray or MLflow."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.config import SweepConfig, paths
+from pipelines.config.stages import StageConfig
+from pipelines.errors import UserError
+from s5.config import PathRole
+
+ROOM_BYTES = 1 << 20
+"""Written and removed again, to see that a disk has room for what every stage writes first."""
+
+
+def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
+    """Return the files and folders, under dotted keys, that a stage reads or writes.
+
+    A sweep's trials have an --out of their own, and where they pretrain they fine-tune from that.
+    """
+    found = paths(config)
+    if isinstance(config, SweepConfig):
+        stages = config.stages.split("+")
+        unused = {"pretrain.out", "finetune.out"} | ({"finetune.checkpoint"} if "pretrain" in stages else set())
+        used = ("", *stages)
+        found = {k: v for k, v in found.items() if k not in unused and k.rpartition(".")[0].partition(".")[0] in used}
+    return found
+
+
+def check_inputs(config: StageConfig) -> None:
+    """Check the local files and folders that a stage reads.
+
+    Raises:
+        UserError: one does not exist, or is not what its setting names.
+    """
+    for key, (value, role) in used_paths(config).items():
+        if role.kind != "input" or ("://" in value and not value.startswith("file://")):
+            continue
+        path = Path(value.removeprefix("file://")).expanduser()
+        if not path.exists():
+            kind, remedy = MISSING.get(role.what, (role.what, "give one that exists"))
+            raise UserError(f"{key} is {value!r}: there is no such {kind}; {_nearby(path) or remedy}")
+        if role.what in CHECKS:
+            CHECKS[role.what](key, value)
+
+
+def check_out(out: str) -> None:
+    """Make a local --out and see that it can be written to.
+
+    Raises:
+        UserError: it cannot, or its disk is full.
+    """
+    if "://" in out and not out.startswith("file://"):
+        return
+    folder = Path(out.removeprefix("file://")).expanduser()
+    probe = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(ROOM_BYTES))
+                os.fsync(file.fileno())
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"--out is {out!r}: its disk is full; make room there or give another folder") from None
+        raise UserError(
+            f"--out is {out!r}: it cannot be written to ({error.strerror}); give a folder that can"
+        ) from None
+
+
+def _nearby(path: Path) -> str:
+    """Return a hint at a name like that one in the same folder."""
+    if not path.parent.is_dir():
+        return ""
+    close = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _manifest(key: str, value: str) -> None:
+    from pipelines.data.manifest import read_manifest
+
+    read_manifest(value)
+
+
+def _checkpoint(key: str, value: str) -> None:
+    folder = Path(value)
+    if not any((folder / name).exists() for name in ("meta.json", "result.json")):
+        raise UserError(f"{key} is {value!r}: neither a checkpoint nor the --out of a finished stage")
+
+
+def _features(key: str, value: str) -> None:
+    if not (Path(value) / "features.json").exists():
+        raise UserError(f"{key} is {value!r}: there are no finished features; give the --out of `features`")
+
+
+# What does not exist, and the remedy.
+MISSING = {
+    "manifest": ("file", "run `python -m pipelines index` first, or give its --out"),
+    "checkpoint": ("folder", "give a checkpoint or the --out of a stage"),
+    "features": ("folder", "give the --out of `features`"),
+    "weights": ("file", "give a file of weights, `timm`, or leave it out"),
+}
+CHECKS: dict[str, Callable[[str, str], None]] = {
+    "manifest": _manifest,
+    "checkpoint": _checkpoint,
+    "features": _features,
+}

@@ -1,0 +1,112 @@
+"""Mistakes in what a stage reads and where it writes are answered before the stage is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import preflight
+from pipelines.config import FinetuneConfig, SweepConfig, override
+from pipelines.data.manifest import SCHEMA
+from pipelines.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "ray", "mlflow", "timm", "matplotlib", "tyro")
+# Runs the command line as `python -m pipelines` does, then lists what it has imported of these.
+RUN = f"""
+import sys
+from pipelines.__main__ import main
+status = main()
+print(*[name for name in {HEAVY!r} if name in sys.modules])
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> str:
+    row = {name: "x" if pa.types.is_string(SCHEMA.field(name).type) else 1 for name in SCHEMA.names}
+    pq.write_table(pa.Table.from_pylist([row | {"split": "train"}], SCHEMA), tmp_path / "manifest.parquet")
+    return str(tmp_path / "manifest.parquet")
+
+
+def command(*arguments: str, cwd: Path, code: str = RUN) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretian"], "unknown stage 'pretian': did you mean pretrain?"),
+        (["pretrain", "--preset", "quikstart"], "unknown preset 'quikstart'"),
+        (["pretrain", "--lsmcl.mask-ration", "0.5"], "unknown setting 'lsmcl.mask_ration': did you mean"),
+        (["pretrain", "--lsmcl.mask-ratio", "1.5"], "lsmcl.mask_ratio is 1.5: give a value in [0, 1)"),
+        (["pretrain", "--manifest", "manifest.parque"], "manifest is 'manifest.parque': there is no such file"),
+        (["evaluate", "--manifest", "manifest.parquet"], "checkpoint is 'out/finetune': there is no such folder"),
+        (["sample", "--out", "manifest.parquet/out"], "--out is 'manifest.parquet/out': it cannot be written to"),
+    ],
+)
+def test_a_mistake_costs_a_sentence_and_no_heavy_import(
+    arguments: list[str], message: str, manifest: str, tmp_path: Path
+) -> None:
+    before = set(tmp_path.iterdir())
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.split() == []
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules['pydantic'] = None; from pipelines.__main__ import main; sys.exit(main())"
+    done = command(cwd=tmp_path, code=blocked)
+    assert done.returncode == 2
+    assert done.stderr == "error: the package pydantic is missing: run `make setup`, then .venv/bin/python\n"
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="this system has no device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whatever is opened to be written is the device that never has room.
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode: opened(Path("/dev/full"), mode))
+    with pytest.raises(UserError, match=r"--out is .*: its disk is full; make room there or give another folder"):
+        preflight.check_out(str(tmp_path / "out"))
+
+
+def test_what_is_read_is_looked_at(manifest: str, tmp_path: Path) -> None:
+    config = override(FinetuneConfig(), {"manifest": manifest, "model.backbone.frozen": True})
+    preflight.check_inputs(config)
+    preflight.check_inputs(override(config, {"model.backbone.weights": "timm", "checkpoint": "s3://bucket/run"}))
+    (tmp_path / "empty").mkdir()
+    for key, value, message in (
+        ("checkpoint", str(tmp_path / "empty"), "neither a checkpoint nor the --out of a finished stage"),
+        ("checkpoint", str(tmp_path / "empyt"), f"did you mean {tmp_path / 'empty'}"),
+        ("features", str(tmp_path / "empty"), "there are no finished features"),
+        ("features", "nowhere", "features is 'nowhere': there is no such folder"),
+        ("manifest", __file__, "not a readable parquet file"),
+        ("model.backbone.weights", "no.pt", "model.backbone.weights is 'no.pt': there is no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preflight.check_inputs(override(config, {key: value}))
+
+
+def test_a_sweep_reads_what_its_stages_read(manifest: str) -> None:
+    sweep = override(SweepConfig(), {"pretrain.manifest": manifest, "finetune.checkpoint": "made/by/each/trial"})
+    assert set(preflight.used_paths(sweep)) == {"out", "pretrain.manifest", "finetune.manifest"}
+    assert set(preflight.used_paths(override(sweep, {"stages": "pretrain"}))) == {"out", "pretrain.manifest"}
+    alone = override(sweep, {"stages": "finetune"})
+    assert set(preflight.used_paths(alone)) == {"out", "finetune.manifest", "finetune.checkpoint"}
+
+
+def test_paths_in_a_run_json_are_looked_at_too(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"stage": "pretrain", "manifest": "nowhere"}))
+    done = command("pretrain", "--config", "run.json", cwd=tmp_path)
+    assert done.stderr.startswith("error: manifest is 'nowhere': there is no such file")
