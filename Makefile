@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make setup` fills with the versions that pyproject.toml pins.
+# Everything runs in .venv, which `make setup` fills with the versions that constraints.txt pins.
 .DEFAULT_GOAL := help
 .PHONY: help setup test drills check quickstart clean
 
@@ -12,6 +12,7 @@ NEW_ENOUGH := 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
 VIDEOS ?=
 OUT ?= $(if $(VIDEOS),out/videos,out/quickstart)
 RUN := $(PYTHON) -m pipelines
+INSTALL := -c constraints.txt -e '.[pipelines,dev]'
 TESTS ?=
 ARGS ?=
 
@@ -20,16 +21,17 @@ help:  ## Say what there is
 
 setup: $(READY)  ## Make .venv with all packages (uv where there is one, else pip)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@if [ -z "$(BASE)" ] || ! $(BASE) -c $(NEW_ENOUGH); then \
 		echo "BASE is '$(BASE)': Python 3.11, 3.12 or 3.13 is needed; install one, or give make BASE=/path/to/python3.11" >&2; \
 		exit 2; fi
-	@# A .venv that was left half-made, or whose Python is gone or another, is made anew; a sound one is only filled.
+	@echo "Installing torch, Ray, MLflow and what they need into .venv: about 3 GB of downloads, 1 to 10 minutes."
+	@# A .venv that was left half-made, or whose Python is gone or another, is recreated; a sound one is only filled.
 	@$(PYTHON) -c $(NEW_ENOUGH) 2>/dev/null || $(BASE) -m venv --clear .venv >/dev/null 2>&1 \
 		|| $(BASE) -m venv --clear --without-pip .venv
-	@if command -v uv >/dev/null 2>&1 && uv pip install --python $(PYTHON) -e '.[dev]'; then :; \
-	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m pip install --progress-bar off -q -e '.[dev]'; \
-	else $(BASE) -m pip --python $(PYTHON) install --progress-bar off -q -e '.[dev]'; fi
+	@if command -v uv >/dev/null 2>&1 && uv pip install --python $(PYTHON) $(INSTALL); then :; \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m pip install --progress-bar off $(INSTALL); \
+	else $(BASE) -m pip --python $(PYTHON) install --progress-bar off $(INSTALL); fi
 	@touch $@
 
 test: $(READY)  ## Run the tests; TESTS=tests/s5 for a part, ARGS="-m 'not slow'" for pytest's options
@@ -44,21 +46,26 @@ check: $(READY)  ## Lint, formatting, types and the rooms rule
 	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q tests/test_rooms.py
 
+# $(call step,WHAT COMES,A STAGE AND ITS SETTINGS): one line before a stage, one with its seconds after it.
+define step
+@printf '\n==> %s\n' "$(1)"; began=$$(date +%s); $(RUN) $(2) && printf '==> %s s\n' "$$(($$(date +%s) - began))"
+endef
+
 ifeq ($(VIDEOS),)
 quickstart: $(READY)  ## The whole line on rendered videos, about 7 minutes; VIDEOS=folder for your own
-	$(RUN) sample   --preset quickstart --out $(OUT)/videos
-	$(RUN) index    --preset quickstart --out $(OUT)/index --videos $(OUT)/videos
-	$(RUN) pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index
-	$(RUN) finetune --preset quickstart --out $(OUT)/finetune --manifest $(OUT)/index --checkpoint $(OUT)/pretrain
-	$(RUN) evaluate --preset quickstart --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/finetune
-	$(RUN) sweep    --preset quickstart --out $(OUT)/sweep --pretrain.manifest $(OUT)/index
-	$(RUN) report   --preset quickstart --out $(OUT)/report --runs $(OUT)
+	$(call step,1/7 sample: render 240 videos of ten activities (10 s),sample --preset quickstart --out $(OUT)/videos)
+	$(call step,2/7 index: probe them into a manifest (15 s),index --preset quickstart --out $(OUT)/index --videos $(OUT)/videos)
+	$(call step,3/7 pretrain: LSMCL on 2 workers (2 min),pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index)
+	$(call step,4/7 finetune: S5 from that checkpoint (80 s),finetune --preset quickstart --out $(OUT)/finetune --manifest $(OUT)/index --checkpoint $(OUT)/pretrain)
+	$(call step,5/7 evaluate: accuracy on the test split (15 s),evaluate --preset quickstart --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/finetune)
+	$(call step,6/7 sweep: 4 trials of masking ratio and clip length (3 min),sweep --preset quickstart --out $(OUT)/sweep --pretrain.manifest $(OUT)/index)
+	$(call step,7/7 report: tables and figures of the above (10 s),report --preset quickstart --out $(OUT)/report --runs $(OUT))
 else
 quickstart: $(READY)
-	$(RUN) index    --preset videos --out $(OUT)/index --videos "$(VIDEOS)"
-	$(RUN) pretrain --preset videos --out $(OUT)/pretrain --manifest $(OUT)/index
-	$(RUN) evaluate --preset videos --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/pretrain
-	$(RUN) report   --preset videos --out $(OUT)/report --runs $(OUT)
+	$(call step,1/4 index: probe your videos into a manifest,index --preset videos --out $(OUT)/index --videos "$(VIDEOS)")
+	$(call step,2/4 pretrain: LSMCL on 2 workers (2 min),pretrain --preset videos --out $(OUT)/pretrain --manifest $(OUT)/index)
+	$(call step,3/4 evaluate: a picture of nearest clips (20 s),evaluate --preset videos --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/pretrain)
+	$(call step,4/4 report: tables and figures of the above (10 s),report --preset videos --out $(OUT)/report --runs $(OUT))
 endif
 
 bench-%: $(READY)  ## A benchmark: bench-NAME runs tests/bench/NAME.py, ARGS="--its options"

@@ -20,6 +20,10 @@ from pipelines.errors import UserError
 # Ray Train moves each worker into a folder of its own, where relative paths end; Ray Data's bars drown progress lines.
 ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
+# A local Ray's own limit is its number of CPUs: it then starts processes one after another, and warns on the terminal of
+# each multiple, which a run with monitors, controllers and decode tasks always reaches.
+STARTUP_CONCURRENCY = ("RAY_worker_maximum_startup_concurrency", "64")
+
 # CPUs that a worker leaves to decoding where Ray Train, which knows of no decoding, may give all others to workers.
 SLIVER = 0.001
 
@@ -33,6 +37,7 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    os.environ.setdefault(*STARTUP_CONCURRENCY)
     address = os.environ.get("RAY_ADDRESS") or "local"
     runtime_env: dict[str, Any] = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
     if address != "local" and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:

@@ -22,7 +22,11 @@ class DecordReader:
     """
 
     def __init__(self, path: str, width: int, height: int) -> None:
-        import decord
+        try:
+            import decord
+        except ModuleNotFoundError:
+            # It has wheels for x86-64 alone; PyAV reads the same files.
+            raise VideoError("decord is not installed") from None
 
         decord.logging.set_level(decord.logging.QUIET)
         self._cut = width
