@@ -21,7 +21,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.video_process import Clips, VideoProcess, VideoTimeoutError
+from pipelines.data.video_process import VideoProcess, VideoTimeoutError
+from pipelines.data.video_requests import Clips
 from s5.config import ClipConfig, Protocol
 from s5.errors import VideoError
 from s5.video.clip_times import beyond, long_short_times, protocol_times, training_times

@@ -13,7 +13,7 @@ from typing import Any
 
 import av
 
-from pipelines.data.video_process import Encoding
+from pipelines.data.video_requests import Encoding
 from s5.errors import VideoError
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import Source

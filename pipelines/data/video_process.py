@@ -5,8 +5,8 @@ decord can spin for ever without letting go of Python's lock (decord issue 373):
 child takes one video at a time, starts in 0.3 s, and holds neither torch nor Ray. Its frames come back through a file
 in memory.
 
-    parent  -- Question -->  child
-    parent  <-- Answer ----  child, its frames in the file
+    parent  -- VideoRequest -->  child
+    parent  <-- VideoReply ----  child, its frames in the file
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import IO
 
 import numpy as np
 
+from pipelines.data.video_requests import Clips, Encoding, VideoReply, VideoRequest
 from s5.errors import VideoError
-from s5.video.reader import FloatArray, FrameArray, Source
-from s5.video.reading import Decoder, VideoFacts, probe, read_clips
+from s5.video.reader import FrameArray, Source
+from s5.video.reading import VideoFacts, probe, read_clips
 
 GRACE_S = 5.0
 """Seconds after the time limit at which a child whose parent has gone ends itself."""
@@ -38,56 +38,6 @@ GRACE_S = 5.0
 
 class VideoTimeoutError(VideoError):
     """A video took longer than the time limit."""
-
-
-@dataclass(frozen=True)
-class Clips:
-    """What is read of a video: the arguments of `s5.video.reading.read_clips`."""
-
-    clips: list[FloatArray]
-    size: int
-    display_size: tuple[int, int] | None
-    decoder: Decoder | None
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How and where to a video is encoded."""
-
-    path: str
-    """Local file to write."""
-    short_side: int
-    """Short side in pixels at most; an even number."""
-    gop_s: float
-    """Seconds between two key frames."""
-    quality: int
-    """Constant rate factor of libx264."""
-    speed: str
-    """Preset of libx264."""
-    fps: float
-    """Mean frame rate of the video."""
-    num_frames: int
-    """Frames of the video."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A video, and what is done with it: its clips are read, it is encoded anew, or None for its facts."""
-
-    uri: str
-    work: Clips | Encoding | None
-    timeout_s: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the child found: facts, the shapes of the clips, or the reason why there are neither."""
-
-    facts: VideoFacts | None = None
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-    reason: str = ""
-    unwritable: str = ""
-    """Why the new video cannot be written: no fault of the old one."""
 
 
 class VideoProcess:
@@ -107,13 +57,13 @@ class VideoProcess:
             VideoError: it cannot be read, or the decoder crashed.
             VideoTimeoutError: there are no facts after `timeout_s` seconds.
         """
-        facts = self._ask(Question(uri, None, timeout_s)).facts
+        facts = self._ask(VideoRequest(uri, None, timeout_s)).facts
         assert facts is not None
         return facts
 
     def read(self, uri: str, clips: Clips, timeout_s: float) -> list[FrameArray]:
         """Return the clips of a video, each (T, S, S, 3); see `reading.read_clips`, and `probe` for the errors."""
-        shapes = self._ask(Question(uri, clips, timeout_s)).shapes
+        shapes = self._ask(VideoRequest(uri, clips, timeout_s)).shapes
         frames = [np.empty(shape, np.uint8) for shape in shapes]
         with open(self._memory, "rb", closefd=False) as memory:
             memory.seek(0)
@@ -123,7 +73,7 @@ class VideoProcess:
 
     def encode(self, uri: str, encoding: Encoding, timeout_s: float) -> VideoFacts:
         """Encode a video anew and return the new facts; see `encoding.encode`, and `probe` for the other errors."""
-        facts = self._ask(Question(uri, encoding, timeout_s)).facts
+        facts = self._ask(VideoRequest(uri, encoding, timeout_s)).facts
         assert facts is not None
         return facts
 
@@ -136,9 +86,9 @@ class VideoProcess:
             self._child.wait()
         self._child = self._connection = None
 
-    def _ask(self, question: Question) -> Answer:
+    def _ask(self, question: VideoRequest) -> VideoReply:
         connection = self._started()
-        answer: Answer | None = None
+        answer: VideoReply | None = None
         try:
             connection.send(question)
             if not connection.poll(question.timeout_s):
@@ -194,13 +144,13 @@ def _memory_file() -> int:
 
 
 def serve(connection_handle: int, memory_handle: int, parent_gone: int) -> None:
-    """Answer until the parent has gone, which ends this process also in the middle of a video."""
+    """VideoReply until the parent has gone, which ends this process also in the middle of a video."""
     _end_with(parent_gone)
     connection = Connection(connection_handle)
     with open(memory_handle, "wb") as memory:
         while True:
             try:
-                question: Question = connection.recv()
+                question: VideoRequest = connection.recv()
             except EOFError:
                 return
             # For systems whose pipes send no signal; works while a decoder holds Python's lock.
@@ -220,33 +170,33 @@ def _end_with(pipe: int) -> None:
         os._exit(1)
 
 
-def answered(question: Question, memory: IO[bytes]) -> Answer:
+def answered(question: VideoRequest, memory: IO[bytes]) -> VideoReply:
     """Probe, read or encode one video; frames that are read go to the start of `memory`."""
     work = question.work
     try:
         with opened(question.uri, whole=not isinstance(work, Clips)) as source:
             if work is None:
-                return Answer(facts=probe(source))
+                return VideoReply(facts=probe(source))
             if not isinstance(work, Clips):
                 return _encoded(source, work)
             clips = read_clips(source, work.clips, work.size, work.display_size, work.decoder)
     except (VideoError, OSError) as error:
-        return Answer(reason=str(error))
+        return VideoReply(reason=str(error))
     memory.seek(0)
     for clip in clips:
         memory.write(clip.data)
     memory.flush()
-    return Answer(shapes=[clip.shape for clip in clips])
+    return VideoReply(shapes=[clip.shape for clip in clips])
 
 
-def _encoded(source: Source, encoding: Encoding) -> Answer:
+def _encoded(source: Source, encoding: Encoding) -> VideoReply:
     # Only here: PyAV's import is not needed to read by decord.
     from pipelines.data.encoding import encode
 
     try:
-        return Answer(facts=encode(source, encoding))
+        return VideoReply(facts=encode(source, encoding))
     except OSError as error:
-        return Answer(unwritable=error.strerror or str(error))
+        return VideoReply(unwritable=error.strerror or str(error))
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from pipelines.errors import UserError
 # Ray Train moves each worker into a folder of its own, where relative paths end; Ray Data's bars drown progress lines.
 ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 
-# A local Ray's own limit is its number of CPUs: it then starts processes one after another, and warns on the terminal of
-# each multiple, which a run with monitors, controllers and decode tasks always reaches.
+# A local Ray's own limit is its number of CPUs: it then starts processes one after another, and warns the user at
+# each multiple of it, which a run with a monitor, a controller and decode tasks always reaches.
 STARTUP_CONCURRENCY = ("RAY_worker_maximum_startup_concurrency", "64")
 
 # CPUs that a worker leaves to decoding where Ray Train, which knows of no decoding, may give all others to workers.

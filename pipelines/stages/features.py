@@ -39,7 +39,8 @@ from pipelines.data.feature_cache import (
     shard_writer,
 )
 from pipelines.data.manifest import digest, read_manifest
-from pipelines.data.video_process import Clips, VideoProcess
+from pipelines.data.video_process import VideoProcess
+from pipelines.data.video_requests import Clips
 from pipelines.errors import StageError
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import REJECTS, Stage, finished, progress, stage_run

@@ -31,7 +31,8 @@ from pipelines.config import DataConfig
 from pipelines.data.clip_batches import train_batches
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.manifest import SCHEMA
-from pipelines.data.video_process import Clips, VideoProcess
+from pipelines.data.video_process import VideoProcess
+from pipelines.data.video_requests import Clips
 from pipelines.running.resources import ENVIRONMENT
 from s5.video.clip_times import clip_seed
 from s5.video.reading import scaled

@@ -23,7 +23,8 @@ from pipelines.data.clip_batches import train_batches
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.decode_tasks import CANDIDATE, PROBED, Reading, decode_chunk, probe_chunk
 from pipelines.data.manifest import SCHEMA
-from pipelines.data.video_process import Clips, VideoProcess, VideoTimeoutError
+from pipelines.data.video_process import VideoProcess, VideoTimeoutError
+from pipelines.data.video_requests import Clips
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.video.reading import probe, read_clips
@@ -145,7 +146,7 @@ import sys, time
 sys.path[:] = {sys.path!r}
 from pipelines.data.video_process import *
 process = VideoProcess()
-process._started().send(Question({path!r}, Clips([np.zeros(1)], 8, (64, 64), "decord"), 3600))
+process._started().send(VideoRequest({path!r}, Clips([np.zeros(1)], 8, (64, 64), "decord"), 3600))
 print(process._child.pid, flush=True)
 time.sleep(1000)
 """

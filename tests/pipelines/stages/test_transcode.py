@@ -16,7 +16,8 @@ from pipelines import storage
 from pipelines.config import DecodeConfig, TrackingConfig, TranscodeConfig
 from pipelines.data.encoding import encode, fitted
 from pipelines.data.manifest import SCHEMA, Description, classes, description, metadata, read_manifest
-from pipelines.data.video_process import Encoding, VideoProcess, VideoTimeoutError
+from pipelines.data.video_process import VideoProcess, VideoTimeoutError
+from pipelines.data.video_requests import Encoding
 from pipelines.errors import UserError
 from pipelines.stages import transcode
 from s5.config import ClipConfig
