@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,57 +42,61 @@ CANDIDATE_COLUMNS = [field.name for field in CANDIDATE if field.name not in ("se
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train_batches(
-    *,
-    manifest: pa.Table,
-    plan: ClipPlan,
-    clips: ClipConfig,
-    frame_size: int,
-    seed: int,
-    pairs: bool,
-    data: DataConfig,
-    decode_tasks: int,
-    protocol: Protocol = "uniform",
-    rank: int = 0,
-    world_size: int = 1,
-    start_step: int = 0,
-) -> Generator[ClipBatch]:
-    """Yield this worker's batch of every step from `start_step` to the plan's end.
+@dataclass(frozen=True, kw_only=True)
+class DecodedClips:
+    """A `ClipSource` of frames that Ray Data's tasks decode; use it inside a process that Ray runs in."""
 
-    Call it inside the training worker, where Ray runs. The clips of a video depend on (seed, epoch, video_id) alone.
+    clips: ClipConfig
+    """Which frames."""
+    frame_size: int
+    """Height and width of a frame in pixels."""
+    data: DataConfig
+    """Chunk size, CPUs of a task, batches prefetched."""
+    decode_tasks: int
+    """Decode tasks that run at once for this worker."""
+    protocol: Protocol = "uniform"
+    """Which clips of a video, but for pairs."""
+    pairs: bool = False
+    """Read a short clip beside each long one in training, in the same pass over the file."""
+    rank: int = 0
+    """This worker."""
+    world_size: int = 1
+    """Workers."""
 
-    Args:
-        manifest: the videos that the plan's indices mean.
-        plan: the order.
-        clips: which frames.
-        frame_size: height and width of a frame in pixels.
-        seed: seed of the clips.
-        pairs: read a short clip beside each long one, in the same pass over the file.
-        data: chunk size, CPUs of a task, batches kept ready.
-        decode_tasks: decode tasks that run at once for this worker.
-        protocol: which clip of a video, but for pairs.
-        rank: this worker.
-        world_size: workers.
-        start_step: first step to yield.
+    def training(self, videos: pa.Table, order: ClipPlan, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
+        """Yield this worker's batches of the order's steps; see `ClipSource.training`."""
+        share = len(share_of(order.batch_size, self.rank, self.world_size))
+        reading = Reading(self.clips, self.frame_size, self.pairs, self.data.decode_timeout_s, self.protocol)
+        segment_steps = max(1, SEGMENT_ROWS // share)
 
-    Raises:
-        VideoError: a video and all its spares fail.
-    """
-    share = len(share_of(plan.batch_size, rank, world_size))
-    reading = Reading(clips, frame_size, pairs, data.decode_timeout_s, protocol)
-    segment_steps = max(1, SEGMENT_ROWS // share)
+        def segment(first: int) -> Generator[ClipBatch]:
+            rows = order.rows(first, min(first + segment_steps, order.total_steps), self.rank, self.world_size)
+            return _decoded(_training_rows(videos, rows, seed), reading, self.data, self.decode_tasks, share)
 
-    def segment(first: int) -> Generator[ClipBatch]:
-        rows = plan.rows(first, min(first + segment_steps, plan.total_steps), rank, world_size)
-        return _decoded(_training_rows(manifest, rows, seed), reading, data, decode_tasks, share)
+        starts = range(start_step, order.total_steps, segment_steps)
+        batches = _chained([partial(segment, first) for first in starts], max(2, segment_steps // 8), segment_steps)
+        for step, batch in enumerate(batches, start_step):
+            if "" in batch.video_ids:
+                tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in batch.failures)
+                raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
+            yield replace(batch, step=step, epoch=step // order.steps_per_epoch, global_size=order.batch_size)
 
-    starts = range(start_step, plan.total_steps, segment_steps)
-    batches = _chained([partial(segment, first) for first in starts], max(2, segment_steps // 8), segment_steps)
-    for step, batch in enumerate(batches, start_step):
-        if "" in batch.video_ids:
-            tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in batch.failures)
-            raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
-        yield replace(batch, step=step, epoch=step // plan.steps_per_epoch, global_size=plan.batch_size)
+    def evaluation(self, videos: pa.Table, clips_per_video: int, batch_size: int) -> Generator[ClipBatch]:
+        """Yield the clips of this worker's videos; see `ClipSource.evaluation`.
+
+        Many clips of a video are read in parts of at most PART_BYTES, of which each fails alone; `inference.merge`
+        leaves out the rest of that video.
+        """
+        mine = videos.select(CANDIDATE_COLUMNS).take(pa.array(np.arange(self.rank, len(videos), self.world_size)))
+        if len(mine) == 0:
+            return
+        timeout_s = self.data.decode_timeout_s
+        reading = Reading(self.clips, self.frame_size, False, timeout_s, self.protocol, clips_per_video)
+        rows, largest = _evaluation_rows(mine, reading)
+        fit = max(1, PART_BYTES // (largest * reading.bytes_per_clip))
+        data = replace(self.data, clips_per_task=min(self.data.clips_per_task, fit))
+        for number, batch in enumerate(_decoded(rows, reading, data, self.decode_tasks, batch_size, largest)):
+            yield replace(_without_failed(batch), step=number)
 
 
 def _training_rows(manifest: pa.Table, rows: PlanRows, seed: int) -> pa.Table:
@@ -156,36 +160,6 @@ def _close(iterator: Any) -> None:
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def evaluation_batches(
-    *,
-    manifest: pa.Table,
-    clips: ClipConfig,
-    frame_size: int,
-    clips_per_video: int,
-    batch_size: int,
-    data: DataConfig,
-    decode_tasks: int,
-    protocol: Protocol = "uniform",
-    rank: int = 0,
-    world_size: int = 1,
-) -> Generator[ClipBatch]:
-    """Yield the clips of a protocol of this worker's videos (rows rank, rank + world_size, ...), in manifest order.
-
-    The clips of a video follow each other, perhaps across batches, and are read in parts of at most PART_BYTES. A part
-    that fails is listed in `failures` and has no clips; `inference.merge` leaves out the rest of that video. Batches
-    may be smaller than `batch_size`, and workers may have different numbers of them.
-    """
-    mine = manifest.select(CANDIDATE_COLUMNS).take(pa.array(np.arange(rank, len(manifest), world_size)))
-    if len(mine) == 0:
-        return
-    reading = Reading(clips, frame_size, False, data.decode_timeout_s, protocol, clips_per_video)
-    rows, largest = _evaluation_rows(mine, reading)
-    fit = max(1, PART_BYTES // (largest * reading.bytes_per_clip))
-    data = replace(data, clips_per_task=min(data.clips_per_task, fit))
-    for number, batch in enumerate(_decoded(rows, reading, data, decode_tasks, batch_size, largest)):
-        yield replace(_without_failed(batch), step=number)
 
 
 def _evaluation_rows(videos: pa.Table, reading: Reading) -> tuple[pa.Table, int]:

@@ -161,93 +161,69 @@ class FeatureClips:
         )
 
 
-def train_batches(
-    *,
-    features: str,
-    manifest: pa.Table,
-    plan: ClipPlan,
-    clips: ClipConfig,
-    frame_size: int,
-    seed: int,
-    data: DataConfig,
-    protocol: Protocol = "uniform",
-    rank: int = 0,
-    world_size: int = 1,
-    start_step: int = 0,
-) -> Generator[ClipBatch]:
-    """Yield this worker's batch of every step from `start_step` to the plan's end, as `clips.train_batches` does.
+@dataclass(frozen=True, kw_only=True)
+class CachedClips:
+    """A `ClipSource` of cached features, which threads of this process read."""
 
-    Args:
-        features: their folder.
-        manifest: the videos that the plan's indices mean.
-        plan: the order.
-        clips: which frames.
-        frame_size: height and width of the frames in pixels.
-        seed: seed of the clips.
-        data: batches read ahead.
-        protocol: which clip of a video.
-        rank: this worker.
-        world_size: workers.
-        start_step: first step to yield.
+    features: str
+    """Their folder."""
+    clips: ClipConfig
+    """Which frames."""
+    frame_size: int
+    """Height and width of the encoded frames in pixels."""
+    data: DataConfig
+    """Batches prefetched."""
+    protocol: Protocol = "uniform"
+    """Which clips of a video."""
+    rank: int = 0
+    """This worker."""
+    world_size: int = 1
+    """Workers."""
 
-    Raises:
-        VideoError: a video and all its spares have no features.
-    """
-    source = FeatureClips(features, manifest, Reading(clips, frame_size, protocol=protocol), data.prefetch_batches)
+    def training(self, videos: pa.Table, order: ClipPlan, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
+        """Yield this worker's batches of the order's steps; see `ClipSource.training`."""
+        source = self._opened(videos)
 
-    def batch(step: int) -> ClipBatch:
-        rows = plan.rows(step, step + 1, rank, world_size)
-        epoch = step // plan.steps_per_epoch
+        def batch(step: int) -> ClipBatch:
+            rows = order.rows(step, step + 1, self.rank, self.world_size)
+            epoch = step // order.steps_per_epoch
+            failures: list[Failure] = []
+            chosen: list[_Clip] = []
+            for index, spares in zip(rows.video, rows.spares, strict=True):
+                candidates = source.videos([int(index), *(int(spare) for spare in spares if spare >= 0)])
+                for video in candidates:
+                    try:
+                        chosen += source.clips(video, clip_seed(seed, epoch, video["video_id"]))
+                        break
+                    except VideoError as error:
+                        failures.append(_failure(video, error))
+                else:
+                    tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in failures)
+                    raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
+            return replace(source.batch(chosen, failures, step, epoch), global_size=order.batch_size)
+
+        yield from _ahead(batch, range(start_step, order.total_steps), self.data.prefetch_batches)
+
+    def evaluation(self, videos: pa.Table, clips_per_video: int, batch_size: int) -> Generator[ClipBatch]:
+        """Yield the clips of this worker's videos; failures come with the first batch. See `ClipSource.evaluation`."""
+        source = self._opened(videos, clips_per_video)
         failures: list[Failure] = []
         chosen: list[_Clip] = []
-        for index, spares in zip(rows.video, rows.spares, strict=True):
-            candidates = source.videos([int(index), *(int(spare) for spare in spares if spare >= 0)])
-            for video in candidates:
-                try:
-                    chosen += source.clips(video, clip_seed(seed, epoch, video["video_id"]))
-                    break
-                except VideoError as error:
-                    failures.append(_failure(video, error))
-            else:
-                tried = "; ".join(f"{failure.uri}: {failure.reason}" for failure in failures)
-                raise VideoError(f"step {step}: a video and all its spares fail ({tried})")
-        return replace(source.batch(chosen, failures, step, epoch), global_size=plan.batch_size)
+        for video in source.videos(list(range(self.rank, len(videos), self.world_size))):
+            try:
+                chosen += source.clips(video, 0)
+            except VideoError as error:
+                failures.append(_failure(video, error))
 
-    yield from _ahead(batch, range(start_step, plan.total_steps), data.prefetch_batches)
+        def batch(number: int) -> ClipBatch:
+            here = chosen[number * batch_size : (number + 1) * batch_size]
+            return source.batch(here, failures if number == 0 else [], number, 0)
 
+        yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), self.data.prefetch_batches)
 
-def evaluation_batches(
-    *,
-    features: str,
-    manifest: pa.Table,
-    clips: ClipConfig,
-    frame_size: int,
-    clips_per_video: int,
-    batch_size: int,
-    data: DataConfig,
-    protocol: Protocol = "uniform",
-    rank: int = 0,
-    world_size: int = 1,
-) -> Generator[ClipBatch]:
-    """Yield the evaluated clips of this worker's videos in manifest order, as `clips.evaluation_batches` does.
-
-    A video that fails is listed in `failures` of the first batch and has no clips.
-    """
-    reading = Reading(clips, frame_size, protocol=protocol, evaluated=clips_per_video)
-    source = FeatureClips(features, manifest, reading, data.prefetch_batches)
-    failures: list[Failure] = []
-    chosen: list[_Clip] = []
-    for video in source.videos(list(range(rank, len(manifest), world_size))):
-        try:
-            chosen += source.clips(video, 0)
-        except VideoError as error:
-            failures.append(_failure(video, error))
-
-    def batch(number: int) -> ClipBatch:
-        here = chosen[number * batch_size : (number + 1) * batch_size]
-        return source.batch(here, failures if number == 0 else [], number, 0)
-
-    yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), data.prefetch_batches)
+    def _opened(self, videos: pa.Table, clips_per_video: int = 0) -> FeatureClips:
+        reading = Reading(self.clips, self.frame_size, protocol=self.protocol, evaluated=clips_per_video)
+        return FeatureClips(self.features, videos, reading, self.data.prefetch_batches)
 
 
 def _failure(video: dict[str, Any], error: VideoError) -> Failure:
