@@ -59,8 +59,8 @@ class WorkerGroup:
         return f"worker{'s' * (len(ranks) > 1)} {', '.join(known)} of {self.size}"
 
     def phase(self, rank: int) -> str:
-        """Return the last known phase of a worker."""
-        return self.states[rank].phase if rank in self.states else "starting"
+        """Return the last known phase of a worker, in words."""
+        return during(self.states[rank].phase if rank in self.states else "starting")
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class FailurePolicy:
         self._failures += diagnosis.is_failure
         if self._failures > self._max_failures:
             limit = f"scale.max_failures, {self._max_failures}, allows no more failures"
-            saved = f"the checkpoint of step {checkpoint_step} is retained" if checkpoint_step else "nothing is saved yet"
-            return Decision(False, f"{diagnosis.summary}; {limit}: {saved}, run the same command again to resume")
+            start = f"resume from the checkpoint of step {checkpoint_step}" if checkpoint_step else "start over"
+            return Decision(False, f"{diagnosis.summary}; {limit}: run the same command again to {start}")
         count = f" (failure {self._failures} of {self._max_failures})" if diagnosis.is_failure else ""
         return Decision(True, f"{diagnosis.summary}; {resuming(checkpoint_step)}{count}")
 
@@ -142,8 +142,8 @@ def diagnose(group: WorkerGroup, losses: Mapping[int, Loss], now: float, silent_
     for kind, verb in (("died", "died"), ("unresponsive", "stopped responding"), ("raised", "failed")):
         ranks = [rank for rank, loss in losses.items() if loss.kind == kind]
         if ranks:
-            where, reason = group.phase(ranks[0]), losses[ranks[0]].reason
-            return Diagnosis(f"{group.names(ranks)} {verb} in {where} ({reason})", is_failure=True)
+            reason = losses[ranks[0]].reason
+            return Diagnosis(f"{group.names(ranks)} {verb} {group.phase(ranks[0])} ({reason})", is_failure=True)
     return Diagnosis("the workers were lost", is_failure=True)
 
 
@@ -178,6 +178,11 @@ def position(phase: str) -> tuple[int, int]:
     return int(found[1]), PHASES.index(found[2]) if found[2] in PHASES else len(PHASES)
 
 
+def during(phase: str) -> str:
+    """Return a phase as part of a sentence: "in step 7: training", or "while starting"."""
+    return f"in {phase}" if phase.startswith("step ") else f"while {phase}"
+
+
 def _is_silent(group: WorkerGroup, rank: int, now: float, silent_s: float) -> bool:
     return now - group.heard_at[rank] > silent_s
 
@@ -188,4 +193,4 @@ def _describe_hang(group: WorkerGroup, hung: Sequence[int], now: float, silent_s
     state = group.states[hung[0]]
     silent = state.hang is None and _is_silent(group, hung[0], now, silent_s)
     verb = "stopped responding" if silent else "hangs"
-    return f"{group.names(hung)} {verb} in {state.phase} (see stacks.txt for the stacks of its threads, if any)"
+    return f"{group.names(hung)} {verb} {during(state.phase)} (see stacks.txt for the stacks of its threads, if any)"

@@ -17,6 +17,7 @@ from pipelines.training.failure_policy import (
     WorkerGroup,
     WorkerState,
     diagnose,
+    during,
     resuming,
 )
 from s5.errors import Failure
@@ -137,7 +138,7 @@ class RunMonitor:
         before = self._group.states.get(rank)
         self._group.states[rank], self._group.heard_at[rank] = state, self._clock()
         if state.hang and not (before and before.hang):
-            head = f"{self._group.names([rank])} in {state.hang.phase} for {state.hang.seconds:.0f} s"
+            head = f"{self._group.names([rank])} {during(state.hang.phase)} for {state.hang.seconds:.0f} s"
             self._updates.stacks.append(f"{head}\n{state.hang.stacks}")
         return Reply(in_run=True, stop=self._stop)
 
