@@ -36,7 +36,7 @@ def ensure_ray() -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
     runtime_env: dict[str, Any] = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
     if address != "local" and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        root = Path(__file__).parent.parent
+        root = Path(__file__).parents[2]
         runtime_env["py_modules"] = [str(root / "s5"), str(root / "pipelines")]
     try:
         ray.init(
