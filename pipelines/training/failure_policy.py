@@ -156,7 +156,7 @@ def find_hung(group: WorkerGroup, losses: Mapping[int, Loss], now: float, silent
     3. Where some report a hang: of the workers that are furthest behind, those that do not wait in a collective; if all
        of them may wait, all of them.
     """
-    silent = [rank for rank, state in group.states.items() if _is_silent(group, rank, now, silent_s) and not state.hang]
+    silent = [rank for rank in group.states if _is_silent(group, rank, now, silent_s)]
     if silent:
         return silent
     if not any(state.hang for state in group.states.values()):
@@ -184,13 +184,13 @@ def during(phase: str) -> str:
 
 
 def _is_silent(group: WorkerGroup, rank: int, now: float, silent_s: float) -> bool:
-    return now - group.heard_at[rank] > silent_s
+    # A worker that reported a hang has ended itself: that it sends nothing more means nothing.
+    return group.states[rank].hang is None and now - group.heard_at[rank] > silent_s
 
 
 def _describe_hang(group: WorkerGroup, hung: Sequence[int], now: float, silent_s: float) -> str:
     if len(hung) > 1:
         return f"{group.names(hung)} make no progress (it is unknown which of them hangs)"
     state = group.states[hung[0]]
-    silent = state.hang is None and _is_silent(group, hung[0], now, silent_s)
-    verb = "stopped responding" if silent else "hangs"
+    verb = "stopped responding" if _is_silent(group, hung[0], now, silent_s) else "hangs"
     return f"{group.names(hung)} {verb} {during(state.phase)} (see stacks.txt for the stacks of its threads, if any)"

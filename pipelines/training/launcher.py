@@ -63,7 +63,16 @@ def launch(
     decode_tasks = check_cluster(scale, data)
     _set_ray_timeouts(scale)
     monitor = _start_monitor(scale)
-    setup = WorkerSetup(build, payload, monitor, scale, data, stage.out, loop.keep_checkpoints, best)
+    setup = WorkerSetup(
+        build=build,
+        payload=payload,
+        monitor=monitor,
+        scale=scale,
+        data=data,
+        out=stage.out,
+        keep_checkpoints=loop.keep_checkpoints,
+        best=best,
+    )
     trainer = _trainer(setup)
     checkpoints = Checkpoints(store_of(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
     if storage.exists(stage.path(CHECKPOINTS)):
