@@ -17,3 +17,8 @@ class StageError(Exception):
 
 class StoppedError(StageError):
     """A stage that a signal asked to stop and that saved its work; the exit status is 128 + the signal."""
+
+
+def last_line(text: str) -> str:
+    """Return the last line of an error's text, stripped: it says what went wrong; empty where there is no text."""
+    return text.strip().rpartition("\n")[2].strip()

@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipelines import storage, tracking
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig
-from pipelines.errors import StageError, StoppedError, UserError
+from pipelines.errors import StageError, StoppedError, UserError, last_line
 from pipelines.running.resources import ensure_ray, own_node
 from pipelines.running.stage import RESULT, Stage, finished, in_thread, progress, signals_received, stage_run
 from pipelines.stages import finetune, pretrain
@@ -193,11 +193,6 @@ class Lines(tune.Callback):
     def _say(self, trial: Trial, end: str, what: str) -> None:
         self._ended += 1
         progress("sweep", f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
-
-
-def last_line(text: str) -> str:
-    """Return the last line of an error's text that is not empty."""
-    return text.strip().rpartition("\n")[2].strip()
 
 
 # --- a trial --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""A training worker's line to the mailbox: that it is there, whether it is to end, and where it hangs."""
+"""A training worker's connection to the run monitor; runs in every worker.
+
+It sends a pulse twice a second with the worker's state, learns from the reply whether to stop, and ends the process
+where it hangs or no longer belongs to the run.
+"""
 
 from __future__ import annotations
 
@@ -7,122 +11,112 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 import ray
 import ray.exceptions
 
-from pipelines.training.run_monitor import Loss
-from s5.training.watchdog import Hang, Watchdog, leftovers
+from pipelines.training.failure_policy import WorkerState
+from pipelines.training.run_monitor import Reply, Updates
+from s5.training.watchdog import Hang, Watchdog, leftover_stacks
 
-# Of a process whose run is over; Python's own exit would wait for the training thread.
-OUTLIVED_STATUS = 71
-TELL_S = 20.0
+# Exit status of a process that its run has left behind; Python's own exit would wait for the training thread.
+ORPHANED_STATUS = 71
+REPLY_TIMEOUT_S = 20.0
 
 
 @dataclass
-class Process:
-    """What the main thread of a worker's process, which is Ray Train's own, leaves for the thread that trains."""
+class WorkerProcess:
+    """What the main thread of a worker's process, which is Ray Train's own, shares with the training thread."""
 
     group: str = ""
     """The group of workers that this one was started with."""
-    terminated: threading.Event = field(default_factory=threading.Event)
-    """Set by SIGTERM."""
+    sigterm: threading.Event = field(default_factory=threading.Event)
+    """Set once the process receives SIGTERM."""
 
 
-PROCESS = Process()
+WORKER_PROCESS = WorkerProcess()
 
 
-def prepare(group: str) -> None:
-    """Take down SIGTERM instead of ending at once, as Ray's handler does; call it in the main thread."""
+def enter_group(group: str) -> None:
+    """Record this process's group, and have SIGTERM set a flag instead of ending the process at once, as Ray's does.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        PROCESS.terminated.set()
+    Call it in the main thread, as signal handlers need.
+    """
 
-    PROCESS.group = group
-    signal.signal(signal.SIGTERM, note)
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        WORKER_PROCESS.sigterm.set()
+
+    WORKER_PROCESS.group = group
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
-class Lifeline:
-    """Joins a worker to its mailbox.
+class Heartbeat:
+    """Connects a worker to its run's monitor.
 
     Args:
-        mailbox: the actor.
-        rank: this worker.
+        monitor: the actor handle of a `RunMonitor`.
+        rank: rank of this worker.
         hang_timeout_s: seconds without a beat after which this process ends itself; 0 for never.
     """
 
-    def __init__(self, mailbox: Any, rank: int, hang_timeout_s: float) -> None:
-        self._mailbox, self._rank = mailbox, rank
-        self._phase = ""
+    def __init__(self, monitor: Any, rank: int, hang_timeout_s: float) -> None:
+        self._monitor, self._rank = monitor, rank
+        place = f"node {ray.util.get_node_ip_address()}, process {os.getpid()}"  # type: ignore[no-untyped-call]
+        self._state = WorkerState(place)
+        self._state_lock = threading.Lock()
+        self._phase = self._state.phase
         self._stop = False
-        # The watchdog's own thread asks, and would count as hanging.
-        self._patience_s = min(TELL_S, hang_timeout_s / 2) or TELL_S
-        key = mailbox._actor_id.hex()
-        for text in leftovers(key):
-            mailbox.add_stacks.remote(text)
-        self._watchdog = Watchdog(hang_timeout_s, self._hang, self._pulse, key, TELL_S)
+        # The watchdog's own thread waits for the reply, and must not itself count as hanging.
+        self._reply_timeout_s = min(REPLY_TIMEOUT_S, hang_timeout_s / 2) or REPLY_TIMEOUT_S
+        key = monitor._actor_id.hex()
+        if stacks := leftover_stacks(key):
+            monitor.report.remote(Updates(stacks=stacks))
+        self._watchdog = Watchdog(hang_timeout_s, self._on_hang, self._pulse, key, REPLY_TIMEOUT_S)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Be heard of while the body runs; the process ends where the body hangs or the run goes on without it."""
-        place = f"node {ray.util.get_node_ip_address()}, process {os.getpid()}"  # type: ignore[no-untyped-call]
-        ray.get(self._mailbox.join.remote(PROCESS.group, self._rank, place))
+    def running(self) -> Iterator[None]:
+        """Send pulses while the body runs, and watch the calling thread for hangs."""
+        self._pulse(self._phase)
         self._watchdog.start()
         try:
             yield
         finally:
-            # The last word of a worker that fails.
+            # Where the body raises, the monitor learns in which phase.
             self._pulse(self._phase)
             self._watchdog.stop()
 
     def beat(self, phase: str) -> None:
-        """Take note of what comes next."""
+        """Record that the training thread is alive and what it does next."""
         self._phase = phase
         self._watchdog.beat(phase)
 
-    def stop_requested(self, leaving: bool) -> bool:
-        """Return whether the driver wants a stop, or this worker has to end: by a signal, or `leaving` its node."""
-        why = "its process got SIGTERM" if PROCESS.terminated.is_set() else ""
-        why = "its node is taken away" if leaving else why
-        if why:
-            ray.get(self._mailbox.told.remote(PROCESS.group, self._rank, why))
-        return self._stop or bool(why)
+    def stop_requested(self, node_drains: bool) -> bool:
+        """Return whether the driver requests a stop, or this worker is preempted: by SIGTERM, or with its node."""
+        reason = "its process received SIGTERM" if WORKER_PROCESS.sigterm.is_set() else ""
+        reason = "its node is being drained" if node_drains else reason
+        if reason:
+            ray.get(self._send(preempted=reason))
+        return self._stop or bool(reason)
 
-    def _hang(self, hang: Hang) -> None:
-        ray.get(self._mailbox.hang.remote(PROCESS.group, self._rank, hang), timeout=TELL_S)
+    def _on_hang(self, hang: Hang) -> None:
+        ray.get(self._send(phase=hang.phase, hang=hang), timeout=REPLY_TIMEOUT_S)
 
     def _pulse(self, phase: str) -> None:
         try:
-            pulse = self._mailbox.pulse.remote(PROCESS.group, self._rank, phase)
-            belongs, self._stop = ray.get(pulse, timeout=self._patience_s)
+            reply: Reply = ray.get(self._send(phase=phase), timeout=self._reply_timeout_s)
         except ray.exceptions.ActorDiedError:
-            belongs = False  # The driver is gone.
+            reply = Reply(in_run=False, stop=True)  # The driver is gone, and the monitor with it.
         except (ray.exceptions.RayError, TimeoutError):
-            return  # Away for now.
-        if not belongs:
-            os._exit(OUTLIVED_STATUS)
+            return  # Unreachable for now: the next pulse tries again.
+        self._stop = reply.stop
+        if not reply.in_run:
+            os._exit(ORPHANED_STATUS)
 
-
-def loss_of(error: Exception) -> Loss:
-    """Return what an error means that Ray Train hands on of a worker."""
-    cause = getattr(error, "health_check_failure", error)
-    if isinstance(cause, ray.exceptions.RayActorError):
-        text = " ".join(str(cause).split())
-        # Where only a process has died, its node says so at once; of a lost node Ray learns after half a minute.
-        gone = cause.preempted or isinstance(cause, ray.exceptions.ActorUnavailableError)
-        node = gone or "node has died" in text or "node was terminated" in text
-        # Behind a page on the actor, Ray's detail, and before a list of what may cause such a thing.
-        detail = text.rpartition("Worker exit detail: ")[2].partition(". Some common causes")[0]
-        return Loss("node" if node else "ended", detail[:200])
-    if type(cause).__name__ == "WorkerHealthCheckTimeoutError":
-        return Loss("silent", "no answer")
-    return Loss("raised", f"{type(cause).__name__}: {last_line(cause)}")
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error, which says what went wrong."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    def _send(self, **changes: Any) -> Any:
+        # Two threads send: under the lock, states arrive in the order in which they were made.
+        with self._state_lock:
+            self._state = replace(self._state, **changes)
+            return self._monitor.pulse.remote(WORKER_PROCESS.group, self._rank, self._state)

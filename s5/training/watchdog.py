@@ -1,9 +1,9 @@
-"""Notice that this process hangs, tell with the stacks of its threads where, and end it, so that others can go on.
+"""Detect that this process hangs, report where with the stacks of its threads, and end it, so that it can be replaced.
 
-Two lines of defence, since a hang may hold Python's lock (GIL):
+Two threads watch, since a hang may hold Python's lock (GIL):
 
-    a thread            no beat for `timeout_s`: takes the stacks, hands them on, ends the process
-    faulthandler's own  that thread itself did not run for `timeout_s`: stacks into a file, ends the process
+    the watchdog's   no beat for `timeout_s`: calls `on_hang` with the stacks, ends the process
+    faulthandler's   the watchdog's thread itself did not run for `timeout_s`: writes stacks to a file, ends the process
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from pathlib import Path
 from typing import IO
 
 EXIT_STATUS = 70
-"""With which the thread ends a process that hangs; faulthandler's status is 1."""
+"""Exit status with which the watchdog's thread ends a process that hangs; faulthandler's is 1."""
 TICK_S = 0.5
-WAITING = (os.path.join("torch", "distributed", ""), os.path.join("torch", "autograd", "graph.py"))
+WAITING_FILES = (os.path.join("torch", "distributed", ""), os.path.join("torch", "autograd", "graph.py"))
 """Parts of the names of files whose functions wait for other processes: collectives, and DDP's in a backward pass."""
 
 
 @dataclass(frozen=True)
 class Hang:
-    """A process that gave no beat for too long."""
+    """A process without a beat for too long."""
 
     phase: str
-    """Its last beat."""
+    """The phase that its last beat named."""
     seconds: float
-    """Time since then."""
+    """Time since that beat."""
     stacks: str
-    """What all of its threads were doing."""
+    """The stacks of all of its threads."""
     waits: bool
-    """Whether the thread that gave the beats may have been in a collective, waiting for another process. On a GPU the
-    device waits, which is not seen here."""
+    """Whether the watched thread may have been in a collective, waiting for another process. On a GPU the device waits,
+    which is not seen here."""
 
 
 class Watchdog:
@@ -47,10 +47,10 @@ class Watchdog:
 
     Args:
         timeout_s: seconds without a beat after which the process is ended; 0 for never.
-        on_hang: told of the hang before that; it may take `patience_s` seconds.
-        on_tick: called with the last beat twice a second while the thread runs; it must not take `timeout_s`.
-        key: names the run in the file for the stacks of a process whose Python does not run any more (`leftovers`).
-        patience_s: time after which the process is ended though `on_hang` has not come back.
+        on_hang: called with the hang before the process is ended.
+        on_tick: called with the phase of the last beat, twice a second; it must take less than `timeout_s`.
+        key: names the run in the file for the stacks of a process that cannot run Python any more (`leftover_stacks`).
+        grace_s: seconds after which the process is ended although `on_hang` has not returned.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Watchdog:
         on_hang: Callable[[Hang], None],
         on_tick: Callable[[str], None],
         key: str,
-        patience_s: float = 30.0,
+        grace_s: float = 30.0,
     ) -> None:
-        self._timeout_s, self._patience_s = timeout_s, patience_s
+        self._timeout_s, self._grace_s = timeout_s, grace_s
         self._on_hang, self._on_tick = on_hang, on_tick
         self._path = _folder() / f"{_prefix(key)}{os.getpid()}.txt"
         self._stopped = threading.Event()
@@ -76,11 +76,11 @@ class Watchdog:
         self._thread.start()
 
     def beat(self, phase: str) -> None:
-        """Take note that the watched thread is alive, and what it does next."""
+        """Record that the watched thread is alive, and which phase it enters."""
         self._beat = (phase, time.monotonic())
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stopped.set()
         self._thread.join()
         self._path.unlink(missing_ok=True)
@@ -95,29 +95,29 @@ class Watchdog:
     def _watch_until_stopped(self, file: IO[str]) -> None:
         while not self._stopped.wait(TICK_S):
             if self._timeout_s:
-                # Counts down in C: reached only where this thread is kept from setting it anew.
+                # Counts down in C; it expires only where this thread cannot run to reset it.
                 faulthandler.dump_traceback_later(self._timeout_s + TICK_S, exit=True, file=file)
             phase, since = self._beat
-            silent = time.monotonic() - since
-            if self._timeout_s and silent > self._timeout_s:
-                self._end(phase, silent)
+            seconds = time.monotonic() - since
+            if self._timeout_s and seconds > self._timeout_s:
+                self._end(phase, seconds)
             self._on_tick(phase)
 
-    def _end(self, phase: str, silent: float) -> None:
-        # What is told may not arrive either.
-        faulthandler.dump_traceback_later(self._patience_s, exit=True, file=sys.__stderr__ or 2)
+    def _end(self, phase: str, seconds: float) -> None:
+        # The report may hang too.
+        faulthandler.dump_traceback_later(self._grace_s, exit=True, file=sys.__stderr__ or 2)
         try:
-            self._on_hang(Hang(phase, silent, stacks(self._watched), self._waits()))
+            self._on_hang(Hang(phase, seconds, thread_stacks(self._watched), self._waits()))
         finally:
             os._exit(EXIT_STATUS)
 
     def _waits(self) -> bool:
         frame = sys._current_frames().get(self._watched)
-        return frame is not None and any(part in frame.f_code.co_filename for part in WAITING)
+        return frame is not None and any(part in frame.f_code.co_filename for part in WAITING_FILES)
 
 
-def stacks(first: int) -> str:
-    """Return what all threads of this process but the calling one are doing, a certain one first."""
+def thread_stacks(first: int) -> str:
+    """Return the stacks of all threads of this process except the calling one; that of the thread `first` leads."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != first)
     parts = [
@@ -128,18 +128,18 @@ def stacks(first: int) -> str:
     return "\n".join(parts)
 
 
-def leftovers(key: str) -> list[str]:
-    """Return, once, the stacks that ended processes of a run have left on this machine."""
+def leftover_stacks(key: str) -> list[str]:
+    """Return, and delete, the stacks that ended processes of a run left on this machine."""
     found = []
     for path in sorted(_folder().glob(f"{_prefix(key)}*.txt")):
-        if _runs(int(path.stem.removeprefix(_prefix(key)))):
+        if _is_alive(int(path.stem.removeprefix(_prefix(key)))):
             continue
         try:
             if text := path.read_text():
                 found.append(text)
             path.unlink()
         except FileNotFoundError:
-            continue  # Another process of this machine took it.
+            continue  # Another process of this machine took the file.
     return found
 
 
@@ -151,7 +151,7 @@ def _prefix(key: str) -> str:
     return f"s5_stacks_{key}_"
 
 
-def _runs(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,8 +1,8 @@
 """A pretraining run on a cluster of several nodes to which things happen: its driver, its faults, its record.
 
-The folder `control` steers it, so that faults strike at a known point: workers wait before step K while there is a file
-`hold_K`, decode tasks wait while there is `hold_decoding`, and a file `hang_K_R_HOW` has the worker of rank R hang once
-before step K. Everything that a worker is given to train on is written down.
+Files in the folder `control` steer it, so that faults strike at a known point: workers wait before step K while there
+is `hold_K`, decode tasks wait while there is `hold_decoding`, and `hang_K_R_HOW` makes the worker of rank R hang once
+before step K. Every batch that a worker trains on is recorded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def recorded(job, context):
     import ray
     from pipelines.data import clip_batches, decode_tasks
     from ray.train.v2._internal.execution.context import get_train_context
-    from pipelines.training.heartbeat import PROCESS
+    from pipelines.training.heartbeat import WORKER_PROCESS
 
     control, decode_chunk = f"{folder}/control", decode_tasks.decode_chunk
 
@@ -77,7 +77,7 @@ def recorded(job, context):
         for batch in batches(start):
             with open(f"{folder}/record_{os.getpid()}.jsonl", "a") as lines:
                 row = [batch.step, context.rank, context.world_size, batch.epoch, batch.video_ids]
-                row += [PROCESS.group, os.getpid(), ray.get_runtime_context().get_node_id()]
+                row += [WORKER_PROCESS.group, os.getpid(), ray.get_runtime_context().get_node_id()]
                 lines.write(json.dumps(row) + "\\n")
             while os.path.exists(f"{control}/hold_{batch.step}"):
                 if get_train_context().preemption_context.preemption_info is not None:
@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True)
 class Row:
-    """What a worker was given for a step."""
+    """The batch of one worker for one step."""
 
     step: int
     rank: int
@@ -132,8 +132,8 @@ class Drill:
         places = {"manifest": str(self.folder / MANIFEST), "out": str(self.folder / "out")}
         return override(PretrainConfig(), SETTINGS | places | self.changes)
 
-    def prepare(self) -> None:
-        """Make small videos, their manifest, and the driver."""
+    def write_inputs(self) -> None:
+        """Write small videos, their manifest, and the driver."""
         rows = []
         for index in range(VIDEOS):
             path = write_video(self.folder / "videos" / f"v{index}.mp4", 24, fps=8)
@@ -164,93 +164,93 @@ class Drill:
             )
 
     def kill(self) -> None:
-        """Kill the driver, if it runs."""
+        """Kill the drivers that still run."""
         for driver in self.drivers:
             driver.kill()
             driver.wait()
 
     def finish(self) -> None:
-        """Wait for the driver's end; it must have succeeded."""
-        self.wait(lambda: self.drivers[-1].poll() is not None, "the run does not end", drivers=False)
+        """Wait for the driver to end; it must succeed."""
+        self.wait(lambda: self.drivers[-1].poll() is not None, "the run does not end", driver_runs=False)
         assert self.drivers[-1].returncode == 0, self.log()
 
     def log(self) -> str:
-        """Return what the drivers have printed."""
+        """Return what the drivers printed."""
         return (self.folder / "log.txt").read_text()
 
-    def wait(self, condition: Callable[[], Any], what: str, drivers: bool = True) -> Any:
-        """Return what the condition gives once it is not empty.
+    def wait(self, condition: Callable[[], Any], what: str, driver_runs: bool = True) -> Any:
+        """Return the condition's value once it is true.
 
         Raises:
-            AssertionError: it is after `WAIT_S`, or, with `drivers`, when the driver has ended.
+            AssertionError: it is still false after `WAIT_S` seconds, or once the driver has ended, if `driver_runs`.
         """
         end = time.monotonic() + WAIT_S
         while time.monotonic() < end:
             if found := condition():
                 return found
-            if drivers and self.drivers[-1].poll() is not None:
+            if driver_runs and self.drivers[-1].poll() is not None:
                 break
             time.sleep(0.1)
         raise AssertionError(f"{what}: {self.log()}")
 
     def hold(self, name: int | str) -> None:
-        """Have workers wait before a step, or decode tasks at `decoding`."""
+        """Make workers wait before a step, or decode tasks for the name `decoding`."""
         (self.folder / "control" / f"hold_{name}").touch()
 
     def release(self, name: int | str) -> None:
-        """Let them go on."""
+        """Let them continue."""
         (self.folder / "control" / f"hold_{name}").unlink()
 
     def held(self, step: int, workers: int) -> list[Row]:
-        """Wait until so many workers wait before a step; return their rows in the order of their ranks."""
+        """Return the rows of the workers that wait before a step, by rank, once there are so many."""
 
         def found() -> list[Row]:
-            rows = [row for row in self.rows() if row.step == step and runs(row.process)]
+            rows = [row for row in self.rows() if row.step == step and is_running(row.process)]
             return sorted(rows, key=lambda row: row.rank) if len(rows) == workers else []
 
-        rows: list[Row] = self.wait(found, f"{workers} workers do not come to step {step}")
+        rows: list[Row] = self.wait(found, f"{workers} workers do not reach step {step}")
         return rows
 
     def decoders(self) -> list[tuple[int, int]]:
-        """Return the processes of decode tasks that wait, and their children."""
+        """Return the processes of the waiting decode tasks, each with its child."""
         names = [path.name.split("_") for path in sorted(self.folder.glob("decoding_*"))]
         return [(int(task), int(child)) for _, task, child in names]
 
     def groups(self) -> set[str]:
-        """Return the groups of workers that were given something."""
+        """Return the groups of workers that were given a batch."""
         return {row.group for row in self.rows()}
 
     def rows(self) -> list[Row]:
-        """Return all that workers were given, by groups in the order of their starts."""
+        """Return all recorded batches, by worker process in the order of their last rows."""
         files = sorted(self.folder.glob("record_*.jsonl"), key=lambda path: path.stat().st_ctime)
         return [Row(*json.loads(line)) for path in files for line in path.read_text().splitlines() if line[-1] == "]"]
 
     def check_order(self) -> list[int]:
-        """Check that the run trained on the plan, each video once; return the step at which each group began."""
+        """Check that training followed the clip order, each clip once; return the step at which each group began."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows():
             groups.setdefault(row.group, []).append(row)
         starts = [min(row.step for row in rows) for rows in groups.values()]
         assert starts == sorted(starts), starts
         trained: list[tuple[int, int, int, str]] = []
-        # A checkpoint holds the steps before it: what was given after it is trained on anew by the next group.
+        # A checkpoint holds the steps before it: the next group repeats those after it.
         for rows, end in zip(groups.values(), [*starts[1:], STEPS], strict=True):
-            kept = sorted((row for row in rows if row.step < end), key=lambda row: (row.step, row.rank))
-            trained += [(row.step, row.rank, row.epoch, video) for row in kept for video in row.videos]
+            counted = sorted((row for row in rows if row.step < end), key=lambda row: (row.step, row.rank))
+            trained += [(row.step, row.rank, row.epoch, video) for row in counted for video in row.videos]
         plan = plan_of(self.config.loop, VIDEOS)
         assert [(step, epoch, video) for step, _, epoch, video in trained] == planned(plan)
         return starts
 
 
 def planned(plan: ClipPlan) -> list[tuple[int, int, str]]:
-    """Return step, epoch and video of the whole plan, in order."""
+    """Return step, epoch and video of the whole clip order."""
     rows = plan.rows(0, plan.total_steps)
     columns = zip(rows.step, rows.epoch, rows.video, strict=True)
     return [(int(step), int(epoch), f"v{video}") for step, epoch, video in columns]
 
 
-def runs(process: int) -> bool:
-    """Return whether a process is there, be it stopped."""
+def is_running(process: int) -> bool:
+    """Return whether a process exists and is no zombie; a stopped one counts as running."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -33,7 +33,7 @@ DRAIN_SECONDS = 60
 
 @dataclass
 class LocalCluster:
-    """A running cluster; `address` is the job server's, `environment` what a client needs beside it."""
+    """A running cluster; `address` is the job server's, `environment` what a client needs besides it."""
 
     folder: Path
     address: str
@@ -43,17 +43,17 @@ class LocalCluster:
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def add_node(self, cpus: float = 1) -> subprocess.Popen[bytes]:
-        """Start a worker node; `wait_for` tells when it has joined."""
+        """Start a worker node; `wait_for` returns once it has joined."""
         return self._start([f"--address={self.gcs_address}"], cpus)
 
     def lose_node(self, index: int) -> None:
-        """Kill all processes of a node at once, as a machine that goes away does; the head is number 0."""
+        """Kill all processes of a node at once, as a machine that fails does; the head is number 0."""
         node = self.nodes.pop(index)
-        _kill({node.pid} | descendants({node.pid}), signal.SIGKILL)
+        kill({node.pid} | descendants({node.pid}), signal.SIGKILL)
         node.wait(STOP_SECONDS)
 
     def drain_node(self, index: int) -> None:
-        """Ask a node to stop, as a pre-emption notice does (it drains for 30 seconds); the head is number 0."""
+        """Send a node SIGTERM, as a preemption notice does (it drains for 30 seconds); the head is number 0."""
         node = self.nodes.pop(index)
         node.send_signal(signal.SIGTERM)
         node.wait(DRAIN_SECONDS)
@@ -81,7 +81,7 @@ class LocalCluster:
         raise TimeoutError(f"{nodes} nodes did not come up ({last}); logs are below {self.folder}")
 
     def get(self, path: str) -> dict[str, dict[str, dict[str, list[dict[str, str]]]]]:
-        """Return what the dashboard answers to a GET."""
+        """Return the dashboard's answer to a GET request."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
@@ -93,12 +93,12 @@ class LocalCluster:
         return _marked(self.mark) | running | descendants(running)
 
     def stop(self) -> None:
-        """End every process of this cluster and no other; raise `RuntimeError` if one resists."""
-        # At once and without mercy: a node that is asked politely first waits for its work, up to 30 seconds.
+        """End every process of this cluster and no other; raise `RuntimeError` if one is left."""
+        # With SIGKILL: on SIGTERM, a node first waits for its work, up to 30 seconds.
         left = self.leftovers()
         for _ in range(STOP_SECONDS):
-            _kill(left, signal.SIGKILL)
-            left = _wait_gone(left, self.nodes, seconds=1) | _marked(self.mark)
+            kill(left, signal.SIGKILL)
+            left = wait_gone(left, self.nodes, seconds=1) | _marked(self.mark)
             if not left:
                 self.nodes.clear()
                 return
@@ -131,7 +131,7 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(workers: int = 2, worker_cpus: float = 1, head_cpus: float = 0) -> Iterator[LocalCluster]:
-    """Run a head and worker nodes; all are alive when the body starts, and none is left when it ends."""
+    """Run a head and worker nodes: all are alive when the body starts, and none is left after it."""
     # Ray's sockets lie below the folder and their names may have 107 characters: pytest's folders are too deep.
     folder = Path(tempfile.mkdtemp(prefix="s5ray"))
     token = folder / "token"
@@ -156,7 +156,7 @@ def local_cluster(workers: int = 2, worker_cpus: float = 1, head_cpus: float = 0
 
 
 def client_environment(cluster: LocalCluster) -> dict[str, str]:
-    """Return a whole environment for a client of the cluster, without what this process knows of other clusters."""
+    """Return a complete environment for a client of the cluster, without addresses and tokens of other clusters."""
     return _clean(os.environ) | cluster.environment
 
 
@@ -176,7 +176,7 @@ def _clean(environ: os._Environ[str]) -> dict[str, str]:
 
 
 def _end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when the one that started it is gone, however that ended."""
+    """Have Linux send this process SIGTERM when its parent ends, for whatever reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -193,7 +193,7 @@ def _marked(mark: str) -> set[int]:
 
 
 def descendants(roots: set[int]) -> set[int]:
-    """Return all processes below the given ones; some lose the mark, because they rewrite their title over it."""
+    """Return all descendants of processes; some of them lose the mark, since they write their title over it."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -215,7 +215,8 @@ def _state(pid: int) -> str:
         return ""
 
 
-def _kill(pids: set[int], number: signal.Signals) -> None:
+def kill(pids: set[int], number: signal.Signals) -> None:
+    """Send a signal to processes; those that have ended are skipped."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -223,8 +224,8 @@ def _kill(pids: set[int], number: signal.Signals) -> None:
             continue
 
 
-def _wait_gone(pids: set[int], nodes: list[subprocess.Popen[bytes]], seconds: float) -> set[int]:
-    """Wait for processes to end (zombies have); return those that have not."""
+def wait_gone(pids: set[int], nodes: list[subprocess.Popen[bytes]], seconds: float) -> set[int]:
+    """Wait until processes have ended (zombies count as ended); return those that have not."""
     end = time.monotonic() + seconds
     while True:
         for node in nodes:

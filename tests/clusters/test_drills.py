@@ -1,6 +1,6 @@
-"""Workers, decoders, nodes and drivers are killed, stopped, told to end, or hang: the run goes on with its plan.
+"""Workers, decoders, nodes and drivers are killed, stopped, preempted, or hang: the run still follows its clip order.
 
-The long ones run by `make drills` alone.
+Most of these run only with `make drills`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from pipelines import storage
 from s5.checkpoints import checkpoint
-from tests.clusters.drill import ROOT, STEPS, WAIT_S, Drill, runs
+from tests.clusters.drill import ROOT, STEPS, WAIT_S, Drill, is_running
 from tests.clusters.local_cluster import LocalCluster, client_environment, descendants, local_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -41,24 +41,24 @@ def nodes() -> Iterator[LocalCluster]:
 
 
 def started(folder: Path, cluster: LocalCluster, hold: tuple[int, ...], **changes: Any) -> Drill:
-    """Start a run whose workers wait before some steps."""
+    """Start a run whose workers wait before the steps in `hold`."""
     drill = Drill(folder, cluster, {key.replace("__", "."): value for key, value in changes.items()})
-    drill.prepare()
+    drill.write_inputs()
     for step in hold:
         drill.hold(step)
     drill.start()
     return drill
 
 
-def told(drill: Drill, *parts: str) -> str:
-    """Return the one line of the log with all of these parts."""
+def line_with(drill: Drill, *parts: str) -> str:
+    """Return the only line of the log that has all of these parts."""
     (line,) = [line for line in drill.log().splitlines() if all(part in line for part in parts)]
     return line
 
 
 def test_lost_decoders_and_workers(cluster: LocalCluster, tmp_path: Path) -> None:
     drill = Drill(tmp_path, cluster, {"scale.num_workers": 2})
-    drill.prepare()
+    drill.write_inputs()
     for name in ("decoding", 5, 8):
         drill.hold(name)
     drill.start()
@@ -72,20 +72,22 @@ def test_lost_decoders_and_workers(cluster: LocalCluster, tmp_path: Path) -> Non
     os.kill(killed.process, signal.SIGKILL)
     drill.release(5)
 
-    # Told to end: it saves at the end of the step, away from the steps at which checkpoints are due.
-    ended = drill.held(8, 2)[1]
+    # Preempted: it saves after the present step, although no checkpoint is due there.
+    preempted = drill.held(8, 2)[1]
     drill.hold(9)
     drill.release(8)
     drill.held(9, 2)
-    os.kill(ended.process, signal.SIGTERM)
+    os.kill(preempted.process, signal.SIGTERM)
     drill.release(9)
     drill.finish()
 
     begun = drill.check_order()
     assert begun[:2] == [0, 3]
-    assert begun[2] in (10, 11), "it asks once a second whether to end"
-    assert told(drill, f"process {killed.process})", "died", "from the checkpoint of step 3 (failure 1 of 3)")
-    assert "failure" not in told(drill, f"process {ended.process})", "had to end, its process got SIGTERM")
+    assert begun[2] in (10, 11), "it stops after the step in which it receives the signal, or after the next"
+    assert line_with(drill, f"process {killed.process})", "died", "from the checkpoint of step 3 (failure 1 of 3)")
+    assert "failure" not in line_with(
+        drill, f"process {preempted.process})", "preempted (its process received SIGTERM)"
+    )
     result = storage.read_json(str(tmp_path / "out" / "result.json"))
     assert result["counts"]["steps"] == STEPS
 
@@ -102,20 +104,20 @@ def test_a_node_is_taken_away(nodes: LocalCluster, tmp_path: Path, how: str) -> 
     else:
         nodes.nodes[node].send_signal(signal.SIGTERM)
     drill.release(5)
-    drill.wait(lambda: len(drill.groups()) > 1, "the workers do not start again")
+    drill.wait(lambda: len(drill.groups()) > 1, "no new workers start")
     drill.release(10)
     drill.finish()
     begun = drill.check_order()
     assert begun[0] == 0
     assert begun[1] >= 3
-    assert "failure" not in told(drill, f"process {worker.process})", "going on from")
+    assert "failure" not in line_with(drill, f"process {worker.process})", "resuming from")
 
 
 @pytest.mark.drill
 def test_a_node_is_drained(nodes: LocalCluster, tmp_path: Path) -> None:
     drill = started(tmp_path, nodes, (6,), scale__num_workers=2, scale__cpus_per_worker=1.25)
     worker = drill.held(6, 2)[1]
-    # As a cloud's notice does: two minutes, of which none is waited for.
+    # As a cloud's preemption notice does; the run does not use up the two minutes.
     drain = ["ray", "drain-node", "--address", nodes.gcs_address, "--node-id", worker.node]
     drain += [
         "--reason",
@@ -126,13 +128,13 @@ def test_a_node_is_drained(nodes: LocalCluster, tmp_path: Path) -> None:
         "120",
     ]
     subprocess.run(drain, env=client_environment(nodes), check=True, capture_output=True, timeout=WAIT_S)
-    drill.wait(lambda: (tmp_path / "notice_1").exists(), "the worker hears of nothing")
+    drill.wait(lambda: (tmp_path / "notice_1").exists(), "the worker gets no notice")
     drill.release(6)
     drill.finish()
-    # Saved after the step that ran, away from the steps at which checkpoints are due.
+    # Saved after the present step, although no checkpoint is due there.
     assert drill.check_order() == [0, 7]
     assert worker.node not in {row.node for row in drill.rows() if row.step > 6}
-    assert "failure" not in told(drill, f"process {worker.process})", "had to end, its node is taken away")
+    assert "failure" not in line_with(drill, f"process {worker.process})", "preempted (its node is being drained)")
 
 
 @pytest.mark.drill
@@ -147,9 +149,9 @@ def test_a_worker_hangs(cluster: LocalCluster, tmp_path: Path, how: str) -> None
     drill.release(5)
     drill.finish()
     assert drill.check_order() == [0, 3]
-    assert not runs(hanging.process)
-    verb = "hangs in step 6: waiting for data" if how == "python" else "does not answer, last heard of in step"
-    assert told(drill, f"process {hanging.process}) of 2 {verb}", "(failure 1 of 3)").startswith(
+    assert not is_running(hanging.process)
+    verb = "hangs in step 6: waiting for data" if how == "python" else "stopped responding in step"
+    assert line_with(drill, f"process {hanging.process}) of 2 {verb}", "(failure 1 of 3)").startswith(
         "[pretrain] worker 1 ("
     )
     stacks = (tmp_path / "out" / "stacks.txt").read_text()
@@ -165,19 +167,19 @@ def test_one_worker_that_is_stopped_is_replaced(cluster: LocalCluster, tmp_path:
     drill.release(5)
     drill.finish()
     assert drill.check_order() == [0, 3]
-    assert not runs(stopped.process)
-    assert told(drill, f"process {stopped.process}) of 1 does not answer", "(failure 1 of 3)")
+    assert not is_running(stopped.process)
+    assert line_with(drill, f"process {stopped.process}) of 1 stopped responding in step", "(failure 1 of 3)")
 
 
 @pytest.mark.drill
-def test_the_driver_is_killed_and_the_same_command_goes_on_with_other_workers(
+def test_the_driver_is_killed_and_the_same_command_resumes_with_other_workers(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
     drill = started(tmp_path, cluster, (5,), scale__num_workers=2)
     orphans = drill.held(5, 2)
     drill.kill()
-    # Its workers end without it, though they are in the midst of a step.
-    drill.wait(lambda: not any(runs(row.process) for row in orphans), "workers outlive their driver", drivers=False)
+    # Its workers end without it, although they are in the middle of a step.
+    drill.wait(lambda: not any(is_running(row.process) for row in orphans), "workers outlive it", driver_runs=False)
     saved = sorted(os.listdir(tmp_path / "out" / "checkpoints"))
     drill.release(5)
     drill.changes["scale.num_workers"] = 1
@@ -203,7 +205,7 @@ def test_a_run_grows_once_there_is_room(tmp_path: Path) -> None:
     assert drill.check_order() == [0, 3]
     sizes = {row.step: row.world_size for row in drill.rows()}
     assert [sizes[step] for step in range(STEPS)] == [1] * 3 + [2] * (STEPS - 3)
-    assert told(drill, "2 workers instead of 1 from the checkpoint of step 3")
+    assert line_with(drill, "2 workers instead of 1, resuming from the checkpoint of step 3")
 
     grown = losses(drill)
     with local_cluster(workers=1, worker_cpus=1) as small:
@@ -226,13 +228,13 @@ def losses(drill: Drill) -> list[float]:
 def test_a_stopped_job_saves_within_rays_own_grace(cluster: LocalCluster, tmp_path: Path) -> None:
     endless = {"loop.epochs": 10000, "loop.checkpoint_every": 40000}
     drill = Drill(tmp_path, cluster, {"scale.num_workers": 2} | endless)
-    drill.prepare()
+    drill.write_inputs()
     environment = client_environment(cluster)
     ray = ["ray", "job", "submit", "--address", cluster.address, "--submission-id", "drill", "--no-wait"]
     variables = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}})
     command = [*ray, "--runtime-env-json", variables, "--", *drill.command()]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=WAIT_S)
-    drill.wait(lambda: any(row.step == 7 for row in drill.rows()), "the job does not train", drivers=False)
+    drill.wait(lambda: any(row.step == 7 for row in drill.rows()), "the job does not train", driver_runs=False)
     stop = ["ray", "job", "stop", "--address", cluster.address, "drill"]
     subprocess.run(stop, env=environment, check=True, capture_output=True, timeout=WAIT_S)
     checkpoints = tmp_path / "out" / "checkpoints"

@@ -1,4 +1,4 @@
-"""What is trained on is the plan, also where the driver and its cluster are killed and other workers go on."""
+"""Training follows the clip order exactly, also where driver and cluster are killed and other workers resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.data.clip_order import ClipPlan, plan_of
 from pipelines.data.manifest import MANIFEST, SCHEMA
 from pipelines.running.stage import CHECKPOINTS, RESULT
 from s5.video.reading import probe
-from tests.clusters.local_cluster import _kill, _wait_gone, descendants
+from tests.clusters.local_cluster import descendants, kill, wait_gone
 from tests.pipelines.training.test_training import MODEL, TASK
 from tests.s5.videos import write_video
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 ROOT = Path(__file__).parents[3]
 VIDEOS, BATCH, EPOCHS = 17, 4, 4
 STEPS_PER_EPOCH, CHECKPOINT_EVERY = VIDEOS // BATCH, 3
-# Workers of each start, and the step, in mid-epoch and behind a checkpoint, at which it is killed; the last one ends.
+# Workers of each start, and the step (in mid-epoch, after a checkpoint) at which it is killed; the last one finishes.
 STARTS = [(1, 5), (2, 10), (1, EPOCHS * STEPS_PER_EPOCH)]
 WAIT_S = 240
 DRIVER = """
@@ -39,9 +39,10 @@ import os, sys, time
 import ray
 from pipelines.running import resources
 from pipelines.stages import pretrain
-from tests.pipelines.training.test_order import configuration, note
+from tests.pipelines.training.test_order import configuration, record_batch
 
-folder, workers, record, hold, ray_folder = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+folder, workers, record_path, hold, ray_folder = sys.argv[1:]
+workers, hold = int(workers), int(hold)
 os.environ.update(resources.ENVIRONMENT)
 ray.init(
     address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False,
@@ -54,7 +55,7 @@ def recorded(job, context):
     batches = fit.batches
     def read(start):
         for batch in batches(start):
-            note(record, context.rank, batch)
+            record_batch(record_path, context.rank, batch)
             while batch.step == hold:
                 time.sleep(1)
             yield batch
@@ -82,15 +83,15 @@ def configuration(folder: str, workers: int) -> PretrainConfig:
     return override(PretrainConfig(), MODEL | TASK | changes)
 
 
-def note(record: str, rank: int, batch: Any) -> None:
-    """Write down what a worker is given before it trains on it."""
-    with open(f"{record}_{rank}.jsonl", "a") as lines:
+def record_batch(path: str, rank: int, batch: Any) -> None:
+    """Record what a worker is given before it trains on it."""
+    with open(f"{path}_{rank}.jsonl", "a") as lines:
         lines.write(json.dumps([batch.step, rank, batch.epoch, batch.video_ids]) + "\n")
 
 
 @pytest.fixture
 def ray_folder() -> Iterator[str]:
-    """Give a folder whose name is short enough for Ray's sockets."""
+    """Return a folder whose name is short enough for Ray's sockets."""
     folder = tempfile.mkdtemp(prefix="s5ray")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,7 +133,7 @@ def train(folder: Path, start: int, ray_folder: str) -> None:
         end = time.monotonic() + WAIT_S
         while driver.poll() is None and time.monotonic() < end:
             held = sum(step == hold for step, *_ in records(folder, start)) == workers
-            # At once: what is on storage is resumed from.
+            # As soon as the checkpoint is stored: the next start resumes from it.
             if held and stored(folder) == hold // CHECKPOINT_EVERY * CHECKPOINT_EVERY:
                 return
             time.sleep(0.2)
@@ -140,18 +141,18 @@ def train(folder: Path, start: int, ray_folder: str) -> None:
     finally:
         cluster = descendants({driver.pid})
         driver.send_signal(signal.SIGKILL)
-        _kill(cluster, signal.SIGKILL)
+        kill(cluster, signal.SIGKILL)
         driver.wait()
-        assert not _wait_gone(cluster, [], seconds=30)
+        assert not wait_gone(cluster, [], seconds=30)
 
 
 def planned(plan: ClipPlan) -> list[tuple[int, str]]:
-    """Return epoch and video of the whole plan, in order."""
+    """Return epoch and video of the whole clip order."""
     rows = plan.rows(0, plan.total_steps)
     return [(int(epoch), f"v{video}") for epoch, video in zip(rows.epoch, rows.video, strict=True)]
 
 
-def test_killed_runs_train_on_the_plan_once(folder: Path, ray_folder: str) -> None:
+def test_killed_runs_follow_the_clip_order_once(folder: Path, ray_folder: str) -> None:
     for start in range(len(STARTS)):
         train(folder, start, ray_folder)
     given = [records(folder, start) for start in range(len(STARTS))]
@@ -159,11 +160,11 @@ def test_killed_runs_train_on_the_plan_once(folder: Path, ray_folder: str) -> No
     counts = storage.read_json(str(folder / "out" / RESULT))["counts"]
     assert counts["steps"] == EPOCHS * STEPS_PER_EPOCH
     assert counts["resumed_at"] == resumed[-1]
-    # In mid-epoch; some of what was trained on since the checkpoint is lost.
+    # In mid-epoch; the steps since the checkpoint are lost.
     assert resumed == [0, 3, 9]
     assert [rows[-1][0] for rows in given] == [5, 10, 15]
 
-    # A checkpoint holds the steps before it: what was given after it is trained on anew by the next start.
+    # A checkpoint holds the steps before it: the next start repeats those after it.
     kept = [row for rows, end in zip(given, [*resumed[1:], 10**9], strict=True) for row in rows if row[0] < end]
     trained = [(epoch, video) for _, _, epoch, videos in kept for video in videos]
     assert trained == planned(plan_of(configuration(str(folder), 1).loop, VIDEOS))

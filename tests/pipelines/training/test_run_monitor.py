@@ -1,118 +1,118 @@
-"""What is said of workers that are lost, and which of them count as failures."""
+"""The monitor's messages: what the driver takes, what workers learn from a pulse, and what the controller is told."""
 
 from __future__ import annotations
 
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from pipelines.training import run_monitor
-from pipelines.training.run_monitor import Loss, Mailbox
+from pipelines.training.failure_policy import Loss, WorkerState
+from pipelines.training.run_monitor import Reply, RunMonitor, RunStatus, Updates
+from s5.errors import Failure
 from s5.training.watchdog import Hang
 
 RAISED = Loss("raised", "RuntimeError: connection closed by peer")
-ENDED = Loss("ended", "end of file")
+DIED = Loss("died", "end of file")
+TRAINING = "step 7: training"
+
+
+class Clock:
+    """A clock that moves only where a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Give the time, which stands still."""
-    times = [1000.0]
-    monkeypatch.setattr(run_monitor.time, "monotonic", lambda: times[0])
-    return times
+def clock() -> Clock:
+    return Clock()
 
 
-def started(phases: list[str], now: list[float], max_failures: int = 2) -> Mailbox:
-    """Return the mailbox of workers in certain phases, with a checkpoint of step 6."""
-    box = Mailbox(max_failures)
-    begin(box, phases)
-    box.at(6)
-    return box
+@pytest.fixture
+def monitor(clock: Clock) -> RunMonitor:
+    """Return the monitor of a run that may fail twice, with two workers in step 7 and a checkpoint of step 6."""
+    running = RunMonitor(max_failures=2, clock=clock)
+    begin(running, "g")
+    running.checkpoint_at(6)
+    return running
 
 
-def begin(box: Mailbox, phases: list[str]) -> None:
-    box.begin("g", len(phases))
-    for rank, phase in enumerate(phases):
-        box.join("g", rank, f"node {rank}")
-        box.pulse("g", rank, phase)
+def begin(monitor: RunMonitor, group: str, size: int = 2) -> None:
+    monitor.begin(group, size)
+    for rank in range(size):
+        assert monitor.pulse(group, rank, WorkerState(f"node {rank}", TRAINING)).in_run
 
 
-def test_the_one_that_died_is_named_and_counted(now: list[float]) -> None:
-    box = started(["step 7: training"] * 2, now)
-    assert box.lost({0: RAISED, 1: ENDED})
-    (line,) = box.take().lines
-    assert line == (
-        "worker 1 (node 1) of 2 died in step 7: training (end of file); going on from the checkpoint of step 6 "
+def test_a_loss_counts_once_until_new_workers_start(monitor: RunMonitor) -> None:
+    assert monitor.lost({0: RAISED, 1: DIED})
+    assert monitor.take().messages == [
+        "worker 1 (node 1) of 2 died in step 7: training (end of file); resuming from the checkpoint of step 6 "
         "(failure 1 of 2)"
-    )
-    assert box.lost({0: RAISED}), "the same once more"
-    assert not box.take().lines
-    for goes_on in (True, False):
-        assert not box.failure()
-        begin(box, ["step 7: training"] * 2)
-        assert box.lost({0: RAISED}) == goes_on
-    assert "scale.max_failures, 2, allows no more" in box.failure()
-    assert "of step 6" in box.failure()
+    ]
+    assert monitor.lost({0: RAISED}), "the same loss once more"
+    assert monitor.take() == Updates()
+    for restarts in (True, False):
+        assert not monitor.status().failure
+        begin(monitor, "g")
+        assert monitor.lost({0: RAISED}) == restarts
+    assert "scale.max_failures, 2, allows no more failures" in monitor.status().failure
+    assert len(monitor.take().messages) == 1, "the driver raises the last one"
 
 
-@pytest.mark.parametrize("how", ["node", "told"])
-def test_nodes_that_are_lost_and_workers_told_to_end_do_not_count(now: list[float], how: str) -> None:
-    box = started(["step 7: training"] * 2, now, max_failures=0)
-    for _ in range(3):
-        if how == "told":
-            box.told("g", 1, "its process got SIGTERM")
-        assert box.lost({0: RAISED, 1: Loss("node", "gone")} if how == "node" else {0: RAISED, 1: RAISED})
-        begin(box, ["step 7: training"] * 2)
-    lines = box.take().lines
-    assert len(lines) == 3
-    assert all("1 (node 1) of 2" in line and "failure" not in line for line in lines)
+def test_a_silent_worker_is_found_by_the_time_of_its_last_pulse(monitor: RunMonitor, clock: Clock) -> None:
+    clock.now += 60
+    monitor.pulse("g", 0, WorkerState("node 0", TRAINING))
+    assert monitor.lost({0: RAISED})
+    (message,) = monitor.take().messages
+    assert message.startswith("worker 1 (node 1) of 2 stopped responding in step 7: training")
 
 
-@pytest.mark.parametrize(
-    ("phases", "hangs", "silent", "named"),
-    [
-        (["step 7: waiting for data", "step 7: training"], {0: False}, [], "worker 0 (node 0) of 2 hangs in step 7: w"),
-        (["step 7: training", "step 7: training"], {0: True, 1: False}, [], "worker 1 (node 1) of 2 hangs"),
-        (
-            ["step 7: training", "step 7: training"],
-            {0: True},
-            [1],
-            "worker 1 (node 1) of 2 does not answer, last heard of in step 7",
-        ),
-        (["step 7: training", "step 8: training"], {1: False}, [], "worker 0 (node 0) of 2 hangs in step 7"),
-        (["step 7: training", "step 7: training"], {0: True, 1: True}, [], "which of them hangs cannot be told"),
-        (["step 7: training", "step 7: training"], {}, [1], "worker 1 (node 1) of 2 does not answer"),
-    ],
-)
-def test_the_one_that_hangs_is_told_from_those_that_wait(
-    now: list[float], phases: list[str], hangs: dict[int, bool], silent: list[int], named: str
-) -> None:
-    box = started(phases, now)
-    now[0] += 60
-    for rank, phase in enumerate(phases):
-        if rank not in silent:
-            box.pulse("g", rank, phase)
-    for rank, waits in hangs.items():
-        box.hang("g", rank, Hang(phases[rank], 60.0, "the stack", waits))
-    assert box.lost(dict.fromkeys(hangs, ENDED) or dict.fromkeys(silent, Loss("silent", "no answer")))
-    mail = box.take()
-    assert named in mail.lines[0]
-    assert "(failure 1 of 2)" in mail.lines[0]
-    assert len(mail.stacks) == len(hangs)
+def test_the_stacks_of_a_hang_are_taken_once(monitor: RunMonitor) -> None:
+    state = WorkerState("node 1", TRAINING, Hang(TRAINING, 60.0, "the stack", waits=False))
+    for _ in range(2):
+        monitor.pulse("g", 1, state)
+    assert monitor.take().stacks == ["worker 1 (node 1) of 2 in step 7: training for 60 s\nthe stack"]
+    assert monitor.lost({1: DIED})
+    (message,) = monitor.take().messages
+    assert message.startswith("worker 1 (node 1) of 2 hangs in step 7: training")
 
 
-def test_workers_of_an_earlier_group_do_not_belong_to_the_run(now: list[float]) -> None:
-    box = started(["step 7: training"], now)
-    box.request_stop()
-    assert box.pulse("g", 0, "step 7: saving") == (True, True)
-    box.begin("h", 2)
-    assert box.pulse("g", 0, "step 7: saving") == (False, True)
-    assert box.take().lines == ["2 workers instead of 1 from the checkpoint of step 6"]
+def test_workers_of_an_earlier_group_are_no_part_of_the_run(monitor: RunMonitor) -> None:
+    state = WorkerState("node 0", "step 7: saving", preempted="its process received SIGTERM")
+    assert monitor.pulse("g", 0, state) == Reply(in_run=True, stop=False)
+    monitor.request_stop()
+    assert monitor.pulse("g", 0, state) == Reply(in_run=True, stop=True)
+    begin(monitor, "h", size=1)
+    assert monitor.take().messages == ["1 worker instead of 2, resuming from the checkpoint of step 6"]
+    assert monitor.pulse("g", 0, state) == Reply(in_run=False, stop=True)
+    assert monitor.lost({0: RAISED})
+    assert "preempted" not in monitor.take().messages[0]
 
 
-def test_an_error_that_would_come_back_ends_the_run(now: list[float]) -> None:
-    box: Any = started(["step 7: training"], now)
-    box.fail("give another --out")
-    assert not box.lost({0: RAISED})
-    assert box.failure() == "give another --out"
-    assert box.take().lines == []
+def test_a_permanent_error_ends_the_run(monitor: RunMonitor) -> None:
+    monitor.fail("give another --out")
+    monitor.fail("and what followed from it")
+    assert not monitor.lost({0: RAISED})
+    assert monitor.status() == RunStatus(stop=False, failure="give another --out")
+    assert monitor.take() == Updates()
+
+
+def test_the_driver_takes_updates_once_and_in_order(monitor: RunMonitor) -> None:
+    unreadable = Failure("v1", "/v1.mp4", "file not found")
+    monitor.report(Updates(rows=[(1, {"train/loss": 2.0})], messages=["first"]))
+    monitor.report(Updates(rows=[(2, {"train/loss": 1.0})], rejects=[unreadable], messages=["second"], stacks=["s"]))
+    rows = [(1, {"train/loss": 2.0}), (2, {"train/loss": 1.0})]
+    assert monitor.take() == Updates(rows, [unreadable], ["first", "second"], ["s"])
+    assert monitor.take() == Updates()
+
+
+def test_the_actors_process_needs_neither_torch_nor_numpy() -> None:
+    code = "import sys, pipelines.training.run_monitor; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

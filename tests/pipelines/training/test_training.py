@@ -75,7 +75,7 @@ def straight(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrai
 
 
 def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path: Path) -> None:
-    """Also where each computes its share in parts, and anew for the backward pass."""
+    """Also where each computes its share in parts, and recomputes it for the backward pass."""
     again = replace(straight, out=str(tmp_path / "again"))
     pretrain.run(again)
     assert losses(again) == losses(straight)
@@ -99,7 +99,7 @@ def test_a_stopped_run_resumes_where_it_was(
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(StoppedError, match="the checkpoint is kept, and the same command resumes") as stopped:
+    with pytest.raises(StoppedError, match="the checkpoint is saved, and the same command resumes") as stopped:
         pretrain.run(config, on_row=stop)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert not storage.exists(str(tmp_path / "pretrain" / "result.json"))
@@ -108,7 +108,7 @@ def test_a_stopped_run_resumes_where_it_was(
 
     result = pretrain.run(config)
     assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 80
-    assert f"going on from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
+    assert f" from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
     assert result["metrics"]["train/save_failures"] == 0
     pretrain.run(whole)
     assert losses(config) == losses(whole)
@@ -130,7 +130,7 @@ def test_a_run_that_diverges_ends_with_its_videos(
     assert "WARNING: 1 step(s) skipped up to step 2" in capsys.readouterr().out
 
 
-def test_an_alarm_tells_of_collapsed_embeddings(
+def test_collapsed_embeddings_raise_an_alarm(
     straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No spread is as wide as twice that of random directions."""
@@ -146,7 +146,7 @@ def checkpoint_of(config: PretrainConfig | FinetuneConfig) -> Path:
 
 def test_fine_tuning_and_evaluation(straight: PretrainConfig, manifest: str, tmp_path: Path) -> None:
     table = pq.read_table(Path(manifest) / "manifest.parquet")
-    # One training video is gone since the index was made: its spare is trained on, and the loss of it is listed.
+    # One training video is gone since indexing: its spare is trained on, and it is listed among the rejects.
     gone = table.filter([split == "train" for split in table["split"].to_pylist()])["uri"].to_pylist()[0]
     moved = Path(gone).rename(f"{gone}.gone")
     try:

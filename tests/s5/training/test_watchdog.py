@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from s5.training.watchdog import EXIT_STATUS, leftovers
+from s5.training.watchdog import EXIT_STATUS, leftover_stacks
 
 PROCESS = """
 import ctypes, json, sys, threading, time
@@ -20,13 +20,13 @@ from s5.training.watchdog import Watchdog
 folder, how = Path(sys.argv[1]), sys.argv[2]
 ticks = []
 
-def tell(hang):
+def on_hang(hang):
     (folder / "hang.json").write_text(json.dumps([hang.phase, hang.seconds, hang.stacks, hang.waits]))
     if how == "silent":
         time.sleep(1000)
 
 def main():
-    watchdog = Watchdog(0 if how == "off" else 3.0, tell, ticks.append, "test", patience_s=1.0)
+    watchdog = Watchdog(0 if how == "off" else 3.0, on_hang, ticks.append, "test", grace_s=1.0)
     watchdog.start()
     for step in range(12):
         watchdog.beat(f"step {step}: training")
@@ -66,7 +66,7 @@ def run(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["beating", "off"])
-def test_a_process_that_goes_on_is_left_alone(tmp_path: Path, how: str) -> None:
+def test_a_process_that_makes_progress_is_left_alone(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     assert not (tmp_path / "hang.json").exists()
@@ -75,7 +75,7 @@ def test_a_process_that_goes_on_is_left_alone(tmp_path: Path, how: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["python", "silent"])
-def test_a_hang_is_told_with_its_stacks_and_ends_the_process(tmp_path: Path, how: str) -> None:
+def test_a_hang_is_reported_with_its_stacks_and_ends_the_process(tmp_path: Path, how: str) -> None:
     done = run(tmp_path, how)
     assert done.returncode == (EXIT_STATUS if how == "python" else 1), done.stderr
     phase, seconds, stacks, waits = json.loads((tmp_path / "hang.json").read_text())
@@ -91,13 +91,13 @@ def test_a_hang_with_pythons_lock_leaves_its_stacks_in_the_folder(tmp_path: Path
     done = run(tmp_path, "native")
     assert done.returncode == 1
     assert not (tmp_path / "hang.json").exists()
-    (text,) = leftovers("test")
+    (text,) = leftover_stacks("test")
     assert "in hanging" in text
-    assert leftovers("test") == []
+    assert leftover_stacks("test") == []
 
 
 def test_stacks_of_processes_that_run_and_of_other_runs_are_left(tmp_path: Path) -> None:
     for name in ("s5_stacks_test_1.txt", "s5_stacks_other_999999999.txt"):
         (tmp_path / name).write_text("of another process")
-    assert leftovers("test") == []
+    assert leftover_stacks("test") == []
     assert len(list(tmp_path.iterdir())) == 2
