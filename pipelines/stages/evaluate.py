@@ -7,9 +7,7 @@ are Ray actors; each reads its share of the videos through Ray Data.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ import torch
 
 from pipelines import storage
 from pipelines.config import EvaluateConfig, unknown
-from pipelines.data import feature_batches
-from pipelines.data.clip_batches import evaluation_batches
+from pipelines.data.clip_batches import DecodedClips
+from pipelines.data.clip_source import ClipSource
+from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
 from pipelines.errors import StageError, UserError
@@ -29,7 +28,6 @@ from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.running.resources import check_cluster, decode_tasks
 from pipelines.running.stage import REJECTS, Stage, stage_run
 from pipelines.storage.checkpoints import local_checkpoint, of_backbone
-from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
 from s5.config import BackboneConfig, ClipConfig, Protocol
 from s5.config import from_json as config_from_json
@@ -65,7 +63,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             # Replicas may have another folder.
             config = replace(config, features=storage.absolute(config.features))
             backbone = config_from_json(BackboneConfig, meta.model["backbone"])
-            inputs["features"] = feature_batches.check_features(
+            inputs["features"] = check_features(
                 config.features, manifest, clips, protocol, backbone, of_backbone(weights)
             )
         check_cluster(config.scale, None if config.features else config.data)
@@ -154,21 +152,25 @@ def outputs(
     )
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "optimizer.safetensors"}
     content = ray.put(files)
-    settings = {
-        "clips": clips,
-        "protocol": protocol,
-        "clips_per_video": per_video or clips_per_video(protocol, config.clips_per_video),
-        "batch_size": config.batch_size,
-        "data": config.data,
-        "world_size": world,
-    }
+    frame_size = config_from_json(BackboneConfig, read_meta(folder).model["backbone"]).frame_size
+    source: CachedClips | DecodedClips
     if config.features:
-        read = partial(feature_batches.evaluation_batches, features=config.features)
+        source = CachedClips(
+            features=config.features, clips=clips, frame_size=frame_size, data=config.data, protocol=protocol
+        )
     else:
-        read = partial(evaluation_batches, decode_tasks=max(1, decode_tasks(config.scale, config.data) // world))
-    read = partial(read, **settings)
+        tasks = max(1, decode_tasks(config.scale, config.data) // world)
+        source = DecodedClips(
+            clips=clips, frame_size=frame_size, data=config.data, decode_tasks=tasks, protocol=protocol
+        )
+    number = per_video or clips_per_video(protocol, config.clips_per_video)
     replicas = [replica.remote(content) for _ in range(world)]
-    parts = ray.get([actor.run.remote(videos, read, rank) for rank, actor in enumerate(replicas)])
+    parts = ray.get(
+        [
+            actor.run.remote(videos, replace(source, rank=rank, world_size=world), number, config.batch_size)
+            for rank, actor in enumerate(replicas)
+        ]
+    )
     found = inference.merge(parts)
     if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
         first = found.failures[0]
@@ -192,12 +194,11 @@ class Replica:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
 
-    def run(self, videos: pa.Table, read: Callable[..., Iterable[ClipBatch]], rank: int) -> ClipOutputs:
-        """Return what the model says of this replica's share of the videos, as `read` reads them."""
+    def run(self, videos: pa.Table, source: ClipSource, clips_per_video: int, batch_size: int) -> ClipOutputs:
+        """Return what the model says of this replica's clips of the videos."""
         pretrained = self.meta.kind == "lsmcl"
         output = inference.features(self.model) if pretrained else inference.scores(self.model, self.meta.kind)
-        frame_size = self.model.config.backbone.frame_size
-        batches = read(manifest=videos, frame_size=frame_size, rank=rank)
+        batches = source.evaluation(videos, clips_per_video, batch_size)
         return inference.run(output, batches, self.device, thumbnails=pretrained)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,21 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines import storage
-from pipelines.config import FinetuneConfig, flatten, to_json
-from pipelines.data import feature_batches
-from pipelines.data.clip_batches import evaluation_batches, train_batches
+from pipelines.config import FinetuneConfig, flatten
+from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipPlan, plan_of, with_batch_size
+from pipelines.data.clip_source import ClipSource
+from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_per_video, listed, protocol_of, words
 from pipelines.errors import UserError
-from pipelines.running.resources import check_cluster
-from pipelines.running.stage import Stage, finished, progress, stage_run
+from pipelines.running.stage import Stage
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import backbone_weights, local_checkpoint, of_backbone
-from pipelines.training.launcher import OnRow, RayContext, launch
-from s5.batch import ClipBatch
+from pipelines.training.launcher import OnRow, RayContext
+from pipelines.training.training_stage import loss_line, model_on_worker, run_training, training_loop
 from s5.checkpoints import checkpoint
-from s5.checkpoints.checkpoint import Meta
 from s5.config import Protocol
 from s5.errors import CheckpointError, VideoError
 from s5.evaluation import inference, metrics
@@ -71,43 +69,35 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
         StageError: training failed, or was asked to stop.
     """
     job = prepare(config)
-    config = job.config
-    inputs = job.inputs
-    if (result := finished("finetune", config, inputs)) is not None:
-        progress("finetune", f"{config.out} is finished already; give another --out to train anew")
-        return result
     best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
-    data = None if config.features else config.data
-    check_cluster(config.scale, data)
-    with stage_run("finetune", config, parent_run, inputs) as stage:
-        origin = f"from {config.checkpoint}" if job.weights else "from scratch"
-        stage.progress(
-            f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {len(job.val)} of "
-            f"{listed(job.val, 'val')} for validation, {origin}, {config.clips.frames} frames a clip, "
-            f"{config.model.decoder.name}, {job.plan.total_steps} steps of {config.loop.batch_size} videos"
-        )
-        validated = words(job.protocol, config.clips, clips_per_video(job.protocol))
-        stage.progress(f"protocol {job.protocol}; validation: {validated}")
-        if len(job.val) == 0:
-            stage.progress("no video in split 'val': the last epoch is kept, not the best; index --val-share makes one")
-        outcome = launch(
-            stage,
-            build,
-            job,
-            scale=config.scale,
-            data=data,
-            loop=config.loop,
-            best=best if len(job.val) else None,
-            report=[report_line(stage, job), *filter(None, [on_row])],
-        )
-        stage.metrics |= outcome.fit.metrics
-        stage.metrics |= {"best/" + best[0]: outcome.best_score} if outcome.best_score is not None else {}
-        stage.counts |= {"videos": len(job.train), "val_videos": len(job.val), "steps": outcome.fit.step}
-        stage.counts |= {"listed": listed(job.train, "train"), "val_listed": listed(job.val, "val")}
-        stage.counts |= {"classes": len(job.classes), "resumed_at": outcome.fit.started_at}
-        stage.details["checkpoint"] = outcome.best
-        stage.progress(f"checkpoint: {outcome.best}")
-    return stage.result
+    counts = {"val_videos": len(job.val), "val_listed": listed(job.val, "val"), "classes": len(job.classes)}
+    return run_training(
+        "finetune",
+        job,
+        build,
+        partial(announcement, job),
+        partial(row_printer, job=job),
+        decodes=not config.features,
+        best=best if len(job.val) else None,
+        counts=counts,
+        parent_run=parent_run,
+        on_row=on_row,
+    )
+
+
+def announcement(job: FinetuneJob) -> list[str]:
+    """Return what is said before the start: videos, origin of the weights, model, steps, protocol."""
+    config = job.config
+    origin = f"from {config.checkpoint}" if job.weights else "from scratch"
+    said = [
+        f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {len(job.val)} of "
+        f"{listed(job.val, 'val')} for validation, {origin}, {config.clips.frames} frames a clip, "
+        f"{config.model.decoder.name}, {job.plan.total_steps} steps of {config.loop.batch_size} videos",
+        f"protocol {job.protocol}; validation: {words(job.protocol, config.clips, clips_per_video(job.protocol))}",
+    ]
+    if len(job.val) == 0:
+        said.append("no video in split 'val': the last epoch is retained, not the best; index --val-share makes one")
+    return said
 
 
 def prepare(config: FinetuneConfig) -> FinetuneJob:
@@ -134,7 +124,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         # Workers may have another folder.
         config = replace(config, features=storage.absolute(config.features))
         used = of_backbone(weights) if weights else backbone
-        inputs["features"] = feature_batches.check_features(
+        inputs["features"] = check_features(
             config.features, manifest, config.clips, protocol, config.model.backbone, used
         )
     return FinetuneJob(
@@ -155,78 +145,50 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
-    # Weights come with the job: the file that they were read from need not be where the worker is.
-    model = VideoModel(replace(config.model, backbone=replace(config.model.backbone, weights="")), job.outputs)
+    model = VideoModel(model_on_worker(config.model), job.outputs)
     if job.backbone is not None:
         model.load_backbone(job.backbone)
     if job.weights is not None:
         model.load_pretrained(job.weights)
     task = Supervised(model, config.task)
+    source = clip_source(job, context)
+    evaluate = partial(validate, job, model, source, context) if len(job.val) else None
+    return training_loop(
+        "finetune", job, context, task, config.task, model.config, source, evaluate, classes=job.classes
+    )
 
-    def meta(step: int, values: dict[str, float]) -> Meta:
-        return Meta(
-            kind=config.task,
-            step=step,
-            model=asdict(model.config),
-            classes=job.classes,
-            settings=to_json("finetune", config),
-            metrics=values,
-            commit=job.commit,
+
+def clip_source(job: FinetuneJob, context: RayContext) -> ClipSource:
+    """Return this worker's clips: decoded, or cached tokens where the settings name any."""
+    config = job.config
+    frame_size, rank, world_size = config.model.backbone.frame_size, context.rank, context.world_size
+    if config.features:
+        return CachedClips(
+            features=config.features,
+            clips=config.clips,
+            frame_size=frame_size,
+            data=config.data,
+            protocol=job.protocol,
+            rank=rank,
+            world_size=world_size,
         )
-
-    return Fit(
-        task=task,
-        batches=lambda start: training_clips(job, context, start),
-        steps=job.plan.total_steps,
-        steps_per_epoch=job.plan.steps_per_epoch,
-        optim=config.optim,
-        loop=config.loop,
-        context=context,
-        meta=meta,
-        evaluate=(lambda: validate(job, model, context)) if len(job.val) else None,
-        max_failure_share=config.data.max_failure_share,
-    )
-
-
-def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generator[ClipBatch]:
-    """Return this worker's batches from a step on: of frames, or of cached tokens."""
-    config = job.config
-    read = partial(train_batches, pairs=False, data=context.fitted(config.data), decode_tasks=context.decode_tasks)
-    cached = partial(feature_batches.train_batches, features=config.features, data=config.data)
-    return (cached if config.features else read)(
-        manifest=job.train,
-        plan=job.plan,
+    return DecodedClips(
         clips=config.clips,
-        frame_size=config.model.backbone.frame_size,
-        seed=config.loop.seed,
+        frame_size=frame_size,
+        data=context.fitted(config.data),
+        decode_tasks=context.decode_tasks,
         protocol=job.protocol,
-        rank=context.rank,
-        world_size=context.world_size,
-        start_step=start,
+        rank=rank,
+        world_size=world_size,
     )
 
 
-def validation_clips(job: FinetuneJob, context: RayContext) -> Generator[ClipBatch]:
-    """Return this worker's batches of the validation split: of frames, or of cached tokens."""
-    config = job.config
-    read = partial(evaluation_batches, data=context.fitted(config.data), decode_tasks=context.decode_tasks)
-    cached = partial(feature_batches.evaluation_batches, features=config.features, data=config.data)
-    return (cached if config.features else read)(
-        manifest=job.val,
-        clips=config.clips,
-        frame_size=config.model.backbone.frame_size,
-        clips_per_video=clips_per_video(job.protocol),
-        batch_size=max(1, config.loop.batch_size // context.world_size),
-        protocol=job.protocol,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
-
-
-def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[str, float]:
+def validate(job: FinetuneJob, model: VideoModel, source: ClipSource, context: RayContext) -> dict[str, float]:
     """Return the metrics of the validation split, on every worker."""
     config = job.config
-    found = inference.run_on_all(inference.scores(model, config.task), validation_clips(job, context), context.device)
+    batch_size = max(1, config.loop.batch_size // context.world_size)
+    batches = source.evaluation(job.val, clips_per_video(job.protocol), batch_size)
+    found = inference.run_on_all(inference.scores(model, config.task), batches, context.device)
     if context.rank == 0:
         context.reject(found.failures)
     if not found.video_ids:
@@ -240,7 +202,7 @@ def validate(job: FinetuneJob, model: VideoModel, context: RayContext) -> dict[s
     return {"val/accuracy": accuracy, "val/loss": loss, "val/videos": float(len(found.video_ids))}
 
 
-def report_line(stage: Stage, job: FinetuneJob) -> OnRow:
+def row_printer(stage: Stage, job: FinetuneJob) -> OnRow:
     """Return the function that prints a row of metrics."""
 
     def report(step: int, row: dict[str, float]) -> None:
@@ -253,9 +215,6 @@ def report_line(stage: Stage, job: FinetuneJob) -> OnRow:
         entropy = row.get("train/selection_entropy", math.nan)
         hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""
         chosen = f"mask generator's entropy {entropy:.3f}, " if math.isfinite(entropy) else ""
-        stage.progress(
-            f"step {step}/{job.plan.total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, {hits}"
-            f"{chosen}{row['train/clips_per_second']:.0f} clips/s, waiting for data {row['train/data_wait_share']:.0%}"
-        )
+        stage.progress(loss_line(step, job.plan.total_steps, row, hits + chosen))
 
     return report

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pipelines.config import PretrainConfig, to_json
-from pipelines.data.clip_batches import evaluation_batches, train_batches
+from pipelines.config import PretrainConfig
+from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipPlan, plan_of, with_batch_size
+from pipelines.data.clip_source import ClipSource
 from pipelines.data.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import listed
 from pipelines.errors import UserError
-from pipelines.running.resources import check_cluster
-from pipelines.running.stage import Stage, finished, progress, stage_run
+from pipelines.running.stage import Stage
 from pipelines.storage import provenance
 from pipelines.storage.checkpoints import backbone_weights
-from pipelines.training.launcher import OnRow, RayContext, launch
-from s5.checkpoints.checkpoint import Meta
+from pipelines.training.launcher import OnRow, RayContext
+from pipelines.training.training_stage import loss_line, model_on_worker, run_training, training_loop
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
 from s5.models.video_model import check_model
@@ -56,32 +57,16 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
         StageError: training failed, or was asked to stop.
     """
     job = prepare(config)
-    config = job.config
-    inputs = job.inputs
-    if (result := finished("pretrain", config, inputs)) is not None:
-        progress("pretrain", f"{config.out} is finished already; give another --out to train anew")
-        return result
-    check_cluster(config.scale, config.data)
-    with stage_run("pretrain", config, parent_run, inputs) as stage:
-        stage.progress(
-            f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {config.clips.frames} frames a clip, "
-            f"masking ratio {config.lsmcl.mask_ratio:g}, {job.plan.total_steps} steps of {config.loop.batch_size}"
-        )
-        outcome = launch(
-            stage,
-            build,
-            job,
-            scale=config.scale,
-            data=config.data,
-            loop=config.loop,
-            report=[report_line(stage, job), *filter(None, [on_row])],
-        )
-        stage.metrics |= outcome.fit.metrics
-        stage.counts |= {"videos": len(job.train), "listed": listed(job.train, "train"), "steps": outcome.fit.step}
-        stage.counts |= {"resumed_at": outcome.fit.started_at}
-        stage.details["checkpoint"] = outcome.best
-        stage.progress(f"checkpoint: {outcome.best}")
-    return stage.result
+
+    def announce() -> list[str]:
+        settings = job.config
+        return [
+            f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {settings.clips.frames} frames a clip, "
+            f"masking ratio {settings.lsmcl.mask_ratio:g}, {job.plan.total_steps} steps of {settings.loop.batch_size}"
+        ]
+
+    line = partial(row_printer, job=job)
+    return run_training("pretrain", job, build, announce, line, parent_run=parent_run, on_row=on_row)
 
 
 def prepare(config: PretrainConfig) -> PretrainJob:
@@ -118,75 +103,44 @@ def build(job: PretrainJob, context: RayContext) -> Fit:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
-    # The weights come with the job: the file that they were read from need not be where the worker is.
-    backbone = replace(config.model.backbone, weights="")
-    task = LSMCL(replace(config.model, backbone=backbone), config.lsmcl)
+    task = LSMCL(model_on_worker(config.model), config.lsmcl)
     if job.backbone is not None:
         task.load_backbone(job.backbone)
-
-    def meta(step: int, metrics: dict[str, float]) -> Meta:
-        settings = to_json("pretrain", config)
-        model = asdict(task.encoder.config)
-        return Meta(kind="lsmcl", step=step, model=model, settings=settings, metrics=metrics, commit=job.commit)
-
-    return Fit(
-        task=task,
-        batches=lambda start: train_batches(
-            manifest=job.train,
-            plan=job.plan,
-            clips=config.clips,
-            frame_size=config.model.backbone.frame_size,
-            seed=config.loop.seed,
-            pairs=True,
-            data=context.fitted(config.data),
-            decode_tasks=context.decode_tasks,
-            rank=context.rank,
-            world_size=context.world_size,
-            start_step=start,
-        ),
-        steps=job.plan.total_steps,
-        steps_per_epoch=job.plan.steps_per_epoch,
-        optim=config.optim,
-        loop=config.loop,
-        context=context,
-        meta=meta,
-        evaluate=(lambda: probe(job, task, context)) if config.probe_videos and len(job.probe_train) > 1 else None,
-        max_failure_share=config.data.max_failure_share,
+    source = DecodedClips(
+        clips=config.clips,
+        frame_size=config.model.backbone.frame_size,
+        data=context.fitted(config.data),
+        decode_tasks=context.decode_tasks,
+        pairs=True,
+        rank=context.rank,
+        world_size=context.world_size,
     )
+    probes = config.probe_videos and len(job.probe_train) > 1
+    evaluate = partial(probe, job, task, source, context) if probes else None
+    return training_loop("pretrain", job, context, task, "lsmcl", task.encoder.config, source, evaluate)
 
 
-def probe(job: PretrainJob, task: LSMCL, context: RayContext) -> dict[str, float]:
+def probe(job: PretrainJob, task: LSMCL, source: ClipSource, context: RayContext) -> dict[str, float]:
     """Return the accuracy of nearest neighbours on the validation videos, or among the training videos themselves."""
     output = inference.features(task.encoder)
-    train = inference.run_on_all(output, probe_clips(job, job.probe_train, context), context.device)
+    batch_size = max(1, job.config.loop.batch_size // context.world_size)
+
+    def outputs(videos: pa.Table) -> inference.ClipOutputs:
+        return inference.run_on_all(output, source.evaluation(videos, 1, batch_size), context.device)
+
+    train = outputs(job.probe_train)
     if len(job.probe_val) == 0:
         if context.rank == 0:
             context.reject(train.failures)
         return {"knn/top1": knn_leave_one_out(train.values, train.labels), "knn/videos": float(len(train.labels))}
-    val = inference.run_on_all(output, probe_clips(job, job.probe_val, context), context.device)
+    val = outputs(job.probe_val)
     if context.rank == 0:
         context.reject(train.failures + val.failures)
     top1 = knn_accuracy(train.values, train.labels, val.values, val.labels)
     return {"knn/top1": top1, "knn/videos": float(len(val.labels))}
 
 
-def probe_clips(job: PretrainJob, videos: pa.Table, context: RayContext) -> Any:
-    """Return this worker's centred long clips of some videos."""
-    config = job.config
-    return evaluation_batches(
-        manifest=videos,
-        clips=config.clips,
-        frame_size=config.model.backbone.frame_size,
-        clips_per_video=1,
-        batch_size=max(1, config.loop.batch_size // context.world_size),
-        data=context.fitted(config.data),
-        decode_tasks=context.decode_tasks,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
-
-
-def report_line(stage: Stage, job: PretrainJob) -> OnRow:
+def row_printer(stage: Stage, job: PretrainJob) -> OnRow:
     """Return the function that prints a row of metrics and raises the alarm when embeddings collapse."""
     alarmed: list[int] = []
 
@@ -195,12 +149,11 @@ def report_line(stage: Stage, job: PretrainJob) -> OnRow:
             stage.progress(f"step {step}: kNN probe top-1 {row['knn/top1']:.3f} on {row['knn/videos']:.0f} videos")
         if "train/loss" not in row:
             return
-        stage.progress(
-            f"step {step}/{job.plan.total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, "
+        details = (
             f"top-1 {row['train/top1']:.3f}, similarity {row['train/similarity_positive']:.2f} / "
             f"{row['train/similarity_negative']:.2f}, spread {row['train/embedding_spread']:.2f}, "
-            f"{row['train/clips_per_second']:.0f} clips/s, waiting for data {row['train/data_wait_share']:.0%}"
         )
+        stage.progress(loss_line(step, job.plan.total_steps, row, details))
         spread, limit = row["train/embedding_spread"], job.config.lsmcl.collapse_spread
         if spread < limit and not alarmed:
             alarmed.append(step)

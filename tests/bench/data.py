@@ -28,7 +28,7 @@ import ray
 import torch
 
 from pipelines.config import DataConfig
-from pipelines.data.clip_batches import train_batches
+from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess
@@ -70,17 +70,8 @@ class Delivery:
 
     def batches(self, start: int, plan: ClipPlan | None = None) -> Any:
         """Yield batches from a step on, as a training worker gets them."""
-        return train_batches(
-            manifest=self.table,
-            plan=plan or self.plan,
-            clips=CLIPS,
-            frame_size=SIZE,
-            seed=0,
-            pairs=True,
-            data=DataConfig(),
-            decode_tasks=self.processes,
-            start_step=start,
-        )
+        source = DecodedClips(clips=CLIPS, frame_size=SIZE, data=DataConfig(), decode_tasks=self.processes, pairs=True)
+        return source.training(self.table, plan or self.plan, 0, start)
 
     def by_ray(self, start: int) -> tuple[float, float]:
         """Return the pairs of STEPS batches, after those that fill the pipeline, a second and a CPU second."""

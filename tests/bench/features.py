@@ -27,7 +27,7 @@ import torch
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipPlan
-from pipelines.data.feature_batches import train_batches
+from pipelines.data.feature_batches import CachedClips
 from pipelines.data.feature_cache import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
 from pipelines.data.manifest import SCHEMA
 from s5.config import ClipConfig
@@ -117,17 +117,14 @@ def drop(paths: list[Path]) -> None:
 def read_windows(folder: str, manifest: pa.Table, batch: int, windows: int, passes: int) -> None:
     """Read windows as fine-tuning does, so many times as many bytes as the files have."""
     plan = ClipPlan(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
-    batches = train_batches(
+    source = CachedClips(
         features=folder,
-        manifest=manifest,
-        plan=plan,
         clips=ClipConfig(frames=WINDOW, long_stride=1.0),
         frame_size=224,
-        seed=0,
         data=DataConfig(prefetch_batches=PREFETCH),
         protocol="windows",
     )
-    for _ in batches:
+    for _ in source.training(manifest, plan, 0):
         pass
 
 

@@ -18,7 +18,7 @@ import torch
 from pipelines.config import DataConfig
 from pipelines.data import clip_batches as clips_module
 from pipelines.data import decode_tasks
-from pipelines.data.clip_batches import evaluation_batches, train_batches
+from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
@@ -58,16 +58,19 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def _train(manifest: pa.Table, plan: ClipPlan, **changes: Any) -> Iterator[ClipBatch]:
+def _source(**changes: Any) -> DecodedClips:
     settings: dict[str, Any] = {
         "clips": CLIPS,
         "frame_size": SIZE,
-        "seed": 7,
-        "pairs": True,
         "data": DataConfig(clips_per_task=3),
         "decode_tasks": 2,
     }
-    return train_batches(manifest=manifest, plan=plan, **(settings | changes))
+    return DecodedClips(**(settings | changes))
+
+
+def _train(manifest: pa.Table, plan: ClipPlan, **changes: Any) -> Iterator[ClipBatch]:
+    start = changes.pop("start_step", 0)
+    return _source(pairs=True, **changes).training(manifest, plan, 7, start)
 
 
 def _broken(manifest: pa.Table, indices: list[int], folder: Path) -> pa.Table:
@@ -199,15 +202,8 @@ def test_no_more_tasks_run_than_the_user_allows(
 
 
 def _evaluate(manifest: pa.Table, **changes: Any) -> list[ClipBatch]:
-    settings: dict[str, Any] = {
-        "clips": CLIPS,
-        "frame_size": SIZE,
-        "clips_per_video": 3,
-        "batch_size": 4,
-        "data": DataConfig(clips_per_task=3),
-        "decode_tasks": 2,
-    }
-    return list(evaluation_batches(manifest=manifest, **(settings | changes)))
+    clips_per_video, batch_size = changes.pop("clips_per_video", 3), changes.pop("batch_size", 4)
+    return list(_source(**changes).evaluation(manifest, clips_per_video, batch_size))
 
 
 def test_evaluation_reads_even_clips_in_manifest_order(manifest: pa.Table) -> None:

@@ -19,7 +19,7 @@ import pytest
 from pipelines.config import DataConfig
 from pipelines.data import clip_batches as clips_module
 from pipelines.data import decode_tasks
-from pipelines.data.clip_batches import train_batches
+from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.decode_tasks import CANDIDATE, PROBED, Reading, decode_chunk, probe_chunk
 from pipelines.data.manifest import SCHEMA
@@ -279,18 +279,14 @@ def test_training_goes_on_past_videos_that_hang_or_crash(
         return decode_tasks.decode_chunk(table, reading)
 
     monkeypatch.setattr(clips_module, "decode_chunk", chunk)
-    batches = list(
-        train_batches(
-            manifest=pa.Table.from_pylist(rows, SCHEMA),
-            plan=plan,
-            clips=READING.clips,
-            frame_size=32,
-            seed=7,
-            pairs=True,
-            data=DataConfig(clips_per_task=2, decode_timeout_s=10.0),
-            decode_tasks=2,
-        )
+    source = DecodedClips(
+        clips=READING.clips,
+        frame_size=32,
+        data=DataConfig(clips_per_task=2, decode_timeout_s=10.0),
+        decode_tasks=2,
+        pairs=True,
     )
+    batches = list(source.training(pa.Table.from_pylist(rows, SCHEMA), plan, 7))
     assert len(batches) == 2
     failures = {failure.video_id: failure.reason for batch in batches for failure in batch.failures}
     reasons = {order[0]: "not read within", order[3]: "SIGABRT", order[5]: "SIGSEGV"}

@@ -16,7 +16,7 @@ import torch
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipPlan
-from pipelines.data.feature_batches import BatchMemory, evaluation_batches, train_batches
+from pipelines.data.feature_batches import BatchMemory, CachedClips
 from pipelines.data.feature_cache import (
     INDEX,
     FeatureMeta,
@@ -61,17 +61,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pa.Table, Fl
     return folder, pa.Table.from_pylist(videos, SCHEMA), tokens_VTND
 
 
+def source(folder: str, prefetch: int) -> CachedClips:
+    data = DataConfig(prefetch_batches=prefetch)
+    return CachedClips(features=folder, clips=CLIPS, frame_size=1, data=data, protocol="windows")
+
+
 def training(folder: str, manifest: pa.Table, prefetch: int, steps: int = 24) -> Generator[ClipBatch]:
-    return train_batches(
-        features=folder,
-        manifest=manifest,
-        plan=ClipPlan(VIDEOS, 2, epochs=1, seed=3, steps=steps),
-        clips=CLIPS,
-        frame_size=1,
-        seed=5,
-        data=DataConfig(prefetch_batches=prefetch),
-        protocol="windows",
-    )
+    return source(folder, prefetch).training(manifest, ClipPlan(VIDEOS, 2, epochs=1, seed=3, steps=steps), 5)
 
 
 def test_any_frames_are_read_in_any_order(written: tuple[str, pa.Table, Float16Array]) -> None:
@@ -126,16 +122,7 @@ def test_memory_of_dropped_batches_is_used_again(written: tuple[str, pa.Table, F
     folder, manifest, _ = written
     made = places(training(folder, manifest, prefetch))
     assert len(made) <= prefetch + 2
-    evaluated = evaluation_batches(
-        features=folder,
-        manifest=manifest,
-        clips=CLIPS,
-        frame_size=1,
-        clips_per_video=1,
-        batch_size=3,
-        data=DataConfig(prefetch_batches=prefetch),
-        protocol="windows",
-    )
+    evaluated = source(folder, prefetch).evaluation(manifest, 1, 3)
     sizes = [(len(batch.video_ids), batch.long.clone()) for batch in evaluated]
     assert sum(count for count, _ in sizes) == VIDEOS * (FRAMES - CLIP + 1)
     # The last batch is a smaller one, in the memory of a larger one.

@@ -27,7 +27,7 @@ from pipelines.config import (
     override,
 )
 from pipelines.data.clip_order import ClipPlan
-from pipelines.data.feature_batches import evaluation_batches, train_batches
+from pipelines.data.feature_batches import CachedClips
 from pipelines.data.feature_cache import FeatureReader, frame_times, shard_path
 from pipelines.data.manifest import read_manifest, split_of
 from pipelines.errors import UserError
@@ -151,8 +151,8 @@ def test_a_video_that_cannot_be_read_is_listed(cached: str, manifest: str) -> No
 def test_beyond_the_end_of_a_video_lies_black(cached: str, manifest: str, weights: str) -> None:
     videos = read_manifest(manifest).slice(0, 1)
     clips = ClipConfig(frames=20, long_stride=1.0, short_stride=1.0)
-    settings = {"frame_size": 32, "clips_per_video": 1, "batch_size": 4, "data": DataConfig(), "protocol": "windows"}
-    (batch,) = evaluation_batches(features=cached, manifest=videos, clips=clips, **settings)  # type: ignore[arg-type]
+    source = CachedClips(features=cached, clips=clips, frame_size=32, data=DataConfig(), protocol="windows")
+    (batch,) = source.evaluation(videos, 1, 4)
     backbone = trained_backbone(encoding(manifest, weights, Path(cached)).model.backbone, "")
     with torch.no_grad():
         black = backbone(torch.zeros(1, 1, 32, 32, 3, dtype=torch.uint8))[0]
@@ -166,8 +166,9 @@ def test_batches_follow_the_plan(cached: str, manifest: str) -> None:
     plan = ClipPlan(len(train), 6, epochs=2, seed=1)
 
     def batches(**changes: Any) -> list[Any]:
-        settings = {"features": cached, "manifest": train, "plan": plan, "clips": CLIPS, "frame_size": 32, "seed": 7}
-        return list(train_batches(**(settings | {"data": DataConfig()} | changes)))
+        start = changes.pop("start_step", 0)
+        source = CachedClips(features=cached, clips=CLIPS, frame_size=32, data=DataConfig(), **changes)
+        return list(source.training(train, plan, 7, start))
 
     whole, ids = batches(), train["video_id"].to_pylist()
     rows = plan.rows(0, plan.total_steps)

@@ -1,0 +1,173 @@
+"""What the training stages share: the run around `launch`, the loop of one worker, and the line that a row prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from pipelines.config import FinetuneConfig, PretrainConfig, to_json
+from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_source import ClipSource
+from pipelines.data.protocols import listed
+from pipelines.running.resources import check_cluster
+from pipelines.running.stage import Stage, finished, progress, stage_run
+from pipelines.training.launcher import BuildFit, OnRow, RayContext, launch
+from s5.checkpoints.checkpoint import Kind, Meta
+from s5.config import ModelConfig
+from s5.tasks.lsmcl import LSMCL
+from s5.tasks.supervised import Supervised
+from s5.training.loop import Fit
+
+
+class TrainingJob(Protocol):
+    """What the workers of a training stage need; it travels to them as it is."""
+
+    @property
+    def config(self) -> Any:
+        """Settings of the stage: `PretrainConfig` or `FinetuneConfig`."""
+
+    @property
+    def train(self) -> pa.Table:
+        """The training videos, which the order's indices mean."""
+
+    @property
+    def plan(self) -> ClipPlan:
+        """The order of training."""
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of what the stage reads."""
+
+    @property
+    def commit(self) -> str:
+        """Commit of the code."""
+
+
+def run_training(
+    name: str,
+    job: TrainingJob,
+    build: BuildFit,
+    announce: Callable[[], Sequence[str]],
+    line: Callable[[Stage], OnRow],
+    *,
+    decodes: bool = True,
+    best: tuple[str, str] | None = None,
+    counts: dict[str, int] | None = None,
+    parent_run: str = "",
+    on_row: OnRow | None = None,
+) -> dict[str, Any]:
+    """Train until done and return the stage's result; the same --out resumes, and a finished one is left as it is.
+
+    Args:
+        name: the stage.
+        job: what the workers need.
+        build: builds one worker's loop from the job and its context.
+        announce: returns what is said before the start.
+        line: makes the function that prints a row.
+        decodes: whether videos are decoded, beside the workers.
+        best: name of the validation metric that picks the best checkpoint, and `max` or `min`.
+        counts: further counts for the result.
+        parent_run: MLflow run to nest this one under.
+        on_row: called with the step and every row of metrics.
+
+    Raises:
+        UserError: --out holds another run, or workers and decoding do not fit the cluster.
+        StageError: training failed, or was asked to stop.
+    """
+    config: PretrainConfig | FinetuneConfig = job.config
+    if (result := finished(name, config, job.inputs)) is not None:
+        progress(name, f"{config.out} is finished already; give another --out to train again")
+        return result
+    data = config.data if decodes else None
+    check_cluster(config.scale, data)
+    with stage_run(name, config, parent_run, job.inputs) as stage:
+        for sentence in announce():
+            stage.progress(sentence)
+        outcome = launch(
+            stage,
+            build,
+            job,
+            scale=config.scale,
+            data=data,
+            loop=config.loop,
+            best=best,
+            report=[line(stage), *filter(None, [on_row])],
+        )
+        stage.metrics |= outcome.fit.metrics
+        if best is not None and outcome.best_score is not None:
+            stage.metrics |= {f"best/{best[0]}": outcome.best_score}
+        stage.counts |= {"videos": len(job.train), "listed": listed(job.train, "train"), "steps": outcome.fit.step}
+        stage.counts |= {"resumed_at": outcome.fit.started_at} | (counts or {})
+        stage.details["checkpoint"] = outcome.best
+        stage.progress(f"checkpoint: {outcome.best}")
+    return stage.result
+
+
+def model_on_worker(config: ModelConfig) -> ModelConfig:
+    """Return the settings that a worker builds its model from.
+
+    The weights come with the job: the file that they were read from need not be where the worker is.
+    """
+    return replace(config, backbone=replace(config.backbone, weights=""))
+
+
+def training_loop(
+    stage: str,
+    job: TrainingJob,
+    context: RayContext,
+    task: LSMCL | Supervised,
+    kind: Kind,
+    model: ModelConfig,
+    source: ClipSource,
+    evaluate: Callable[[], dict[str, float]] | None,
+    classes: list[str] | None = None,
+) -> Fit:
+    """Return the training loop of one worker.
+
+    Args:
+        stage: its name, for run.json's settings in the checkpoint.
+        job: what the worker was given.
+        context: its surroundings.
+        task: what is trained.
+        kind: of the checkpoint.
+        model: settings of the model, for the checkpoint.
+        source: this worker's clips.
+        evaluate: returns the metrics of an evaluation, on every worker; None for none.
+        classes: names of the classes, for the checkpoint.
+    """
+    config: PretrainConfig | FinetuneConfig = job.config
+
+    def meta(step: int, metrics: dict[str, float]) -> Meta:
+        return Meta(
+            kind=kind,
+            step=step,
+            model=asdict(model),
+            classes=classes or [],
+            settings=to_json(stage, config),
+            metrics=metrics,
+            commit=job.commit,
+        )
+
+    return Fit(
+        task=task,
+        batches=lambda start: source.training(job.train, job.plan, config.loop.seed, start),
+        steps=job.plan.total_steps,
+        steps_per_epoch=job.plan.steps_per_epoch,
+        optim=config.optim,
+        loop=config.loop,
+        context=context,
+        meta=meta,
+        evaluate=evaluate,
+        max_failure_share=config.data.max_failure_share,
+    )
+
+
+def loss_line(step: int, total_steps: int, row: dict[str, float], details: str) -> str:
+    """Return what is printed of a training row: its step, loss, the task's own details, and speed."""
+    return (
+        f"step {step}/{total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, {details}"
+        f"{row['train/clips_per_second']:.0f} clips/s, waiting for data {row['train/data_wait_share']:.0%}"
+    )
