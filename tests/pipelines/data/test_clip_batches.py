@@ -70,7 +70,7 @@ def _source(**changes: Any) -> DecodedClips:
 
 def _train(manifest: pa.Table, plan: ClipPlan, **changes: Any) -> Iterator[ClipBatch]:
     start = changes.pop("start_step", 0)
-    return _source(pairs=True, **changes).training(manifest, plan, 7, start)
+    return _source(**({"pairs": True} | changes)).training(manifest, plan, 7, start)
 
 
 def _broken(manifest: pa.Table, indices: list[int], folder: Path) -> pa.Table:
