@@ -2,9 +2,8 @@
 # Ray 2.60.0: a task with num_gpus=0 still sees the GPUs that the driver sees.
 #
 # The program states one GPU (none is needed to run it) and prints CUDA_VISIBLE_DEVICES inside a task without a GPU and
-# inside one with. Decode tasks beside training thus see the training GPU: a library in them that initialises CUDA takes
-# its memory, with no word about it. RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1 hides the GPUs; Ray warns that this is to
-# become the default.
+# inside one with. Decode tasks beside training thus see the training GPU, and a library in them that initialises CUDA
+# takes some of its memory. RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1 restores what Ray did earlier and hides the GPUs.
 #
 # Expected: a task that asks for no GPU sees none.
 # Seen (2026-11-27), CUDA_VISIBLE_DEVICES=0 in the driver:
