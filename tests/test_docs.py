@@ -10,6 +10,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,7 +177,7 @@ def test_notebook_example_runs(ray_local: None, tmp_path: Path) -> None:
     out = tmp_path / "out/quickstart"
     config = preset("quickstart")
     off = {"tracking.uri": "off"}
-    sample = override(config.sample, {"out": str(out / "videos"), "videos": 20} | off)
+    sample = override(config.sample, {"out": str(out / "videos"), "videos": 10} | off)
     pipelines.run("sample", sample)
     pipelines.run("index", override(config.index, {"out": str(out / "index"), "videos": str(out / "videos")} | off))
     assert block.count('"out/') == 2
@@ -186,8 +187,8 @@ def test_notebook_example_runs(ray_local: None, tmp_path: Path) -> None:
     assert names["kept_BK"].shape == (2, 60 * 49 // 2)
 
 
-def run_block(block: str) -> dict[str, object]:
-    names: dict[str, object] = {}
+def run_block(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
     exec(compile(block, "<example>", "exec"), names)
     return names
 

@@ -75,10 +75,11 @@ def draw_kept_tokens(checkpoint: Path, size: int = 64) -> bytes:
     times_T, frames_TSSC = read_clip(plan, clips, backbone.config.frame_size)
     with torch.no_grad():
         prediction = model(torch.from_numpy(frames_TSSC)[None])
+    kept_L = np.zeros(len(times_T) * backbone.tokens, bool)
+    kept_L[prediction.kept[0][0].numpy()] = True
+    # A class token, where there is one, comes before the patches of its frame.
     side = int(backbone.patches**0.5)
-    kept_TRC = np.zeros((len(times_T), backbone.tokens), bool)
-    kept_TRC.reshape(-1)[prediction.kept[0][0].numpy()] = True
-    kept_TRC = kept_TRC[:, -backbone.patches :].reshape(len(times_T), side, side)
+    kept_TRC = kept_L.reshape(len(times_T), -1)[:, -backbone.patches :].reshape(-1, side, side)
     predicted = meta.classes[int(prediction.logits_BC[0].argmax())]
     return figure(plan, times_T, frames_TSSC, kept_TRC, predicted)
 
@@ -104,7 +105,8 @@ def figure(
         drawn = Figure(figsize=(9, 2.6), dpi=DPI, layout="constrained")
         FigureCanvasAgg(drawn)
         above, below = drawn.subplots(2, 1, height_ratios=(2, 1.3))
-        above.imshow(np.concatenate([row_of(frames_TSSC), row_of(blank(frames_TSSC, kept_TRC))]), interpolation="nearest")
+        rows = [row_of(frames_TSSC), row_of(blank(frames_TSSC, kept_TRC))]
+        above.imshow(np.concatenate(rows), interpolation="nearest")
         height = frames_TSSC.shape[1]
         above.set_yticks([height / 2, height * 1.6], ["frames", "tokens kept"], fontsize=8)
         above.set_xticks([])
