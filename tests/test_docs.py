@@ -22,12 +22,10 @@ from pipelines.config.presets import preset
 from pipelines.running import stage
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/*.md", "findings/*.md")
-    for path in ROOT.glob(pattern)
-    if not path.name.startswith("NOTE")
-)
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "findings/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 README_LINES, GLOSSARY_TERMS = 130, 15
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
