@@ -45,4 +45,8 @@ print("return_value:", result.return_value)
 as_before = result.metrics is None and result.metrics_dataframe is None and result.return_value == {"loss": 0.25}
 sys.exit(0 if as_before else 1)
 PYTHON
-RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=disabled "$folder/venv/bin/python" "$folder/program.py" "$folder/runs"
+# A token of this run: Ray would write one to the home folder otherwise.
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d " \n")
+export RAY_AUTH_TOKEN
+"$folder/venv/bin/python" "$folder/program.py" "$folder/runs"

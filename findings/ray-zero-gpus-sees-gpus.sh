@@ -32,7 +32,10 @@ ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, l
 without, with_one = (ray.get(visible.options(num_gpus=count).remote()) for count in (0, 1))
 print(f"num_gpus=0: {without!r} num_gpus=1: {with_one!r}")
 PYTHON
-export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=disabled CUDA_VISIBLE_DEVICES=0
+# A token of this run: Ray would write one to the home folder otherwise.
+export RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token CUDA_VISIBLE_DEVICES=0
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d " \n")
+export RAY_AUTH_TOKEN
 default=$("$folder/venv/bin/python" "$folder/program.py" 2> "$folder/warnings" | tail -n 1)
 hidden=$(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1 "$folder/venv/bin/python" "$folder/program.py" 2>> "$folder/warnings" | tail -n 1)
 echo "by default:                            $default"

@@ -56,6 +56,12 @@ def commands() -> list[str]:
     return [command for command in found if command]
 
 
+def make_commands() -> list[str]:
+    """Return the make commands that the text names beside the sh blocks."""
+    codes = [code for page in PAGES for code in CODE.findall(prose(page)) if code.startswith("make ")]
+    return list(dict.fromkeys(codes))
+
+
 def identifier(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -101,6 +107,21 @@ def check_module(module: str, words: list[str], tmp_path: Path) -> None:
         assert {word for word in words if word.startswith("--")} <= known
 
 
+def check_make(words: list[str]) -> None:
+    """Have make plan a target, and for a benchmark check that it exists and has the options in ARGS."""
+    result = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    name = next((word.removeprefix("bench-") for word in words if word.startswith("bench-")), "NAME")
+    if name != "NAME":
+        arguments = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+        check_module(f"tests.bench.{name}", shlex.split(" ".join(arguments)), ROOT)
+
+
+@pytest.mark.parametrize("command", make_commands())
+def test_make_command_in_prose(command: str) -> None:
+    check_make(shlex.split(command))
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command_is_parsed(command: str, tmp_path: Path) -> None:
     words = shlex.split(command)
@@ -111,9 +132,8 @@ def test_command_is_parsed(command: str, tmp_path: Path) -> None:
             script = rest[rest.index("--") + 1 :]
             assert script[:3] == ["python", "-m", "pipelines"]
             check_stage(script[3:], tmp_path)
-        case ["make", *rest]:
-            result = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
+        case ["make", *_]:
+            check_make(words)
         case ["export", setting]:
             assert "=" in setting
         case [script] if script.startswith("findings/"):
