@@ -24,7 +24,7 @@ from pipelines.errors import UserError
 from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.storage import provenance
-from pipelines.storage.checkpoints import backbone_weights, local_checkpoint, of_backbone
+from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
 from pipelines.training.launcher import OnRow, RayContext, launch
 from s5.batch import ClipBatch
 from s5.checkpoints import checkpoint
@@ -34,7 +34,7 @@ from s5.errors import CheckpointError, VideoError
 from s5.evaluation import inference, metrics
 from s5.models.video_model import VideoModel, check_model
 from s5.tasks.supervised import Supervised
-from s5.training.loop import Fit
+from s5.training.loop import TrainingInputs, TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     )
 
 
-def build(job: FinetuneJob, context: RayContext) -> Fit:
+def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
@@ -174,18 +174,17 @@ def build(job: FinetuneJob, context: RayContext) -> Fit:
             commit=job.commit,
         )
 
-    return Fit(
-        task=task,
+    inputs = TrainingInputs(
         batches=lambda start: training_clips(job, context, start),
         steps=job.plan.total_steps,
         steps_per_epoch=job.plan.steps_per_epoch,
         optim=config.optim,
         loop=config.loop,
-        context=context,
         meta=meta,
         evaluate=(lambda: validate(job, model, context)) if len(job.val) else None,
         max_failure_share=config.data.max_failure_share,
     )
+    return TrainingLoop(task, inputs, context)
 
 
 def training_clips(job: FinetuneJob, context: RayContext, start: int) -> Generator[ClipBatch]:

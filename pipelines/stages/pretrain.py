@@ -19,14 +19,14 @@ from pipelines.errors import UserError
 from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, progress, stage_run, to_json
 from pipelines.storage import provenance
-from pipelines.storage.checkpoints import backbone_weights
+from pipelines.storage.weights import backbone_weights
 from pipelines.training.launcher import OnRow, RayContext, launch
 from s5.checkpoints.checkpoint import Meta
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
 from s5.models.video_model import check_model
 from s5.tasks.lsmcl import LSMCL
-from s5.training.loop import Fit
+from s5.training.loop import TrainingInputs, TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def spread(videos: pa.Table, most: int) -> pa.Table:
     return videos.take(pa.array(np.arange(0, len(videos), step), pa.int64()))
 
 
-def build(job: PretrainJob, context: RayContext) -> Fit:
+def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
@@ -129,8 +129,7 @@ def build(job: PretrainJob, context: RayContext) -> Fit:
         model = asdict(task.encoder.config)
         return Meta(kind="lsmcl", step=step, model=model, settings=settings, metrics=metrics, commit=job.commit)
 
-    return Fit(
-        task=task,
+    inputs = TrainingInputs(
         batches=lambda start: train_batches(
             manifest=job.train,
             plan=job.plan,
@@ -148,11 +147,11 @@ def build(job: PretrainJob, context: RayContext) -> Fit:
         steps_per_epoch=job.plan.steps_per_epoch,
         optim=config.optim,
         loop=config.loop,
-        context=context,
         meta=meta,
         evaluate=(lambda: probe(job, task, context)) if config.probe_videos and len(job.probe_train) > 1 else None,
         max_failure_share=config.data.max_failure_share,
     )
+    return TrainingLoop(task, inputs, context)
 
 
 def probe(job: PretrainJob, task: LSMCL, context: RayContext) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Ray Train around the training loop: the context of a worker, and the only TorchTrainer.
 
-Nothing here knows what is trained: a stage hands in a function that builds the `Fit` of one worker.
+Nothing here knows what is trained: a stage hands in a function that builds the `TrainingLoop` of one worker.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pipelines.config import DataConfig, ScaleConfig
 from pipelines.errors import StageError, StoppedError, UserError
 from pipelines.running.resources import SLIVER, check_cluster, shared_out
 from pipelines.running.stage import CHECKPOINTS, Stage, in_thread, signals_received
-from pipelines.storage.checkpoint_backend import store_of
+from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.heartbeat import Lifeline, last_line, loss_of, prepare
 from pipelines.training.run_monitor import SILENT_S, Mailbox
-from s5.checkpoints.retention import Checkpoints, name_of
+from s5.checkpoints.history import CheckpointHistory, checkpoint_name
 from s5.config import LoopConfig
 from s5.errors import CheckpointError, Failure, NotFiniteError, TrainingError, VideoError
-from s5.training.loop import Fit, FitResult
+from s5.training.loop import TrainingLoop, TrainingResult
 
 ERROR = "error.txt"
 RAY_TRAIN = "ray_train"
@@ -53,10 +53,13 @@ class MovedError(Exception):
 
 
 class RayContext:
-    """`s5.training.loop.WorkerContext` inside a Ray Train worker."""
+    """`s5.training.context.WorkerContext` inside a Ray Train worker."""
+
+    # The lifeline knows the answer already: the grace time of a stop may be no more than three seconds.
+    poll_seconds = 0.0
 
     def __init__(
-        self, mailbox: Any, scale: ScaleConfig, data: DataConfig | None, out: str, checkpoints: Checkpoints
+        self, mailbox: Any, scale: ScaleConfig, data: DataConfig | None, out: str, checkpoints: CheckpointHistory
     ) -> None:
         train = ray.train.get_context()
         self.rank = train.get_world_rank()
@@ -66,7 +69,7 @@ class RayContext:
         self.lifeline = Lifeline(mailbox, self.rank, scale.hang_timeout_s)
         self._mailbox = mailbox
         self._out = out
-        self.checkpoints: Checkpoints | None = checkpoints
+        self.checkpoints: CheckpointHistory | None = checkpoints
 
     def fitted(self, data: DataConfig) -> DataConfig:
         """Return the settings of decoding for the CPUs that these workers leave free."""
@@ -86,7 +89,7 @@ class RayContext:
         """Send videos that could not be read to the driver."""
         self._mailbox.reject.remote(failures)
 
-    def tell(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Send the driver a sentence for the user."""
         self._mailbox.tell.remote(message)
 
@@ -94,7 +97,7 @@ class RayContext:
         """Let the mailbox know from where workers that start anew would go on."""
         self._mailbox.at.remote(step)
 
-    def keep_file(self, file: Path, name: str) -> None:
+    def store_file(self, file: Path, name: str) -> None:
         """Store a file below --out."""
         storage.write_bytes(storage.join(self._out, name), file.read_bytes())
 
@@ -113,7 +116,7 @@ class RayContext:
 class Outcome:
     """What a training run left behind."""
 
-    fit: FitResult
+    fit: TrainingResult
     latest: str
     """Path or URI of the last checkpoint."""
     best: str
@@ -122,7 +125,7 @@ class Outcome:
     """That metric's value at the best checkpoint."""
 
 
-BuildFit = Callable[[Any, RayContext], Fit]
+BuildFit = Callable[[Any, RayContext], TrainingLoop]
 OnRow = Callable[[int, dict[str, float]], None]
 
 
@@ -141,7 +144,7 @@ def launch(
 
     Args:
         stage: the running stage; metrics go to its tracker and terminal.
-        build: makes one worker's `Fit` from `payload` and its context; it has to pickle.
+        build: makes one worker's `TrainingLoop` from `payload` and its context; it has to pickle.
         payload: what `build` needs, such as the config and the manifest's rows.
         scale: workers.
         data: decoding, which shares the cluster's CPUs with the workers; None where nothing is decoded.
@@ -194,7 +197,7 @@ def launch(
             callbacks=[_Overseer(mailbox)],  # type: ignore[list-item]
         ),
     )
-    checkpoints = Checkpoints(store_of(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
+    checkpoints = CheckpointHistory(checkpoint_backend(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
     if storage.exists(stage.path(CHECKPOINTS)):
         stage.recall_rejects()
     decoding = f" and up to {tasks} decode tasks" if data else ""
@@ -220,18 +223,18 @@ def _tell_pace(stage: Stage, metrics: Mapping[str, float]) -> None:
     )
 
 
-def _work(config: dict[str, Any]) -> FitResult | None:
+def _work(config: dict[str, Any]) -> TrainingResult | None:
     """Run in every worker: build the loop and run it; an error that would come back is noted instead of retried."""
     mailbox = config["mailbox"]
     if ray.get(mailbox.failure.remote()):
         return None
-    checkpoints = Checkpoints(store_of(storage.join(config["out"], CHECKPOINTS)), config["keep"], config["best"])
+    checkpoints = CheckpointHistory(
+        checkpoint_backend(storage.join(config["out"], CHECKPOINTS)), config["keep"], config["best"]
+    )
     context = RayContext(mailbox, config["scale"], config["data"], config["out"], checkpoints)
     try:
         with context.lifeline.held():
-            fit: Fit = config["build"](config["payload"], context)
-            # The lifeline knows the answer already: the grace time of a stop may be no more than three seconds.
-            fit.poll_seconds = 0.0
+            fit: TrainingLoop = config["build"](config["payload"], context)
             result = fit.run()
     except NotFiniteError as error:
         path = storage.join(config["out"], NOT_FINITE)
@@ -326,7 +329,7 @@ def _drive(
             raise StageError(f"training failed: {_cause(error)}; all of it is in {stage.path(ERROR)}") from error
         raise StageError(failure)
     result: Any = fit.result()
-    fit_result: FitResult | None = result.return_value
+    fit_result: TrainingResult | None = result.return_value
     if received and fit_result is not None and fit_result.stopped:
         raise StoppedError(
             f"stopped at step {fit_result.step} as asked; the checkpoint is kept, and the same command resumes",
@@ -362,17 +365,17 @@ def _cause(error: BaseException) -> str:
     return last_line(next(iter(failures.values())) if failures else error)
 
 
-def _outcome(result: Any, failure: str, checkpoints: Checkpoints) -> Outcome:
+def _outcome(result: Any, failure: str, checkpoints: CheckpointHistory) -> Outcome:
     if failure or result.return_value is None:
         raise StageError(failure or "training ended without a result")
-    fit: FitResult = result.return_value
+    fit: TrainingResult = result.return_value
     metas = checkpoints.metas()
-    latest = name_of(fit.step)
+    latest = checkpoint_name(fit.step)
     if latest not in metas:
         raise StageError(
-            f"training ended, but {checkpoints.store.path(latest)!r} cannot be seen from here: --out has to be a "
+            f"training ended, but {checkpoints.backend.path(latest)!r} cannot be seen from here: --out has to be a "
             "folder that all machines share, or in an object store"
         )
-    uri = checkpoints.store.path(latest)
+    uri = checkpoints.backend.path(latest)
     best = checkpoints.best_of(metas)
-    return Outcome(fit, uri, checkpoints.store.path(best[0]), best[1]) if best else Outcome(fit, uri, uri)
+    return Outcome(fit, uri, checkpoints.backend.path(best[0]), best[1]) if best else Outcome(fit, uri, uri)
