@@ -11,7 +11,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from pipelines import storage
-from s5.checkpoints.backend import LocalBackend, CheckpointBackend
+from s5.checkpoints.backend import CheckpointBackend, LocalBackend
 from s5.checkpoints.checkpoint import META
 
 

@@ -161,8 +161,8 @@ class CheckpointHistory:
         if not same:
             raise CheckpointError(
                 f"worker {rank} on {socket.gethostname()} does not see the checkpoint that worker 0 resumes from, "
-                f"{self.backend.path(point.name)!r} ({reason}): --out has to be a folder that all machines share, or in "
-                "an object store"
+                f"{self.backend.path(point.name)!r} ({reason}): --out has to be a folder that all machines share, or "
+                "in an object store"
             )
         return folder
 
@@ -176,8 +176,8 @@ class CheckpointHistory:
         if not former:
             return ""
         return (
-            f"{self.backend.path(former[-1])!r} is a checkpoint of an earlier version, in a format that this one cannot "
-            "read: use the version that made it, or give another --out to train from the start"
+            f"{self.backend.path(former[-1])!r} is a checkpoint of an earlier version, in a format that this one "
+            "cannot read: use the version that made it, or give another --out to train from the start"
         )
 
 

@@ -27,8 +27,8 @@ from torch import nn
 
 from s5.checkpoints import checkpoint
 from s5.checkpoints.checkpoint import META, Meta
-from s5.checkpoints.host_buffer import FileBuffer, HostBuffer
 from s5.checkpoints.history import CheckpointHistory, checkpoint_name
+from s5.checkpoints.host_buffer import FileBuffer, HostBuffer
 from s5.errors import SaveError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -66,10 +66,10 @@ class CheckpointWriter:
 
     Args:
         checkpoints: of the run.
-        context: is called, also from the thread, with messages to the user, the steps of stored checkpoints, and metrics
-            of each save: `train/save_seconds` in the loop, `train/save_write_seconds` in the thread, and
-            `train/save_failures`, the number of saves given up. It gets a beat while the loop waits, as long as writing
-            makes progress.
+        context: is called, also from the thread, with messages to the user, the steps of stored checkpoints, and the
+            metrics of each save: `train/save_seconds` in the loop, `train/save_write_seconds` in the thread, and
+            `train/save_failures`, the number of saves given up. It gets a beat while the loop waits, as long as
+            writing makes progress.
         last: step of the checkpoint that the run resumes from, 0 for none.
     """
 

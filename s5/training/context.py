@@ -40,7 +40,7 @@ class WorkerContext(Protocol):
         """Show the user a sentence; called on rank 0, from any thread."""
 
     def saved(self, step: int) -> None:
-        """Record that there is a checkpoint of that step, just stored or resumed from; called on rank 0, from any thread."""
+        """Record that that step has a checkpoint, just stored or resumed from; called on rank 0, from any thread."""
 
     def stop_requested(self) -> bool:
         """Return whether this process has been asked to stop."""

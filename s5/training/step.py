@@ -40,9 +40,10 @@ def backward_in_parts(
 ) -> dict[str, Tensor]:
     """Compute the gradient of a whole batch's loss with the graph of only `rows` rows in memory at a time.
 
-    GradCache (arXiv 2101.06983): all rows are encoded without a graph; the loss of the whole batch gives the gradient of
-    the encodings; each part is then encoded again, with a graph, and continues the chain rule from there. Noise is a
-    function of a row's seed, so that both encodings are the same. It costs one more forward pass of what is trained.
+    GradCache (arXiv 2101.06983): all rows are encoded without a graph; the loss of the whole batch gives the gradient
+    of the encodings; each part is then encoded again, with a graph, and continues the chain rule from there. Noise is
+    a function of a row's seed, so that both encodings are the same. It costs one more forward pass of what is
+    trained.
 
     Returns:
         The scalars of the batch, as `task(batch)`.
@@ -102,8 +103,8 @@ class Stepper:
     ) -> None:
         self.task, self.optimizer = task, optimizer
         self.model: Callable[[ClipBatch], dict[str, Tensor]] = task
-        """The task, or its wrapper that averages gradients over workers. With `micro_batch` it is the task: gradients of
-        parts are averaged here, once."""
+        """The task, or its wrapper that averages gradients over workers. With `micro_batch` it is the task: the
+        gradients of parts are averaged here, once."""
         self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.limit = clip_norm or math.inf
         self.config, self.device = config, device

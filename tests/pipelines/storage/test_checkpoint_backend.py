@@ -78,8 +78,8 @@ def test_damage_in_an_object_store_is_skipped(bucket: str) -> None:
         assert checkpoint.read_meta(folder).step == 2
     assert not folder.exists()
     assert context.messages == [
-        f"checkpoint {checkpoint_name(4)} is skipped: {INTERRUPTED}; checkpoint {checkpoint_name(3)} is skipped: {OPTIMIZER} is not "
-        "what was saved (digests differ); resuming from the checkpoint of step 2"
+        f"checkpoint {checkpoint_name(4)} is skipped: {INTERRUPTED}; checkpoint {checkpoint_name(3)} is skipped: "
+        f"{OPTIMIZER} is not what was saved (digests differ); resuming from the checkpoint of step 2"
     ]
     save_all(context, meta(5))
     assert listing(uri) == {checkpoint_name(step): {META, MODEL, OPTIMIZER} for step in (2, 5)}

@@ -16,8 +16,8 @@ from safetensors.torch import load, load_file
 from s5.checkpoints import checkpoint
 from s5.checkpoints.backend import LocalBackend
 from s5.checkpoints.checkpoint import FORMAT, META, MODEL, OPTIMIZER
-from s5.checkpoints.host_buffer import FileBuffer
 from s5.checkpoints.history import INTERRUPTED, CheckpointHistory, checkpoint_name
+from s5.checkpoints.host_buffer import FileBuffer
 from s5.checkpoints.writer import CheckpointWriter
 from s5.errors import CheckpointError, DamagedError
 from s5.training.context import SoloContext

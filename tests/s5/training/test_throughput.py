@@ -12,7 +12,7 @@ from s5.models.video_model import VideoModel
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.context import SoloContext
-from s5.training.throughput import Trace, ThroughputWindow, model_flops, peak_flops
+from s5.training.throughput import ThroughputWindow, Trace, model_flops, peak_flops
 from tests.s5.toys import MODEL, TASK, batch, lsmcl_loop
 
 
