@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
+from torch import nn
 
 from s5.checkpoints import checkpoint
 from s5.checkpoints.backend import LocalBackend
@@ -23,7 +25,7 @@ from s5.errors import CheckpointError, DamagedError
 from s5.training.context import SoloContext
 from s5.training.loop import TrainingLoop
 from tests.s5.checkpoints.samples import FILES, Gate, cut, flip, meta, resumed, save_all, small, steps
-from tests.s5.toys import STEPS, finetune_loop, lsmcl_loop, saved
+from tests.s5.toys import STEPS, finetune_loop, lsmcl_loop, saved, stopping
 
 ROOT = Path(__file__).parents[3]
 
@@ -180,6 +182,39 @@ def test_a_run_that_resumes_from_the_checkpoint_before_ends_the_same(
     weights = again.task.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in straight.task.state_dict().items())
     assert checkpoint.verify(saved(tmp_path)[-1]).step == STEPS
+
+
+def write_format_2(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, values: dict[str, object]) -> None:
+    """Write a checkpoint as its format is documented, with safetensors' own writer and none of the code under test."""
+    folder.mkdir(parents=True)
+    state = optimizer.state_dict()["state"]
+    save_file(dict(task.state_dict()), folder / "model.safetensors")
+    moments = {f"{index}.{name}": value for index, each in state.items() for name, value in each.items()}
+    save_file(moments, folder / "optimizer.safetensors")
+    names = ("model.safetensors", "optimizer.safetensors")
+    values = values | {name: {} for name in ("settings", "evaluated")} | {"commit": "unknown", "format": 2}
+    values["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(values | {"digest": digest}))
+
+
+@pytest.mark.usefixtures("saves_in_turn")
+@pytest.mark.parametrize("make", [lsmcl_loop, finetune_loop])
+def test_a_checkpoint_of_the_documented_format_is_resumed(tmp_path: Path, make: Callable[..., TrainingLoop]) -> None:
+    """Such as one that an earlier version wrote."""
+    straight = make(SoloContext())
+    straight.run()
+    context = SoloContext()
+    half = make(context, stopping(context, 5))
+    half.run()
+    meta = half.inputs.meta(5, half.state.metrics)
+    values = {"kind": meta.kind, "step": 5, "model": meta.model, "classes": meta.classes, "metrics": meta.metrics}
+    write_format_2(tmp_path / "step_00000005", half.task, half.optimizer, values | {"extra": {}})
+    again = make(SoloContext(tmp_path))
+    assert again.run().started_at == 5
+    torch.testing.assert_close(again.task.state_dict(), straight.task.state_dict(), rtol=0, atol=0)
+    for name in ("step_00000005", f"step_{STEPS:08d}"):
+        assert checkpoint.load_model(tmp_path / name)[1].kind == meta.kind
 
 
 def _resume_together(rank: int, folder: str) -> None:
