@@ -3,8 +3,8 @@
 The data types and the reading are safetensors'. The header is written here (8 bytes of its length, little-endian, and
 JSON; github.com/huggingface/safetensors, "Format"), since safetensors 0.8 has no writer to a stream. Its `save` copies
 the whole file once more and holds Python's lock (GIL) meanwhile, which stops training. Its `save_file` needs a local
-disk, also for an object store; it reports no progress, by which a slow disk is told from one that hangs; and its errors
-have no errno, by which a full disk is known.
+disk, also for an object store; it reports no progress, which distinguishes a slow disk from one that hangs; and its
+errors have no errno, which identifies a full disk.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def _vote(similarity_VN: Tensor, train_labels_N: Tensor, labels_V: Tensor, k: in
 def nearest(features_ND: Tensor, groups_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k nearest other examples of each by cosine, with the similarities.
 
-    Equal `groups` mark the same example, which is never its own neighbour. Features are centred first: an offset that all share would bring every
-    cosine near 1. Returns indices (N, k) and similarities (N, k), best first.
+    Equal `groups` mark the same example, which is never its own neighbour. Features are centred first: an offset that
+    all share would bring every cosine near 1. Returns indices (N, k) and similarities (N, k), best first.
     """
     normalised = F.normalize(features_ND - features_ND.mean(0), dim=-1)
     similarity = normalised @ normalised.T
