@@ -20,7 +20,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture
 def saves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each checkpoint written before training goes on: which are left out would depend on the disk."""
+    """Have each checkpoint written before training continues: which are left out would depend on the disk."""
     save = CheckpointWriter.save
 
     def save_and_wait(writer: CheckpointWriter, *arguments: Any) -> None:

@@ -108,7 +108,7 @@ def test_a_stopped_run_resumes_where_it_was(
 
     result = pretrain.run(config)
     assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 80
-    assert f"going on from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
+    assert f"resuming from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
     assert result["metrics"]["train/save_failures"] == 0
     pretrain.run(whole)
     assert losses(config) == losses(whole)
