@@ -1,4 +1,4 @@
-"""What a training step is given.
+"""The input of a training step: one worker's part of a batch of clips.
 
 Shapes: B clips of this worker, T frames, H and W pixels, C colours, N tokens a frame, D their width.
 """
@@ -15,20 +15,20 @@ from s5.errors import Failure
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """One worker's part of a step: B clips, in the plan's order."""
+    """One worker's part of a step: B clips, in the seeded order of training clips."""
 
     step: int
     """Step of the run, from 0; in evaluation, the number of the batch."""
     epoch: int
     """Epoch of the step; 0 in evaluation."""
     video_ids: list[str]
-    """Video of each clip: the one that was read, where a spare stands in."""
+    """Video of each clip; where one could not be read, that of the spare used instead."""
     long: Tensor
-    """Long clips, uint8 RGB (B, T, H, W, C), or in their place the cached tokens of the frames, fp16 (B, T, N, D)."""
+    """Long clips, uint8 RGB (B, T, H, W, C), or the cached tokens of their frames, fp16 (B, T, N, D)."""
     short: Tensor | None
-    """Short clips of the same videos and shape, where pairs are asked for."""
+    """Short clips of the same videos and shape; None unless pairs are asked for."""
     seeds: Tensor
-    """Seed of everything drawn for each clip, int64 (B,)."""
+    """Seed of all random numbers of each clip, int64 (B,)."""
     labels: Tensor
     """Label of each clip, int64 (B,); -1 for none."""
     targets: Tensor
@@ -36,7 +36,7 @@ class ClipBatch:
     failures: list[Failure]
     """Videos of this batch that could not be read."""
     global_size: int = 0
-    """Clips (or pairs) of all workers at this step, shared out by `distributed.share_of`; 0 for those here alone."""
+    """Clips (or pairs) of all workers at this step, split by `distributed.share_of`; 0 where these are all."""
 
     @property
     def total(self) -> int:

@@ -1,6 +1,6 @@
-"""Collectives that the loss and the norms need, the same in one process and in many.
+"""Collectives for losses, batch norms and the training loop, the same in one process and in many.
 
-With no process group every function is the identity, so that the same lines run alone and under DDP.
+Without a process group every function is the identity, so that the same code runs alone and under DDP.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 Value = TypeVar("Value")
 BUCKET = 2**23
-"""Numbers that are averaged over workers in one message."""
+"""Numbers averaged over workers in one message."""
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 with no process group."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return this process' rank, 0 with no process group."""
+    """Return this process' rank, 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def share_of(total: int, rank: int, world: int) -> range:
-    """Return which rows of a global batch are a worker's: contiguous, and as even as they can be."""
+    """Return the rows of a global batch that belong to a worker: contiguous, and as even as possible."""
     return range(rank * total // world, (rank + 1) * total // world)
 
 
@@ -41,7 +41,7 @@ def weight(rows: int, total: int) -> float:
 def gather(x_BD: Tensor, total: int) -> Tensor:
     """Return the `total` rows of all workers in the order of their ranks, without gradient.
 
-    Every worker holds the rows that `share_of` gives it. What is sent is padded to the largest share.
+    Every worker holds the rows that `share_of` gives it; they are padded to the largest share to be sent.
     """
     world = world_size()
     if world == 1:
@@ -103,7 +103,7 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def copy_from_first(module: nn.Module) -> None:
-    """Give every worker the weights and buffers of rank 0, as DDP does when it is made."""
+    """Give every worker the weights and buffers of rank 0, as DDP does when it is constructed."""
     if world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)
@@ -134,7 +134,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of (B, D) with the statistics of the global batch, on CPU (gloo) as on GPU (NCCL).
 
     PyTorch's `SyncBatchNorm` runs on GPUs only. Statistics are in fp32 and their gradient crosses workers, so that
-    values and gradients do not depend on the number of workers, nor on how the rows are shared among them. A batch
+    values and gradients do not depend on the number of workers, nor on how the rows are split among them. A batch
     that is not finite leaves the running statistics as they are.
     """
 

@@ -1,4 +1,4 @@
-"""What can go wrong, without torch: broken videos, checkpoints and training runs."""
+"""The errors of s5, without torch: unreadable videos, checkpoints and training runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Failure:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, is damaged, or does not fit; the message says which and what to do."""
+    """A checkpoint is missing, damaged, or does not fit; the message says which and what to do."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that is not what was saved: an earlier one may do."""
+    """A checkpoint is not what was saved: an earlier one may be sound."""
 
     def __init__(self, where: str, reason: str) -> None:
-        # Both are handed on, so that it pickles.
+        # Both are arguments, so that it pickles.
         super().__init__(where, reason)
         self.reason = reason
 
@@ -41,7 +41,7 @@ class DamagedError(CheckpointError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+    """Training cannot continue; the message says why and what to do."""
 
 
 class SkippedStep(NamedTuple):
@@ -62,7 +62,7 @@ class NotFiniteError(TrainingError):
         super().__init__(
             f"loss or gradient are not finite in steps {first.step} to {last.step}, more in a row than "
             f"loop.max_skipped allows: lower optim.lr or raise optim.warmup with another --out, or look at the videos "
-            f"of the last of them ({videos}{', ...' if len(last.video_ids) > 3 else ''}); the last checkpoint is kept"
+            f"of the last of them ({videos}{', ...' if len(last.video_ids) > 3 else ''}); the last checkpoint remains"
         )
         self.skipped = skipped
 

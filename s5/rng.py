@@ -1,6 +1,6 @@
-"""Random numbers that belong to a sample: each is a hash of (seed of the sample, name of the stream, position).
+"""Random numbers of a sample: each is a hash of (seed of the sample, name of the stream, position).
 
-Neither the number of workers, nor the order of calls, nor the device changes them: it is 64-bit integer arithmetic.
+They do not depend on the number of workers, the order of calls or the device: it is 64-bit integer arithmetic.
 The hash is the finaliser of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
 
 Shapes: B batch.
@@ -76,7 +76,7 @@ def uniform(seeds_B: Tensor, stream: str, *shape: int) -> Tensor:
     """
     keys_B = fold(seeds_B, stream)
     counters = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64, device=seeds_B.device)
-    # Mixed as they are: of a multiple of a range, torch's compiler makes an index, which overflows (torch 2.15).
+    # Not multiplied first: torch's compiler turns a multiple of a range into an index, which overflows (torch 2.15).
     words = _mix(keys_B[:, None] ^ _mix(counters))
     top_bits = (words >> 40) & ((1 << 24) - 1)
     return (top_bits.to(torch.float32) * 2.0**-24).reshape(-1, *shape)

@@ -28,7 +28,7 @@ from PIL import Image
 import s5
 from pipelines.data.rendering import STEP_NAMES, Stretch, VideoPlan, render_video
 from pipelines.plots.curves import COLOURS, DPI, STYLE
-from pipelines.storage.checkpoints import local_checkpoint
+from pipelines.storage.weights import local_checkpoint
 from s5.config import ClipConfig
 from s5.video.clip_times import evaluation_times
 from s5.video.reading import read_frames

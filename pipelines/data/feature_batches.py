@@ -27,7 +27,7 @@ from pipelines.data.decode_tasks import NO_LABEL, Reading
 from pipelines.data.feature_cache import FeatureMeta, FeatureReader, TokenArray, check_fresh, read_meta
 from pipelines.data.manifest import digest
 from pipelines.errors import UserError
-from pipelines.storage.checkpoints import weights_digest
+from pipelines.storage.weights import weights_digest
 from s5.batch import ClipBatch
 from s5.config import BackboneConfig, ClipConfig, Protocol
 from s5.errors import Failure, VideoError

@@ -27,7 +27,7 @@ from pipelines.errors import StageError, UserError
 from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.running.resources import check_cluster, decode_tasks
 from pipelines.running.stage import REJECTS, Stage, stage_run
-from pipelines.storage.checkpoints import local_checkpoint, of_backbone
+from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
 from s5.config import BackboneConfig, ClipConfig, Protocol
 from s5.config import from_json as config_from_json

@@ -44,7 +44,7 @@ from pipelines.data.video_requests import Clips
 from pipelines.errors import StageError
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import REJECTS, Stage, finished, progress, stage_run
-from pipelines.storage.checkpoints import trained_backbone, weights_digest
+from pipelines.storage.weights import trained_backbone, weights_digest
 from s5.errors import Failure, VideoError
 from s5.models.backbone import Backbone
 from s5.video.reading import FrameArray

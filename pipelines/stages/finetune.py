@@ -23,7 +23,7 @@ from pipelines.data.protocols import checked_clips, clips_per_video, listed, pro
 from pipelines.errors import UserError
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.checkpoints import backbone_weights, local_checkpoint, of_backbone
+from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import loss_line, model_on_worker, run_training, training_loop
 from s5.checkpoints import checkpoint
@@ -32,7 +32,7 @@ from s5.errors import CheckpointError, VideoError
 from s5.evaluation import inference, metrics
 from s5.models.video_model import VideoModel, check_model
 from s5.tasks.supervised import Supervised
-from s5.training.loop import Fit
+from s5.training.loop import TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
     )
 
 
-def build(job: FinetuneJob, context: RayContext) -> Fit:
+def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)

@@ -20,14 +20,14 @@ from pipelines.data.protocols import listed
 from pipelines.errors import UserError
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.checkpoints import backbone_weights
+from pipelines.storage.weights import backbone_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import loss_line, model_on_worker, run_training, training_loop
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
 from s5.models.video_model import check_model
 from s5.tasks.lsmcl import LSMCL
-from s5.training.loop import Fit
+from s5.training.loop import TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def spread(videos: pa.Table, most: int) -> pa.Table:
     return videos.take(pa.array(np.arange(0, len(videos), step), pa.int64()))
 
 
-def build(job: PretrainJob, context: RayContext) -> Fit:
+def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)

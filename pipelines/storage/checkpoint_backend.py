@@ -1,4 +1,4 @@
-"""The place below --out where a run's checkpoints lie: a local folder, or one in an object store."""
+"""Where below --out a run stores its checkpoints: in a local folder, or in an object store."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from pathlib import Path
 from pyarrow import fs
 
 from pipelines import storage
-from s5.checkpoints.backend import LocalStore, Store
+from s5.checkpoints.backend import CheckpointBackend, LocalBackend
 from s5.checkpoints.checkpoint import META
 
 
-def store_of(path: str) -> Store:
-    """Return the store for a path or URI.
+def checkpoint_backend(path: str) -> CheckpointBackend:
+    """Return the backend that stores checkpoints below a path or URI.
 
     Raises:
-        UserError: the URI's scheme is unknown, or its store cannot be reached.
+        UserError: the URI's scheme is unknown, or its object store cannot be reached.
     """
     path = storage.absolute(path)
-    return ObjectStore(path) if storage.is_uri(path) else LocalStore(Path(path))
+    return ObjectStoreBackend(path) if storage.is_uri(path) else LocalBackend(Path(path))
 
 
-class ObjectStore:
-    """A folder in an object store, whose names are there only once all of a file is."""
+class ObjectStoreBackend:
+    """A folder in an object store, where a file becomes visible only when its upload is complete.
 
-    def __init__(self, place: str) -> None:
-        self.place = place
-        self._system, self._inner = storage.filesystem(place)
+    pyarrow uploads it as a multipart stream, so that no local disk is needed.
+    """
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self._system, self._inner = storage.filesystem(location)
 
     def listing(self) -> dict[str, set[str]]:
-        """Return the folders with the names of their files."""
+        """Return the folders and the names of their files."""
         selector = fs.FileSelector(self._inner, recursive=True, allow_not_found=True)
         found: dict[str, set[str]] = {}
         for info in self._system.get_file_info(selector):
@@ -56,7 +59,7 @@ class ObjectStore:
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """Give a copy of the checkpoint, which is deleted afterwards."""
+        """Yield a local copy of the checkpoint, which is deleted afterwards."""
         target = Path(tempfile.mkdtemp(prefix="checkpoint_"))
         try:
             storage.download(self.path(name), target)
@@ -71,9 +74,9 @@ class ObjectStore:
         with suppress(FileNotFoundError):
             self._system.delete_dir(folder)
 
-    def check_room(self, size: int) -> None:
-        """Do nothing: an object store does not say what it has left."""
+    def check_free_space(self, size: int) -> None:
+        """Do nothing: an object store does not report its free space."""
 
     def path(self, name: str) -> str:
         """Return a checkpoint's URI."""
-        return storage.join(self.place, name)
+        return storage.join(self.location, name)

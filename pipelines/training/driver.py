@@ -18,8 +18,8 @@ from pipelines import storage
 from pipelines.errors import StageError, StoppedError, last_line
 from pipelines.running.stage import Stage, in_thread, signals_received
 from pipelines.training.run_monitor import RunStatus, Updates
-from s5.checkpoints.retention import Checkpoints, name_of
-from s5.training.loop import FitResult
+from s5.checkpoints.history import CheckpointHistory, checkpoint_name
+from s5.training.loop import TrainingResult
 
 ERROR = "error.txt"
 STACKS = "stacks.txt"
@@ -33,7 +33,7 @@ OnRow = Callable[[int, dict[str, float]], None]
 class Outcome:
     """What a training run produced."""
 
-    fit: FitResult
+    fit: TrainingResult
     latest: str
     """Path or URI of the last checkpoint."""
     best: str
@@ -47,7 +47,7 @@ def drive(
     monitor: Any,
     stage: Stage,
     on_row: Sequence[OnRow],
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointHistory,
 ) -> Outcome:
     """Run the trainer to its end.
 
@@ -98,7 +98,7 @@ def forward(updates: Updates, stage: Stage, on_row: Sequence[OnRow]) -> None:
         stage.progress(message)
 
 
-def _result(training: Future[Any], monitor: Any, stage: Stage) -> FitResult:
+def _result(training: Future[Any], monitor: Any, stage: Stage) -> TrainingResult:
     """Return what rank 0 returned; where training failed, raise the monitor's reason, or else Ray Train's."""
     status: RunStatus = ray.get(monitor.status.remote())
     error = training.exception()
@@ -107,7 +107,7 @@ def _result(training: Future[Any], monitor: Any, stage: Stage) -> FitResult:
     if error is not None:
         storage.write_bytes(stage.path(ERROR), f"{error}\n".encode())
         raise StageError(f"training failed: {_cause(error)}; see {stage.path(ERROR)} for all of it") from error
-    fit: FitResult | None = training.result().return_value
+    fit: TrainingResult | None = training.result().return_value
     if fit is None:
         raise StageError("training ended without a result")
     return fit
@@ -120,14 +120,14 @@ def _cause(error: BaseException) -> str:
     return last_line(str(cause)) or type(cause).__name__
 
 
-def _outcome(fit: FitResult, checkpoints: Checkpoints) -> Outcome:
+def _outcome(fit: TrainingResult, checkpoints: CheckpointHistory) -> Outcome:
     metas = checkpoints.metas()
-    latest = name_of(fit.step)
-    uri = checkpoints.store.path(latest)
+    latest = checkpoint_name(fit.step)
+    uri = checkpoints.backend.path(latest)
     if latest not in metas:
         raise StageError(
             f"training ended, but {uri!r} cannot be seen from here: --out has to be a folder that all machines share, "
             "or in an object store"
         )
     best = checkpoints.best_of(metas)
-    return Outcome(fit, uri, checkpoints.store.path(best[0]), best[1]) if best else Outcome(fit, uri, uri)
+    return Outcome(fit, uri, checkpoints.backend.path(best[0]), best[1]) if best else Outcome(fit, uri, uri)

@@ -15,17 +15,17 @@ from pipelines import storage
 from pipelines.config import DataConfig, ScaleConfig
 from pipelines.running.resources import SLIVER, check_cluster
 from pipelines.running.stage import CHECKPOINTS, Stage
-from pipelines.storage.checkpoint_backend import store_of
+from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.controller import LossReporter, MonitoredTorchConfig
 from pipelines.training.driver import OnRow, Outcome, drive
 from pipelines.training.failure_policy import SILENT_S
 from pipelines.training.run_monitor import RunMonitor
-from pipelines.training.worker import BuildFit, RayContext, WorkerSetup, run_worker
-from s5.checkpoints.retention import Checkpoints
+from pipelines.training.worker import BuildLoop, RayContext, WorkerSetup, run_worker
+from s5.checkpoints.history import CheckpointHistory
 from s5.config import LoopConfig
 
 # All that a stage needs of this room.
-__all__ = ["BuildFit", "OnRow", "Outcome", "RayContext", "launch"]
+__all__ = ["BuildLoop", "OnRow", "Outcome", "RayContext", "launch"]
 
 RAY_TRAIN = "ray_train"
 # Timeout of a collective, where hangs are not looked for.
@@ -34,7 +34,7 @@ NEVER_SECONDS = 10**7
 
 def launch(
     stage: Stage,
-    build: BuildFit,
+    build: BuildLoop,
     payload: Any,
     *,
     scale: ScaleConfig,
@@ -47,7 +47,7 @@ def launch(
 
     Args:
         stage: the running stage; metrics go to its tracker and terminal.
-        build: builds one worker's `Fit` from `payload` and its context; it has to pickle.
+        build: builds one worker's `TrainingLoop` from `payload` and its context; it has to pickle.
         payload: what `build` needs, such as the config and the manifest's rows.
         scale: workers.
         data: decoding, which shares the cluster's CPUs with the workers; None where nothing is decoded.
@@ -74,7 +74,7 @@ def launch(
         best=best,
     )
     trainer = _trainer(setup)
-    checkpoints = Checkpoints(store_of(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
+    checkpoints = CheckpointHistory(checkpoint_backend(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
     if storage.exists(stage.path(CHECKPOINTS)):
         stage.recall_rejects()
     decoding = f" and up to {decode_tasks} decode tasks" if data else ""

@@ -14,12 +14,12 @@ from pipelines.data.clip_source import ClipSource
 from pipelines.data.protocols import listed
 from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, progress, stage_run
-from pipelines.training.launcher import BuildFit, OnRow, RayContext, launch
+from pipelines.training.launcher import BuildLoop, OnRow, RayContext, launch
 from s5.checkpoints.checkpoint import Kind, Meta
 from s5.config import ModelConfig
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
-from s5.training.loop import Fit
+from s5.training.loop import TrainingInputs, TrainingLoop
 
 
 class TrainingJob(Protocol):
@@ -49,7 +49,7 @@ class TrainingJob(Protocol):
 def run_training(
     name: str,
     job: TrainingJob,
-    build: BuildFit,
+    build: BuildLoop,
     announce: Callable[[], Sequence[str]],
     line: Callable[[Stage], OnRow],
     *,
@@ -124,7 +124,7 @@ def training_loop(
     source: ClipSource,
     evaluate: Callable[[], dict[str, float]] | None,
     classes: list[str] | None = None,
-) -> Fit:
+) -> TrainingLoop:
     """Return the training loop of one worker.
 
     Args:
@@ -151,18 +151,17 @@ def training_loop(
             commit=job.commit,
         )
 
-    return Fit(
-        task=task,
+    inputs = TrainingInputs(
         batches=lambda start: source.training(job.train, job.plan, config.loop.seed, start),
         steps=job.plan.total_steps,
         steps_per_epoch=job.plan.steps_per_epoch,
         optim=config.optim,
         loop=config.loop,
-        context=context,
         meta=meta,
         evaluate=evaluate,
         max_failure_share=config.data.max_failure_share,
     )
+    return TrainingLoop(task, inputs, context)
 
 
 def loss_line(step: int, total_steps: int, row: dict[str, float], details: str) -> str:

@@ -1,6 +1,6 @@
 """What runs in each training worker of Ray Train: the training loop's context, and the function that runs the loop.
 
-Nothing here knows what is trained: the stage passes a function that builds the `Fit` of one worker.
+Nothing here knows what is trained: the stage passes a function that builds the `TrainingLoop` of one worker.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipelines.config import DataConfig, ScaleConfig
 from pipelines.errors import UserError
 from pipelines.running.resources import shared_out
 from pipelines.running.stage import CHECKPOINTS
-from pipelines.storage.checkpoint_backend import store_of
+from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.heartbeat import Heartbeat
 from pipelines.training.run_monitor import RunStatus, Updates
-from s5.checkpoints.retention import Checkpoints
+from s5.checkpoints.history import CheckpointHistory
 from s5.errors import CheckpointError, Failure, NotFiniteError, TrainingError, VideoError
-from s5.training.loop import Fit, FitResult
+from s5.training.loop import TrainingLoop, TrainingResult
 
 NOT_FINITE = "not_finite.json"
 # Errors that new workers would meet again: the run ends without a restart.
@@ -41,8 +41,11 @@ class PreemptedError(Exception):
 class RayContext:
     """`s5.training.context.WorkerContext` inside a Ray Train worker."""
 
+    # The heartbeat knows the answer already, and the grace period of a stop may be as short as three seconds.
+    poll_seconds = 0.0
+
     def __init__(
-        self, monitor: Any, scale: ScaleConfig, data: DataConfig | None, out: str, checkpoints: Checkpoints
+        self, monitor: Any, scale: ScaleConfig, data: DataConfig | None, out: str, checkpoints: CheckpointHistory
     ) -> None:
         train = ray.train.get_context()
         self.rank = train.get_world_rank()
@@ -52,7 +55,7 @@ class RayContext:
         self.heartbeat = Heartbeat(monitor, self.rank, scale.hang_timeout_s)
         self._monitor = monitor
         self._out = out
-        self.checkpoints: Checkpoints | None = checkpoints
+        self.checkpoints: CheckpointHistory | None = checkpoints
 
     def fitted(self, data: DataConfig) -> DataConfig:
         """Return the decoding settings with the CPUs per task that these workers leave free."""
@@ -72,7 +75,7 @@ class RayContext:
         """Send the driver the videos that could not be read."""
         self._report(Updates(rejects=failures))
 
-    def tell(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Send the driver a sentence for the user."""
         self._report(Updates(messages=[message]))
 
@@ -80,7 +83,7 @@ class RayContext:
         """Report the step from which new workers would resume."""
         self._monitor.checkpoint_at.remote(step)
 
-    def keep_file(self, file: Path, name: str) -> None:
+    def store_file(self, file: Path, name: str) -> None:
         """Store a file below --out."""
         storage.write_bytes(storage.join(self._out, name), file.read_bytes())
 
@@ -98,14 +101,14 @@ class RayContext:
         self._monitor.report.remote(updates)
 
 
-BuildFit = Callable[[Any, RayContext], Fit]
+BuildLoop = Callable[[Any, RayContext], TrainingLoop]
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
     """What every worker is started with; it is pickled into Ray Train's `train_loop_config`."""
 
-    build: BuildFit
+    build: BuildLoop
     """Builds the worker's training loop from `payload` and its context; it has to pickle."""
     payload: Any
     """What `build` needs, such as the config and the manifest's rows."""
@@ -119,7 +122,7 @@ class WorkerSetup:
     """Name of the validation metric that picks the best checkpoint, and `max` or `min`."""
 
 
-def run_worker(config: dict[str, WorkerSetup]) -> FitResult | None:
+def run_worker(config: dict[str, WorkerSetup]) -> TrainingResult | None:
     """Build the training loop and run it; Ray Train calls this in every worker.
 
     Returns:
@@ -134,15 +137,12 @@ def run_worker(config: dict[str, WorkerSetup]) -> FitResult | None:
     status: RunStatus = ray.get(setup.monitor.status.remote())
     if status.failure:
         return None
-    store = store_of(storage.join(setup.out, CHECKPOINTS))
-    checkpoints = Checkpoints(store, setup.keep_checkpoints, setup.best)
+    store = checkpoint_backend(storage.join(setup.out, CHECKPOINTS))
+    checkpoints = CheckpointHistory(store, setup.keep_checkpoints, setup.best)
     context = RayContext(setup.monitor, setup.scale, setup.data, setup.out, checkpoints)
     try:
         with context.heartbeat.running():
-            fit = setup.build(setup.payload, context)
-            # The heartbeat already knows the answer, and the grace period of a stop may be only three seconds.
-            fit.poll_seconds = 0.0
-            result = fit.run()
+            result = setup.build(setup.payload, context).run()
     except NotFiniteError as error:
         path = storage.join(setup.out, NOT_FINITE)
         if context.rank == 0:

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie, one folder each: what such a place can do, and the local disk as one."""
+"""Where the checkpoints of a run are stored, one folder each: the protocol of such a place, and a local folder."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from typing import Protocol
 from s5.checkpoints.checkpoint import META
 
 
-class Store(Protocol):
-    """A place for checkpoints. Whatever goes wrong there raises `OSError`."""
+class CheckpointBackend(Protocol):
+    """A place that stores checkpoints. Whatever fails there raises `OSError`."""
 
-    place: str
+    location: str
     """Path or URI of the folder that holds the checkpoints' folders."""
 
     def listing(self) -> dict[str, set[str]]:
-        """Return the folders with the names of their files; empty where nothing was stored yet."""
+        """Return the folders and the names of their files; empty where nothing has been stored."""
 
     def put(self, name: str, file: str, blocks: Iterable[memoryview]) -> None:
-        """Write a file of a checkpoint; on return it is durable, and before that no file of that name is seen."""
+        """Write a file of a checkpoint: it is durable on return, and no file of that name is visible before."""
 
     def read(self, name: str, file: str) -> bytes:
         """Return a small file of a checkpoint."""
 
     def local(self, name: str) -> AbstractContextManager[Path]:
-        """Give a checkpoint as a local folder: itself, or a copy that is deleted afterwards."""
+        """Yield a checkpoint as a local folder: itself, or a copy that is deleted afterwards."""
 
     def remove(self, name: str) -> None:
-        """Delete a checkpoint, meta.json first: one that is half deleted is no checkpoint."""
+        """Delete a checkpoint, meta.json first, so that one that is half deleted is no checkpoint."""
 
-    def check_room(self, size: int) -> None:
-        """Raise `OSError` where it is known beforehand that so many bytes do not fit."""
+    def check_free_space(self, size: int) -> None:
+        """Raise `OSError` where so many bytes are known not to fit."""
 
     def path(self, name: str) -> str:
         """Return a checkpoint's path or URI."""
 
 
-class LocalStore:
-    """A folder on this machine's disk, or one that is shared over the network."""
+class LocalBackend:
+    """A folder on this machine's disk, or one shared over the network."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.place = str(folder)
+        self.location = str(folder)
 
     def listing(self) -> dict[str, set[str]]:
-        """Return the folders with the names of their files."""
+        """Return the folders and the names of their files."""
         found: dict[str, set[str]] = {}
         with suppress(FileNotFoundError):
             for path in list(self.folder.iterdir()):
@@ -59,7 +59,7 @@ class LocalStore:
         return found
 
     def put(self, name: str, file: str, blocks: Iterable[memoryview]) -> None:
-        """Write a file under another name, have the disk take it, and only then give it its name."""
+        """Write a file under a temporary name, flush it to the disk, then rename it."""
         target = self.folder / name / file
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{file}.part")
@@ -83,7 +83,7 @@ class LocalStore:
 
     @contextmanager
     def local(self, name: str) -> Iterator[Path]:
-        """Give the checkpoint's folder itself."""
+        """Yield the checkpoint's folder itself."""
         yield self.folder / name
 
     def remove(self, name: str) -> None:
@@ -92,8 +92,8 @@ class LocalStore:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder / name)
 
-    def check_room(self, size: int) -> None:
-        """Raise `OSError` where the disk has not that many bytes left."""
+    def check_free_space(self, size: int) -> None:
+        """Raise `OSError` where the disk has fewer bytes free."""
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < size:
@@ -111,7 +111,7 @@ def _write(descriptor: int, block: memoryview) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk take the names in a folder; some network file systems cannot be asked to."""
+    """Flush the names in a folder to the disk, where its file system supports that; some on networks do not."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

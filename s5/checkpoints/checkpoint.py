@@ -1,10 +1,10 @@
-"""A checkpoint: a folder that rebuilds itself, of safetensors and JSON alone.
+"""The format of a checkpoint: a folder of safetensors and JSON alone, from which its model can be rebuilt.
 
 model.safetensors      weights and buffers of the task that was trained
 optimizer.safetensors  moments and step counts of the optimiser
 meta.json              kind, step, model settings, classes, all settings of the run, and digests of the other files
 
-meta.json is written last: a folder without it is a save that was cut short. Its own digest is its last key.
+meta.json is written last: a folder without it is an interrupted save. Its own digest is its last key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from s5.models.video_model import VideoModel
 FORMAT = 2
 MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.safetensors", "meta.json"
 # Settings of the model that do not change the encoder's weights or what they compute.
-FREE = (
+NOT_COMPARED = (
     "decoder.selection.",
     "decoder.dropout",
     "decoder.ssm.lr",
@@ -37,7 +37,7 @@ FREE = (
     "backbone.frozen",
 )
 
-# Decoders whose weights are the same, those that pretraining does not make apart.
+# Decoders with the same weights: they differ only in the selection, which pretraining leaves out.
 INTERCHANGEABLE = {"s5", "vis4mer", "vtm"}
 
 Kind = Literal["lsmcl", "class", "regression"]
@@ -45,12 +45,12 @@ Kind = Literal["lsmcl", "class", "regression"]
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What a checkpoint says of itself."""
+    """The meta data of a checkpoint."""
 
     kind: Kind
     """The task: `lsmcl` (an encoder), or `class` or `regression` (a fine-tuned model)."""
     step: int
-    """Optimiser steps taken: also the position in the clip plan."""
+    """Optimiser steps taken: also the position in the clip order."""
     model: dict[str, Any]
     """Settings of the model (ModelConfig)."""
     classes: list[str] = field(default_factory=list)
@@ -60,15 +60,15 @@ class Meta:
     metrics: dict[str, float] = field(default_factory=dict)
     """Last value of every metric at that step."""
     evaluated: dict[str, float] = field(default_factory=dict)
-    """Metrics of the evaluation of these very weights; empty where there was none at that step."""
+    """Metrics of the evaluation of these weights; empty where there was none at that step."""
     extra: dict[str, float] = field(default_factory=dict)
-    """Numbers that training goes on from besides weights and moments, such as the scale of an fp16 loss."""
+    """State of training besides weights and moments, such as the scale of an fp16 loss."""
     commit: str = "unknown"
     """Commit of the code."""
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each other file; filled in where they are written."""
+    """SHA-256 of each other file; filled in when they are written."""
     format: int = FORMAT
-    """Version of this layout."""
+    """Version of this format."""
 
 
 def contents(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -92,7 +92,7 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def parse_meta(content: bytes, where: str) -> Meta:
-    """Return what a meta.json says.
+    """Return the content of a meta.json.
 
     Args:
         content: of the file.
@@ -100,17 +100,17 @@ def parse_meta(content: bytes, where: str) -> Meta:
 
     Raises:
         DamagedError: it is not what was written.
-        CheckpointError: it has a layout of another version.
+        CheckpointError: its format is of another version.
     """
     try:
         values = dict(json.loads(content))
         digest = values.pop("digest", None)
         if digest is not None and digest != _digest(values):
             raise DamagedError(where, f"{META} is not what was saved (digests differ)")
-        if (layout := values.get("format")) != FORMAT:
+        if (version := values.get("format")) != FORMAT:
             raise CheckpointError(
-                f"checkpoint {where!r} has layout {layout!r}, and this version reads {FORMAT}: use the version that "
-                f"made it (commit {values.get('commit', 'unknown')}), or train anew with another --out"
+                f"checkpoint {where!r} has format {version!r}, and this version reads {FORMAT}: use the version that "
+                f"wrote it (commit {values.get('commit', 'unknown')}), or train again with another --out"
             )
         if digest is None:
             raise DamagedError(where, f"{META} has no digest")
@@ -122,25 +122,25 @@ def parse_meta(content: bytes, where: str) -> Meta:
 
 
 def read_meta(folder: Path) -> Meta:
-    """Return what a checkpoint says of itself.
+    """Return the meta data of a checkpoint.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, is damaged, or has a layout of another version.
+        CheckpointError: the folder is no checkpoint, is damaged, or has a format of another version.
     """
     try:
         return parse_meta((folder / META).read_bytes(), str(folder))
     except FileNotFoundError:
-        raise DamagedError(str(folder), f"it has no {META}: no checkpoint, or one whose save was cut short") from None
+        raise DamagedError(str(folder), f"it has no {META}: no checkpoint, or an interrupted save") from None
     except OSError as error:
         raise _unreadable(folder, META, error) from None
 
 
 def verify(folder: Path, names: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Meta:
-    """Compare a checkpoint's files with the digests taken when they were saved, and return what it says of itself.
+    """Compare a checkpoint's files with the digests taken when they were saved, and return its meta data.
 
     Raises:
         DamagedError: a file is missing, or not what was saved; says which.
-        CheckpointError: it has a layout of another version.
+        CheckpointError: it has a format of another version.
     """
     meta = read_meta(folder)
     for name in names:
@@ -157,7 +157,7 @@ def verify(folder: Path, names: tuple[str, ...] = (MODEL, OPTIMIZER)) -> Meta:
 
 
 def _unreadable(folder: Path, name: str, error: OSError) -> Exception:
-    """Return what to raise: a bad sector is damage; what else keeps a file from being read may pass."""
+    """Return what to raise: a bad sector is damage; any other cause may be temporary."""
     return DamagedError(str(folder), f"{name}: {error.strerror}") if error.errno == errno.EIO else error
 
 
@@ -171,7 +171,7 @@ def digest(folder: Path) -> str:
 
 
 def restore(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Meta:
-    """Load a checkpoint into the task and optimiser that it was saved from, and return its meta data.
+    """Load a checkpoint into a task and optimiser like those that it was saved from, and return its meta data.
 
     Digests are not compared: see `verify`.
 
@@ -196,7 +196,7 @@ def read_weights(folder: Path, name: str = MODEL) -> dict[str, Tensor]:
     """Return the tensors of one of a checkpoint's files, on the CPU; digests are not compared.
 
     Raises:
-        DamagedError: the file is missing, or cannot be read as what it is.
+        DamagedError: the file is missing, or is no safetensors file.
     """
     try:
         return load_file(folder / name)
@@ -223,7 +223,7 @@ def load_model(folder: Path) -> tuple[VideoModel, Meta]:
     meta = read_meta(folder)
     weights = encoder_weights(folder)
     outputs = {"class": len(meta.classes), "regression": 1}.get(meta.kind)
-    # The weights are all in the checkpoint: the file that the backbone started from need not be there any more.
+    # The checkpoint holds all weights: the file that the backbone started from may be gone.
     config = from_json(ModelConfig, meta.model | {"backbone": meta.model["backbone"] | {"weights": ""}})
     model = VideoModel(config, outputs)
     if meta.kind == "lsmcl":
@@ -245,7 +245,7 @@ def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
     """
     there = asdict(from_json(ModelConfig, read_meta(folder).model))
     for key, value in wanted.items():
-        if key.startswith(FREE):
+        if key.startswith(NOT_COMPARED):
             continue
         found: Any = there
         for part in key.split("."):

@@ -1,8 +1,13 @@
-"""Saving while training goes on: the loop pays for a copy in host memory, a thread writes it.
+"""Saving while training continues: the loop waits for a copy to host memory, a thread writes it.
 
-At most one save is being written and one waits. One that comes due meanwhile takes the place of the one that waits,
-except where that was evaluated, and may thus be the best: then the loop waits until there is room. Host memory holds a
-checkpoint once, and twice from when a save first had to wait.
+At most one save is being written and one is pending. One that comes due meanwhile replaces the pending one, unless
+that was evaluated, and so may be the best: then the loop waits. Host memory holds a checkpoint once, and twice from the
+first time that a save is pending.
+
+Why not `torch.distributed.checkpoint.async_save` (torch 2.15): it refuses a process group without a CPU backend, such
+as one of NCCL alone; its safetensors writer knows local folders only, copies the checkpoint once more in memory, holds
+Python's lock (GIL) meanwhile, which stops training, and after a full disk or a kill leaves a part of a file under its
+final name. Digests, retries, retention and the free-space check would remain to be written around it.
 """
 
 from __future__ import annotations
@@ -22,70 +27,71 @@ from torch import nn
 
 from s5.checkpoints import checkpoint
 from s5.checkpoints.checkpoint import META, Meta
-from s5.checkpoints.host_buffer import Image, Snapshot
-from s5.checkpoints.retention import Checkpoints, name_of
+from s5.checkpoints.history import CheckpointHistory, checkpoint_name
+from s5.checkpoints.host_buffer import FileBuffer, HostBuffer
 from s5.errors import SaveError
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Listener(Protocol):
-    """Who hears, also from the thread, what becomes of the checkpoints; a `WorkerContext` does."""
+class SaveListener(Protocol):
+    """What is called, also from the thread, with the outcome of saves; a `WorkerContext` is one."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take a row of metrics."""
+        """Log a row of metrics."""
 
-    def tell(self, message: str) -> None:
-        """Take a sentence for the user."""
+    def notify(self, message: str) -> None:
+        """Show the user a sentence."""
 
     def saved(self, step: int) -> None:
-        """Take note that the checkpoint of that step is on the store."""
+        """Record that the checkpoint of that step is stored."""
 
     def beat(self, phase: str) -> None:
-        """Take note of what comes next."""
+        """Record that the process is alive and what it does next."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checkpoint on its way from memory to the store."""
+class PendingSave:
+    """A checkpoint on its way from host memory to the backend."""
 
     meta: Meta
-    snapshot: Snapshot
+    buffer: HostBuffer
     blocked: float
-    """Seconds that the loop was kept."""
+    """Seconds that the loop waited."""
 
 
-class Saver:
-    """Saves a run's checkpoints from a thread of its own; to be used with `with`, which waits for the last one.
+class CheckpointWriter:
+    """Writes a run's checkpoints in a thread; a context manager, which waits for the last one at its end.
 
     Args:
         checkpoints: of the run.
-        context: is told, also from the thread, what the user has to know, which checkpoints there are, and what each
-            took: `train/save_seconds` in the loop and `train/save_write_seconds` in the thread; the number of saves
-            given up is `train/save_failures`. It gets a beat while the loop waits and writing gets on.
-        last: step of the checkpoint that the run goes on from, 0 for none.
+        context: is called, also from the thread, with messages to the user, the steps of stored checkpoints, and the
+            metrics of each save: `train/save_seconds` in the loop, `train/save_write_seconds` in the thread, and
+            `train/save_failures`, the number of saves given up. It gets a beat while the loop waits, as long as
+            writing makes progress.
+        last: step of the checkpoint that the run resumes from, 0 for none.
     """
 
     retry_seconds: tuple[float, ...] = (1.0, 4.0, 16.0, 60.0)
-    """Waits before the attempts after the first; then a save is given up, and the next is tried when it is due."""
+    """Waits before each retry; after the last one a save is given up, and the next is tried when it is due."""
 
-    def __init__(self, checkpoints: Checkpoints, context: Listener, last: int = 0) -> None:
+    def __init__(self, checkpoints: CheckpointHistory, context: SaveListener, last: int = 0) -> None:
         self.checkpoints = checkpoints
         self.failures = self.replaced = 0
         self.row: dict[str, float] = {}
         self._context = context
         self._last = self._step = last
         self._changed = threading.Condition()
-        # The one given back last is taken first, so that the second is given memory only where it is needed.
-        self._free = [Snapshot(), Snapshot()]
-        self._waiting: Job | None = None
-        self._writing: Job | None = None
-        self._closed = self._hurried = False
+        # A stack: the second gets memory only when both are in use.
+        self._free = [HostBuffer(), HostBuffer()]
+        self._pending: PendingSave | None = None
+        self._writing: PendingSave | None = None
+        self._closed = self._ending_early = False
         self._failed = ""
-        self._broken: BaseException | None = None
+        self._error: BaseException | None = None
         self._blocks = 0
-        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -93,63 +99,63 @@ class Saver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with self._changed:
-            # After an error, what has been taken is still written, but a store that fails does not hold up the end.
-            self._hurried = error is not None
+            # After an error, pending saves are still written, but not retried.
+            self._ending_early = error is not None
             self._closed = True
             self._changed.notify_all()
             self._wait(self._is_idle)
         if error is not None:
             return
-        if self._broken is not None:
-            raise self._broken
+        if self._error is not None:
+            raise self._error
         if self._failed:
             raise SaveError(f"the last checkpoint is not saved: {self._failed}; then run the same command again")
 
     def save(self, task: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta) -> None:
-        """Take a checkpoint and return; it is written later.
+        """Copy a checkpoint to host memory and return; it is written later.
 
         Raises:
-            ValueError: a tensor is of a type that a checkpoint does not hold.
+            ValueError: a tensor is of a type that safetensors does not know.
         """
         began = time.perf_counter()
         self._step = meta.step
-        snapshot = self._room(meta.step)
-        snapshot.take(checkpoint.contents(task, optimizer))
+        buffer = self._free_buffer(meta.step)
+        buffer.copy_from(checkpoint.contents(task, optimizer))
         with self._changed:
-            self._waiting = Job(meta, snapshot, time.perf_counter() - began)
+            self._pending = PendingSave(meta, buffer, time.perf_counter() - began)
             self._changed.notify_all()
 
-    def _room(self, step: int) -> Snapshot:
-        """Return memory for a checkpoint: free, or that of one that waits and can be done without."""
+    def _free_buffer(self, step: int) -> HostBuffer:
+        """Return memory for a checkpoint: free, or that of a pending save that can be left out."""
         with self._changed:
-            if self._broken is not None:
-                raise self._broken
-            replaced = self._waiting
+            if self._error is not None:
+                raise self._error
+            replaced = self._pending
             if replaced is None or replaced.meta.evaluated:
-                self._wait(lambda: self._waiting is None and bool(self._free))
-                if self._broken is not None:
-                    raise self._broken
+                self._wait(lambda: self._pending is None and bool(self._free))
+                if self._error is not None:
+                    raise self._error
                 return self._free.pop()
-            self._waiting = None
+            self._pending = None
         self.replaced += 1
         if self.replaced == 1:
-            self._context.tell(
+            self._context.notify(
                 f"the checkpoint of step {replaced.meta.step} is left out for that of step {step}, since the one "
-                "before is still being written: raise loop.checkpoint_every if this goes on"
+                "before is still being written: raise loop.checkpoint_every if this repeats"
             )
-        return replaced.snapshot
+        return replaced.buffer
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait for the thread to get so far, or to break down."""
+        """Wait until the thread has got so far, or has failed."""
         seen = -1
-        while not self._changed.wait_for(lambda: ready() or self._broken is not None, timeout=1.0):
-            # A store that hangs gives no beat.
+        while not self._changed.wait_for(lambda: ready() or self._error is not None, timeout=1.0):
+            # No beat where the backend hangs.
             if self._blocks != seen:
                 seen = self._blocks
                 self._context.beat(f"step {self._step}: saving")
 
     def _is_idle(self) -> bool:
-        return self._waiting is None and self._writing is None
+        return self._pending is None and self._writing is None
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -157,96 +163,98 @@ class Saver:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-                    if self._waiting is None:
+                    self._changed.wait_for(lambda: self._pending is not None or self._closed)
+                    if self._pending is None:
                         return
-                    job = self._writing = self._waiting
-                    self._waiting = None
+                    save = self._writing = self._pending
+                    self._pending = None
                     self._changed.notify_all()
-                self._save(job)
+                self._process(save)
                 with self._changed:
-                    self._free.append(job.snapshot)
+                    self._free.append(save.buffer)
                     self._writing = None
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001  raised in the loop's thread, whatever it is
+        except BaseException as error:  # noqa: BLE001  raised again in the loop's thread, whatever it is
             with self._changed:
-                self._broken = error
+                self._error = error
                 self._changed.notify_all()
 
-    def _save(self, job: Job) -> None:
-        """Write a checkpoint, again where that fails; after the last attempt the user is told."""
+    def _process(self, save: PendingSave) -> None:
+        """Write a checkpoint, with retries, and log what that took."""
         began = time.perf_counter()
-        job.snapshot.wait()
+        save.buffer.wait()
         for seconds in (*self.retry_seconds, None):
             try:
-                self._write(job)
+                self._write(save)
             except OSError as error:
-                self._drop(job)
-                if seconds is None or self._is_given_up(job, seconds):
-                    self._fail(job, error)
+                self._discard(save)
+                if seconds is None or self._is_given_up(save, seconds):
+                    self._fail(save, error)
                     break
             else:
-                self._last, self._failed = job.meta.step, ""
-                self._context.saved(job.meta.step)
+                self._last, self._failed = save.meta.step, ""
+                self._context.saved(save.meta.step)
                 self._prune()
                 break
-        self.row = {"train/save_seconds": job.blocked, "train/save_write_seconds": time.perf_counter() - began}
+        self.row = {"train/save_seconds": save.blocked, "train/save_write_seconds": time.perf_counter() - began}
         self.row["train/save_failures"] = float(self.failures)
-        self._context.log(self.row, job.meta.step)
+        self._context.log(self.row, save.meta.step)
 
-    def _write(self, job: Job) -> None:
-        store, name = self.checkpoints.store, name_of(job.meta.step)
+    def _write(self, save: PendingSave) -> None:
+        backend, name = self.checkpoints.backend, checkpoint_name(save.meta.step)
         self.checkpoints.clear(name)
-        store.check_room(job.snapshot.size)
+        backend.check_free_space(save.buffer.size)
         digests = {}
-        for file, image in job.snapshot.images.items():
+        for file, content in save.buffer.files.items():
             digest = hashlib.sha256()
-            store.put(name, file, self._hashed(image, digest.update))
+            backend.put(name, file, self._hashed(content, digest.update))
             digests[file] = digest.hexdigest()
-        store.put(name, META, [memoryview(checkpoint.meta_bytes(replace(job.meta, files=digests)))])
+        backend.put(name, META, [memoryview(checkpoint.meta_bytes(replace(save.meta, files=digests)))])
 
-    def _hashed(self, image: Image, update: Callable[[memoryview], None]) -> Iterator[memoryview]:
-        for block in image.blocks():
+    def _hashed(self, content: FileBuffer, update: Callable[[memoryview], None]) -> Iterator[memoryview]:
+        for block in content.blocks():
             update(block)
             self._blocks += 1
             yield block
 
-    def _drop(self, job: Job) -> None:
-        """Give back the room of what was not written to the end."""
+    def _discard(self, save: PendingSave) -> None:
+        """Delete what was not written completely, to free its space."""
         try:
-            self.checkpoints.store.remove(name_of(job.meta.step))
+            self.checkpoints.backend.remove(checkpoint_name(save.meta.step))
         except OSError:
             # The next save will try again.
             return
 
-    def _is_given_up(self, job: Job, seconds: float) -> bool:
-        """Wait before another attempt; return whether something newer, or the end, makes it needless."""
+    def _is_given_up(self, save: PendingSave, seconds: float) -> bool:
+        """Wait before a retry; return whether a newer save, or the end of the run, makes it needless."""
 
         def needless() -> bool:
-            return self._hurried or (self._waiting is not None and not job.meta.evaluated)
+            return self._ending_early or (self._pending is not None and not save.meta.evaluated)
 
         with self._changed:
             return self._changed.wait_for(needless, timeout=seconds)
 
-    def _fail(self, job: Job, error: OSError) -> None:
+    def _fail(self, save: PendingSave, error: OSError) -> None:
         self.failures += 1
-        before = f"the checkpoint of step {self._last} is kept" if self._last else "there is none before it"
+        before = f"the checkpoint of step {self._last} remains" if self._last else "there is none before it"
         self._failed = (
-            f"step {job.meta.step} could not be written to {self.checkpoints.store.place!r} "
-            f"({error.strerror or error}), {before}: {_remedy(error, job.snapshot.size)}"
+            f"step {save.meta.step} could not be written to {self.checkpoints.backend.location!r} "
+            f"({error.strerror or error}), {before}: {_remedy(error, save.buffer.size)}"
         )
-        self._context.tell(f"WARNING: {self._failed}; training goes on, and the next save is tried when it is due")
+        self._context.notify(f"WARNING: {self._failed}; training continues, and the next save is tried when it is due")
 
     def _prune(self) -> None:
         try:
             self.checkpoints.prune()
         except OSError as error:
-            self._context.tell(f"an old checkpoint in {self.checkpoints.store.place!r} could not be deleted ({error})")
+            self._context.notify(
+                f"an old checkpoint in {self.checkpoints.backend.location!r} could not be deleted ({error})"
+            )
 
 
 def _remedy(error: OSError, size: int) -> str:
-    if error.errno in NO_ROOM:
+    if error.errno in NO_SPACE:
         return f"free {math.ceil(size / 1e6):,} MB there, or lower loop.keep_checkpoints"
-    if error.errno in NO_RIGHT:
-        return "give the right to write there"
-    return "see that the storage can be reached and written to"
+    if error.errno in NO_PERMISSION:
+        return "give write permission there"
+    return "check that the storage can be reached and written to"

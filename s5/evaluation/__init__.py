@@ -1,1 +1,1 @@
-"""Inference over clips, and metrics."""
+"""Evaluation: run a model over clips (`inference`), and measure features and predictions (`metrics`)."""

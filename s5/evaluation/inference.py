@@ -1,4 +1,4 @@
-"""Run a model over clips without gradient, and collect what it says.
+"""Run a model over clips without gradient, and collect its outputs by clip or by video.
 
 Shapes: N clips, D numbers a clip, T frames, H and W pixels.
 """
@@ -20,7 +20,7 @@ from s5.models.video_model import VideoModel
 
 @dataclass
 class ClipOutputs:
-    """What a model says of N clips."""
+    """A model's outputs for N clips."""
 
     video_ids: list[str]
     """Video of each clip; a video's clips follow each other."""
@@ -31,7 +31,7 @@ class ClipOutputs:
     targets: Tensor
     """Regression target of each clip, float32 (N,); NaN for none."""
     failures: list[Failure]
-    """Videos that could not be read: they have no clips here."""
+    """Videos that could not be read; they have no clips here."""
     thumbnails: Tensor | None = None
     """Middle frame of each clip, uint8 (N, H, W, 3), where asked for."""
 
@@ -53,7 +53,7 @@ def scores(model: VideoModel, kind: str) -> Output:
 
 @torch.no_grad()
 def run(output: Output, batches: Iterable[ClipBatch], device: torch.device, thumbnails: bool = False) -> ClipOutputs:
-    """Return what a model in evaluation mode says of this worker's clips."""
+    """Return the outputs of a model in evaluation mode for this worker's clips."""
     found = ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), [])
     values, labels, targets, frames = [], [], [], []
     for batch in batches:
@@ -75,8 +75,8 @@ def run(output: Output, batches: Iterable[ClipBatch], device: torch.device, thum
 def merge(parts: list[ClipOutputs]) -> ClipOutputs:
     """Return the clips of all workers in the order of their video ids, so that the order is that of one worker.
 
-    A video some of whose clips could not be read counts as one failure and has no clips: a result from the rest of them
-    would not be that of the protocol.
+    A video some of whose clips could not be read counts as one failure and has no clips: a result from the rest would
+    not follow the protocol.
     """
     full = [part for part in parts if part.video_ids]
     first: dict[str, Failure] = {}
@@ -111,5 +111,5 @@ def by_video(found: ClipOutputs) -> ClipOutputs:
 
 
 def run_on_all(output: Output, batches: Iterable[ClipBatch], device: torch.device) -> ClipOutputs:
-    """Run this worker's share and return the clips of all workers, on each of them."""
+    """Run the model on this worker's share; return the outputs of all workers, on each of them."""
     return merge(gather_objects(run(output, batches, device)))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 def knn_accuracy(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, labels_V: Tensor, k: int = 10) -> float:
     """Return the top-1 accuracy of weighted k nearest neighbours by cosine (temperature 0.07, as in 1805.01978).
 
-    NaN where there is nothing to learn from or to ask.
+    NaN where there are no examples or no queries.
     """
     if not len(train_labels_N) or not len(labels_V):
         return math.nan
@@ -24,7 +24,7 @@ def knn_accuracy(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, lab
 
 
 def knn_leave_one_out(features_ND: Tensor, labels_N: Tensor, k: int = 10) -> float:
-    """Return the kNN accuracy of examples among each other, where no example sees itself; NaN for less than two."""
+    """Return the leave-one-out kNN accuracy of examples; NaN for fewer than two."""
     if len(labels_N) < 2:
         return math.nan
     normalised = F.normalize(features_ND, dim=-1)
@@ -41,10 +41,10 @@ def _vote(similarity_VN: Tensor, train_labels_N: Tensor, labels_V: Tensor, k: in
 
 
 def nearest(features_ND: Tensor, groups_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k nearest other examples of each by cosine, with the similarities; equal `groups` mark one example.
+    """Return the k nearest other examples of each by cosine, with the similarities.
 
-    An example is never its own neighbour. Features are centred first: an offset that all share would bring every
-    cosine near 1. Returns indices (N, k) and similarities (N, k), best first.
+    Equal `groups` mark the same example, which is never its own neighbour. Features are centred first: an offset that
+    all share would bring every cosine near 1. Returns indices (N, k) and similarities (N, k), best first.
     """
     normalised = F.normalize(features_ND - features_ND.mean(0), dim=-1)
     similarity = normalised @ normalised.T

@@ -1,7 +1,7 @@
 """Long convolutions by FFT along the sequence, in tiles of channels and samples.
 
-A tile's spectra stay in cache on a CPU and bound the memory on a GPU. The spectra are not kept for the backward pass
-but computed again from `x`, which is alive anyway. The operators are opaque to torch.compile, which leaves complex
+A tile's spectra stay in cache on a CPU and bound the memory on a GPU. The spectra are not saved for the backward pass
+but recomputed from `x`, which is alive anyway. The operators are opaque to torch.compile, which leaves complex
 numbers alone.
 
 Shapes: B batch, L sequence, D width, M taps of a kernel.
@@ -20,7 +20,7 @@ _GPU_TILE = 1 << 24
 
 
 def good_fft_size(at_least: int) -> int:
-    """Smallest product of 8 and of primes up to 7 that is not below `at_least`: a size that FFT libraries are fast at.
+    """Return the smallest product of 8 and primes up to 7 that is at least `at_least`, a size of fast FFTs.
 
     Raises:
         ValueError: `at_least` is not positive.

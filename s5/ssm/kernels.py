@@ -255,7 +255,7 @@ def dplr_kernel(dt: Tensor, A: Tensor, P: Tensor, B: Tensor, C: Tensor, length: 
 
 
 def _made_again(kernel: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """`kernel(*parameters)`, of which only the parameters are kept for the gradient."""
+    """`kernel(*parameters)`, of which only the parameters are saved for the backward pass."""
     if not torch.is_grad_enabled():
         return kernel(*parameters)
     made: Tensor = checkpoint(kernel, *parameters, use_reentrant=False, preserve_rng_state=False)

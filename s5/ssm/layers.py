@@ -1,4 +1,4 @@
-"""State-space layers: S4D (diagonal) and S4 (diagonal plus low rank), one system a channel.
+"""State-space layers: S4D (diagonal) and S4 (diagonal plus low rank), one system per channel.
 
 The parameters, the kernels and the FFT stay in fp32 (or in the parameters' type) under autocast.
 
@@ -41,7 +41,7 @@ __all__ = [
 
 
 class OptimHints(TypedDict, total=False):
-    """What a parameter asks of the optimiser."""
+    """Settings of the optimiser that a parameter brings along."""
 
     lr: float
     weight_decay: float
@@ -238,7 +238,7 @@ class SSMLayer(nn.Module):
         self.output = nn.Linear(ssm.width, ssm.width)
 
     def mix(self, y: Tensor) -> Tensor:
-        """GELU and linear. Of both, only y is kept for backward, under autocast in the smaller type."""
+        """GELU and linear. Of both, only y is saved for the backward pass, under autocast in the smaller type."""
         kind = y.device.type
         if torch.is_autocast_enabled(kind):
             y = y.to(torch.get_autocast_dtype(kind))

@@ -60,7 +60,7 @@ class LSMCL(nn.Module):
     """Online and momentum branch over long and short clips; the task of pretraining.
 
     `q = predictor(projector(encoder(R_mask(x))))`, `k` the same without the predictor and with moving averages of the
-    weights. Long and short clips serve in turn as queries and as keys.
+    weights. Long and short clips are queries and keys in turn.
     """
 
     def __init__(self, model: ModelConfig, config: LSMCLConfig) -> None:
@@ -79,7 +79,7 @@ class LSMCL(nn.Module):
         self.momentum = config.momentum
 
     def load_backbone(self, state: dict[str, Tensor]) -> None:
-        """Load the frame encoder's weights into both branches, which start as one.
+        """Load the frame encoder's weights into both branches, which start equal.
 
         Raises:
             ValueError: the weights are those of another model.
@@ -88,7 +88,7 @@ class LSMCL(nn.Module):
         self.momentum_encoder.load_backbone(state)
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return the loss of a batch of pairs, and what tells whether the task works, as scalars."""
+        """Return scalars: the loss of a batch of pairs, and metrics that show whether the embeddings collapse."""
         views = self._views(batch)
         encoded = {"features": self._features(self.encoder, *views)}
         with torch.no_grad():

@@ -23,11 +23,11 @@ class Supervised(nn.Module):
         self.kind = kind
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return the loss of a batch, accuracy where there are classes, and what the selection does, as scalars."""
+        """Return scalars: the loss of a batch, accuracy where there are classes, and metrics of the selection."""
         return self.losses(self.encode(batch), self.targets(batch), batch)
 
     def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return what belongs to each clip alone: its scores (B, C), and how sharply the selection chooses (B,)."""
+        """Return each clip's scores (B, C), and the kept ratio and entropy of the selection (B,)."""
         out = self.model(batch.long, batch.seeds)
         logits_BC = out.logits_BC.float()
         rows = {"logits": logits_BC, "keep_ratio": torch.full_like(logits_BC[:, 0], out.keep_ratio)}
@@ -40,7 +40,7 @@ class Supervised(nn.Module):
     def losses(
         self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
     ) -> dict[str, Tensor]:
-        """Return the scalars of a batch from what belongs to each clip."""
+        """Return the scalars of a batch from the results of its clips."""
         logits_BC = encoded["logits"]
         if self.kind == "class":
             hits = (logits_BC.argmax(1) == batch.labels).float().mean()

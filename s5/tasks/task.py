@@ -1,4 +1,4 @@
-"""What the training loop asks of a task."""
+"""The protocol of a task, as the training loop uses it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from s5.batch import ClipBatch
 
 
 class Task(Protocol):
-    """What is trained: a module that owns the model and the loss."""
+    """A module that owns a model and its loss."""
 
     def __call__(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return `loss` and other scalars of this worker's share of a batch: their mean over workers is the batch's."""
+        """Return `loss` and other scalars of this worker's rows; their means over workers are those of the batch."""
 
     def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return, with gradient, what of `__call__` belongs to each row alone: (B, ...), B rows."""
+        """Return the part of `__call__` that is computed row by row with gradient: tensors (B, ...), B rows."""
 
     def targets(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return the same without gradient, of what is not trained."""
+        """Return the part that is computed row by row without gradient, such as by a momentum branch."""
 
     def losses(
         self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
     ) -> dict[str, Tensor]:
-        """Return `__call__`'s scalars from what `encode` and `targets` make of the batch's rows."""
+        """Return the scalars of `__call__` from the results of `encode` and `targets` for all rows of the batch."""
 
     def before_step(self, progress: float) -> None:
-        """Set what follows a schedule, for a share of the training from 0 to 1."""
+        """Set what follows a schedule; `progress` is the share of training done, 0 to 1."""
 
     def after_step(self, progress: float) -> dict[str, float]:
-        """Update what is not trained by gradient; return what is to be logged of it."""
+        """Update what is not trained by gradient, and return scalars to log."""

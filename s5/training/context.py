@@ -1,4 +1,4 @@
-"""What the training loop sees of its surroundings: the context of one training process."""
+"""What the training loop needs of its environment: the context of one training process, and the one without Ray."""
 
 from __future__ import annotations
 
@@ -11,55 +11,57 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from s5.checkpoints.backend import LocalStore
-from s5.checkpoints.retention import Checkpoints
+from s5.checkpoints.backend import LocalBackend
+from s5.checkpoints.history import CheckpointHistory
 from s5.errors import Failure
 
 
 class WorkerContext(Protocol):
-    """The surroundings of one training process."""
+    """The environment of one training process."""
 
     rank: int
     world_size: int
     device: torch.device
-    checkpoints: Checkpoints | None
-    """Those of the run; None keeps none."""
+    checkpoints: CheckpointHistory | None
+    """Those of the run; None saves none."""
+    poll_seconds: float
+    """Least time between two calls of `stop_requested`."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose backward pass averages gradients over the workers."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hand on a row of metrics; called on rank 0, from any thread."""
+        """Log a row of metrics; called on rank 0, from any thread."""
 
     def reject(self, failures: list[Failure]) -> None:
-        """Hand on videos that could not be read; called on the rank that met them."""
+        """Record videos that could not be read; called on the rank that met them."""
 
-    def tell(self, message: str) -> None:
-        """Hand on a sentence for the user; called on rank 0, from any thread."""
+    def notify(self, message: str) -> None:
+        """Show the user a sentence; called on rank 0, from any thread."""
 
     def saved(self, step: int) -> None:
-        """Take note that there is a checkpoint of that step: on the store now, or gone on from; on rank 0."""
+        """Record that that step has a checkpoint, just stored or resumed from; called on rank 0, from any thread."""
 
     def stop_requested(self) -> bool:
         """Return whether this process has been asked to stop."""
 
-    def keep_file(self, file: Path, name: str) -> None:
+    def store_file(self, file: Path, name: str) -> None:
         """Store a file among the run's results; called on rank 0."""
 
     def beat(self, phase: str) -> None:
-        """Take note that this process is alive and what it does next, such as "step 7: waiting for data"."""
+        """Record that this process is alive and what it does next, such as "step 7: waiting for data"."""
 
 
 @dataclass
 class SoloContext:
-    """One process without Ray: tests, a single machine, and the baseline that Ray's overhead is measured against."""
+    """One process without Ray, for tests, a single machine, and as the baseline of benchmarks."""
 
     folder: Path | None = None
-    """Where checkpoints go, one folder a step; None keeps none."""
-    keep: int = 2
-    """Checkpoints kept."""
+    """Where checkpoints are saved, one folder a step; None saves none."""
+    retain: int = 2
+    """How many of the latest checkpoints are retained."""
     best: tuple[str, str] | None = None
-    """Metric of the evaluation by which the best checkpoint is kept too, and `max` or `min`."""
+    """Evaluation metric by which the best checkpoint is retained too, and `max` or `min`."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world_size: int = 1
@@ -67,14 +69,15 @@ class SoloContext:
     """All rows logged, with their steps."""
     rejects: list[Failure] = field(default_factory=list)
     """Videos that could not be read."""
-    told: list[str] = field(default_factory=list)
-    """What the user was told."""
+    messages: list[str] = field(default_factory=list)
+    """Sentences for the user."""
     stop: bool = False
     """Whether to stop after the current step."""
-    checkpoints: Checkpoints | None = field(init=False)
+    poll_seconds: float = 0.0
+    checkpoints: CheckpointHistory | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(LocalStore(self.folder), self.keep, self.best) if self.folder else None
+        self.checkpoints = CheckpointHistory(LocalBackend(self.folder), self.retain, self.best) if self.folder else None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module itself."""
@@ -88,22 +91,22 @@ class SoloContext:
         """Append videos that could not be read."""
         self.rejects += failures
 
-    def tell(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Append a sentence."""
-        self.told.append(message)
+        self.messages.append(message)
 
     def saved(self, step: int) -> None:
-        """Do nothing: `checkpoints` knows."""
+        """Do nothing: nobody asks."""
 
     def stop_requested(self) -> bool:
         """Return whether `stop` has been set."""
         return self.stop
 
-    def keep_file(self, file: Path, name: str) -> None:
+    def store_file(self, file: Path, name: str) -> None:
         """Copy a file beside the checkpoints."""
         if self.folder is not None:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, self.folder / name)
 
     def beat(self, phase: str) -> None:
-        """Do nothing: nobody watches."""
+        """Do nothing: there is no watchdog."""

@@ -1,4 +1,4 @@
-"""The one training loop. It sees a small context instead of Ray, so that the same lines run alone and on a cluster."""
+"""The one training loop. It knows a small context instead of Ray, so that the same code runs alone and on a cluster."""
 
 from __future__ import annotations
 
@@ -15,18 +15,37 @@ from torch import Tensor, nn
 from s5 import distributed
 from s5.batch import ClipBatch
 from s5.checkpoints import checkpoint
-from s5.checkpoints.writer import Saver
+from s5.checkpoints.writer import CheckpointWriter
 from s5.config import LoopConfig, OptimConfig
 from s5.errors import NotFiniteError, SkippedStep, TrainingError
 from s5.tasks.task import Task
 from s5.training import optim
 from s5.training.context import WorkerContext
-from s5.training.step import Stepper, prepare
-from s5.training.throughput import Trace, Window, model_flops, peak_flops
+from s5.training.step import Stepper, set_recompute_and_compile
+from s5.training.throughput import ThroughputWindow, Trace, model_flops, peak_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """What a training run is asked to do; nothing here changes while it runs."""
+
+    batches: Callable[[int], Generator[ClipBatch]]
+    """From the number of steps taken to this worker's batches of the steps after them."""
+    steps: int
+    """Optimiser steps of the whole run."""
+    steps_per_epoch: int
+    optim: OptimConfig
+    loop: LoopConfig
+    meta: Callable[[int, dict[str, float]], checkpoint.Meta]
+    """From a step and the last value of every metric to the meta data of its checkpoint."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Evaluates the task on all workers and returns metrics, the same on each of them."""
+    max_failure_share: float = 1.0
+    """Share of the videos that may be unreadable, 0 to 1."""
 
 
 @dataclass(frozen=True)
-class FitResult:
+class TrainingResult:
     """How training ended."""
 
     step: int
@@ -40,35 +59,63 @@ class FitResult:
 
 
 @dataclass
-class Fit:
-    """One training run: what `fit` is asked to do and where it stands."""
+class TrainingState:
+    """Where a run stands, besides the weights, the optimiser's moments and the scale of an fp16 loss."""
 
-    task: nn.Module
-    batches: Callable[[int], Generator[ClipBatch]]
-    steps: int
-    steps_per_epoch: int
-    optim: OptimConfig
-    loop: LoopConfig
-    context: WorkerContext
-    meta: Callable[[int, dict[str, float]], checkpoint.Meta]
-    evaluate: Callable[[], dict[str, float]] | None = None
-    max_failure_share: float = 1.0
-    poll_seconds: float = 1.0
-    """Least time between two questions to the context whether to stop."""
+    step: int = 0
+    """Optimiser steps taken or skipped."""
     metrics: dict[str, float] = field(default_factory=dict)
-    failures: int = 0
+    """Last value of every metric."""
     skipped: list[SkippedStep] = field(default_factory=list)
-    """Steps skipped since the last that was taken."""
-    next_poll: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
-    """State of the scale of an fp16 loss that the run goes on from."""
-    saver: Saver | None = None
+    """Steps skipped since the last one that was taken."""
 
-    def run(self) -> FitResult:
+    def total(self, metric: str) -> float:
+        """Return a metric that counts over the whole run, 0 before its first value."""
+        return self.metrics.get(metric, 0)
+
+
+class StopPoll:
+    """Finds out on all workers together whether any of them was asked to stop."""
+
+    def __init__(self, context: WorkerContext, log_every: int) -> None:
+        self._context = context
+        # On a GPU the answer waits for the device.
+        self._every = 1 if context.device.type == "cpu" else min(log_every, 10)
+        self._next = 0.0
+
+    def __call__(self, step: int) -> bool:
+        """Return whether to stop after this step: the same on all workers, which have to call it at the same steps."""
+        if step % self._every:
+            return False
+        requested = False
+        if time.monotonic() >= self._next:
+            requested = self._context.stop_requested()
+            self._next = time.monotonic() + self._context.poll_seconds
+        return distributed.any_worker(requested, self._context.device)
+
+
+class TrainingLoop:
+    """One training run on one worker.
+
+    Args:
+        task: what is trained; it is moved to the context's device.
+        inputs: what to do.
+        context: the environment of this process.
+    """
+
+    def __init__(self, task: nn.Module, inputs: TrainingInputs, context: WorkerContext) -> None:
+        self.task = task.to(context.device)
+        self.inputs, self.context = inputs, context
+        self.state = TrainingState()
+        self.optimizer = optim.build_optimizer(self.task, inputs.optim)
+        self.stepper = Stepper(self._task, self.optimizer, inputs.optim.clip_norm, inputs.loop, context.device)
+        self._stop_poll = StopPoll(context, inputs.loop.log_every)
+
+    def run(self) -> TrainingResult:
         """Train from the latest checkpoint to the end, or until a stop is requested; a stop leaves a checkpoint.
 
-        An evaluation that is due at the very step of a stop is left out, and not made up for on resuming: what is
-        left of the grace time belongs to the checkpoint. After the last step there is nothing to stop.
+        An evaluation that is due at the step of a stop is skipped, also on resuming: what is left of the grace period
+        belongs to the checkpoint. After the last step there is nothing to stop.
 
         Raises:
             TrainingError: loss or gradient were not finite in too many steps in a row (`NotFiniteError`), or too many
@@ -76,169 +123,176 @@ class Fit:
             CheckpointError: the checkpoint to resume from does not fit, or there were some and none is sound.
             SaveError: the last checkpoint could not be written.
         """
-        torch.manual_seed(self.loop.seed)
-        self.task.to(self.context.device)
-        self.optimizer = optim.build_optimizer(self.task, self.optim)
-        start = self._resume()
-        stopped = False
-        step = start
-        if start < self.steps:
-            with self._saver(start) as self.saver:
-                step, stopped = self._train(start)
+        torch.manual_seed(self.inputs.loop.seed)
+        self._resume()
+        start, stopped = self.state.step, False
+        if start < self.inputs.steps:
+            with self._writer() as writer:
+                stopped = self._train(writer)
             # A worker that ends before the last checkpoint is written may have the others torn down.
             distributed.any_worker(False, self.context.device)
-            self.metrics |= self.saver.row if self.saver else {}
-        return FitResult(step, start, self.metrics, stopped)
+            self.state.metrics |= writer.row if writer else {}
+        return TrainingResult(self.state.step, start, self.state.metrics, stopped)
 
-    def _resume(self) -> int:
-        """Go on from the latest sound checkpoint, the same on all workers; return its step, 0 where there is none."""
+    @property
+    def _task(self) -> Task:
+        return cast(Task, self.task)
+
+    def _resume(self) -> None:
+        """Load the latest sound checkpoint, the same on all workers, where there is one."""
         if self.context.checkpoints is None:
-            return 0
-        with self.context.checkpoints.resumed(self.context.rank, self.context.tell) as folder:
+            return
+        with self.context.checkpoints.resume_folder(self.context.rank, self.context.notify) as folder:
             if folder is None:
-                return 0
+                return
             meta = checkpoint.restore(folder, self.task, self.optimizer)
-        self.metrics, self.extra = dict(meta.metrics), meta.extra
-        self.failures = int(self.metrics.get("data/failures_total", 0))
+        self.state = TrainingState(meta.step, dict(meta.metrics))
+        if meta.extra:
+            self.stepper.scaler.load_state_dict(meta.extra)
         if self.context.rank == 0:
             self.context.saved(meta.step)
-        return meta.step
 
-    def _saver(self, start: int) -> AbstractContextManager[Saver | None]:
-        """Return what saves checkpoints: on one worker, since all hold the same."""
-        checkpoints = self.context.checkpoints
-        return Saver(checkpoints, self.context, start) if checkpoints and self.context.rank == 0 else nullcontext()
+    def _writer(self) -> AbstractContextManager[CheckpointWriter | None]:
+        """Return the writer of checkpoints: on one worker, since all have the same weights."""
+        if self.context.checkpoints is None or self.context.rank != 0:
+            return nullcontext()
+        return CheckpointWriter(self.context.checkpoints, self.context, self.state.step)
 
-    def _train(self, start: int) -> tuple[int, bool]:
-        # Parts of a batch average their gradients themselves, once.
-        if self.loop.micro_batch:
+    def _train(self, writer: CheckpointWriter | None) -> bool:
+        """Take the steps that are left; return whether it was asked to stop before the last."""
+        if self.inputs.loop.micro_batch:
+            # Parts of a batch average their gradients themselves, once.
             distributed.copy_from_first(self.task)
-        model = self.task if self.loop.micro_batch else self.context.wrap(self.task)
+        else:
+            self.stepper.model = self.context.wrap(self.task)
         self.task.train()
-        task = cast(Task, self.task)
-        device = self.context.device
-        self.stepper = Stepper(task, model, self.optimizer, self.optim.clip_norm, self.loop, device)
-        if self.extra:
-            self.stepper.scaler.load_state_dict(self.extra)
-        with closing(self.batches(start)) as batches:
-            return self._train_on(batches, start)
+        with closing(self.inputs.batches(self.state.step)) as batches:
+            return self._take_steps(batches, writer)
 
-    def _train_on(self, batches: Iterator[ClipBatch], start: int) -> tuple[int, bool]:
-        window = Window(self.loop.batch_size, peak=peak_flops(self.context.device, self.loop.precision))
-        trace = Trace(self.context, start + 4, self.loop.profile_steps)
-        self.context.beat(f"step {start + 1}: waiting for the first batch")
-        first = next(batches)
-        window.flops = model_flops(self.task, first.to(self.context.device))
-        # Not before: what is compiled or computed anew would be counted wrongly.
-        prepare(self.task, self.loop)
-        batches = chain([first], batches)
-        window.reset()
-        stopped = False
-        for step in range(start + 1, self.steps + 1):
-            self.context.beat(f"step {step}: waiting for data")
-            began = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - began
-            self.context.beat(f"step {step}: training")
-            trace.before(step)
-            scalars, taken = self._step(batch.to(self.context.device), step)
-            window.add(scalars, batch, waited, time.perf_counter() - began, taken)
-            trace.after(step)
-            if batch.failures:
-                self.context.reject(batch.failures)
-            stopped = step < self.steps and self._is_stopped(step)
-            saves = stopped or self._is_due(step)
-            # Before each checkpoint too: it takes up all failures so far.
-            if saves or step % self.loop.log_every == 0 or step == start + 1:
-                self._log(window, step, clips_per_video=1 if batch.short is None else 2)
+    def _take_steps(self, batches: Iterator[ClipBatch], writer: CheckpointWriter | None) -> bool:
+        inputs, state = self.inputs, self.state
+        trace = Trace(self.context, state.step + 4, inputs.loop.profile_steps)
+        window, batches = self._start_window(batches)
+        first = state.step + 1
+        for step in range(first, inputs.steps + 1):
+            batch = self._timed_step(batches, step, window, trace)
+            stops = step < inputs.steps and self._stop_poll(step)
+            saves = stops or self._is_checkpoint_due(step)
+            # Before each checkpoint too, so that it includes all failures so far.
+            if saves or step % inputs.loop.log_every == 0 or step == first:
+                self._log(window, clips_per_video=1 if batch.short is None else 2)
             if saves:
-                self._checkpoint(step, evaluated=not stopped)
+                self._checkpoint(writer, evaluates=not stops and self._is_evaluation_due(step))
                 window.reset()
-            if stopped:
-                break
-        return step, stopped
+            if stops:
+                return True
+        return False
 
-    def _is_stopped(self, step: int) -> bool:
-        """Return whether any worker was asked to stop; all workers ask each other at the same steps."""
-        # On a GPU the answer waits for the device.
-        if self.context.device.type != "cpu" and step % min(self.loop.log_every, 10):
-            return False
-        asked = False
-        if time.monotonic() >= self.next_poll:
-            asked = self.context.stop_requested()
-            self.next_poll = time.monotonic() + self.poll_seconds
-        return distributed.any_worker(asked, self.context.device)
+    def _start_window(self, batches: Iterator[ClipBatch]) -> tuple[ThroughputWindow, Iterator[ClipBatch]]:
+        """Count the FLOPs of a step on the first batch; return the monitor of throughput, and all batches."""
+        inputs, device = self.inputs, self.context.device
+        self.context.beat(f"step {self.state.step + 1}: waiting for the first batch")
+        first = next(batches)
+        flops = model_flops(self.task, first.to(device))
+        # Not before: what is compiled or recomputed would be counted wrongly.
+        set_recompute_and_compile(self.task, inputs.loop)
+        peak = peak_flops(device, inputs.loop.precision)
+        return ThroughputWindow(inputs.loop.batch_size, flops, peak), chain([first], batches)
+
+    def _timed_step(self, batches: Iterator[ClipBatch], step: int, window: ThroughputWindow, trace: Trace) -> ClipBatch:
+        """Wait for the batch of a step, train on it, and return it."""
+        self.context.beat(f"step {step}: waiting for data")
+        began = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - began
+        self.context.beat(f"step {step}: training")
+        trace.before(step)
+        scalars, taken = self._step(batch.to(self.context.device), step)
+        window.add(scalars, batch, waited, time.perf_counter() - began, taken)
+        trace.after(step)
+        if batch.failures:
+            self.context.reject(batch.failures)
+        self.state.step = step
+        return batch
 
     def _step(self, batch: ClipBatch, step: int) -> tuple[dict[str, Tensor], bool]:
         """Take one optimiser step, or skip it; the schedules depend on the step alone, and so on the videos seen."""
-        task = cast(Task, self.task)
-        share = optim.schedule((step - 1) / self.steps, self.optim.warmup) if step > 1 else self._first_share()
+        inputs = self.inputs
+        done = (step - 1) / inputs.steps
+        share = optim.schedule(done, inputs.optim.warmup) if step > 1 else self._first_share()
         rate = optim.set_learning_rate(self.optimizer, share)
-        task.before_step((step - 1) / self.steps)
+        self._task.before_step(done)
         scalars, taken = self.stepper(batch)
         extra = {"learning_rate": rate}
         if taken:
-            extra |= task.after_step(step / self.steps)
-            self.skipped.clear()
+            extra |= self._task.after_step(step / inputs.steps)
+            self.state.skipped.clear()
         else:
             self._skip(batch, step)
         device = scalars["loss"].device
         return scalars | {name: torch.tensor(value, device=device) for name, value in extra.items()}, taken
 
+    def _first_share(self) -> float:
+        """Return the first step's share of the peak learning rate, where the schedule of a warm-up has 0."""
+        return min(1.0, 1 / max(1.0, self.inputs.steps * self.inputs.optim.warmup))
+
     def _skip(self, batch: ClipBatch, step: int) -> None:
-        """Take note of a step whose loss or gradient is not finite; too many in a row end the run."""
+        """Record a step whose loss or gradient is not finite; too many in a row end the run."""
         if self.stepper.seeks_scale:
             return
-        self.skipped.append(SkippedStep(step, batch.video_ids))
-        if len(self.skipped) > self.loop.max_skipped:
-            videos = [chain.from_iterable(distributed.gather_objects(step.video_ids)) for step in self.skipped]
-            raise NotFiniteError([SkippedStep(s.step, list(ids)) for s, ids in zip(self.skipped, videos, strict=True)])
+        skipped = self.state.skipped
+        skipped.append(SkippedStep(step, batch.video_ids))
+        if len(skipped) > self.inputs.loop.max_skipped:
+            videos = [chain.from_iterable(distributed.gather_objects(step.video_ids)) for step in skipped]
+            raise NotFiniteError([SkippedStep(s.step, list(ids)) for s, ids in zip(skipped, videos, strict=True)])
 
-    def _first_share(self) -> float:
-        """Let the first step of a warm-up do something."""
-        return min(1.0, 1 / max(1.0, self.steps * self.optim.warmup))
-
-    def _log(self, window: Window, step: int, clips_per_video: int) -> None:
+    def _log(self, window: ThroughputWindow, clips_per_video: int) -> None:
+        """Log the means since the last row; too many unreadable videos end the run."""
+        state, inputs = self.state, self.inputs
         row = window.row(clips_per_video)
-        self.failures += int(row["data/failures"])
-        skipped = self.metrics.get("train/skipped_steps_total", 0) + row["train/skipped_steps"]
-        row |= {"data/failures_total": self.failures, "train/skipped_steps_total": skipped}
-        row |= {"train/epoch": step / self.steps_per_epoch}
-        self.metrics |= row
+        failures = int(state.total("data/failures_total")) + int(row["data/failures"])
+        skipped = state.total("train/skipped_steps_total") + row["train/skipped_steps"]
+        row |= {"data/failures_total": failures, "train/skipped_steps_total": skipped}
+        row |= {"train/epoch": state.step / inputs.steps_per_epoch}
+        state.metrics |= row
         window.reset()
         if self.context.rank == 0:
-            self.context.log(row, step)
-        seen = step * self.loop.batch_size
-        if self.failures > self.max_failure_share * seen and self.failures > 1:
+            self.context.log(row, state.step)
+        seen = state.step * inputs.loop.batch_size
+        if failures > inputs.max_failure_share * seen and failures > 1:
             raise TrainingError(
-                f"{self.failures} of {seen} videos could not be decoded, more than data.max_failure_share, "
-                f"{self.max_failure_share:g}, allows: index the videos anew, or raise it"
+                f"{failures} of {seen} videos could not be decoded, more than data.max_failure_share, "
+                f"{inputs.max_failure_share:g}, allows: index the videos again, or raise it"
             )
 
-    def _is_due(self, step: int) -> bool:
-        every = self.loop.checkpoint_every or self.steps_per_epoch
-        return step % every == 0 or step == self.steps or self._is_evaluated(step)
+    def _is_checkpoint_due(self, step: int) -> bool:
+        every = self.inputs.loop.checkpoint_every or self.inputs.steps_per_epoch
+        return step % every == 0 or step == self.inputs.steps or self._is_evaluation_due(step)
 
-    def _is_evaluated(self, step: int) -> bool:
-        if self.evaluate is None:
+    def _is_evaluation_due(self, step: int) -> bool:
+        if self.inputs.evaluate is None:
             return False
-        every = self.loop.evaluate_every * self.steps_per_epoch
-        return step == self.steps or (every > 0 and step % every == 0)
+        every = self.inputs.loop.evaluate_every * self.inputs.steps_per_epoch
+        return step == self.inputs.steps or (every > 0 and step % every == 0)
 
-    def _checkpoint(self, step: int, evaluated: bool) -> None:
-        """Evaluate where it is due, then save; all workers take part."""
-        found: dict[str, float] = {}
-        if self.evaluate is not None and evaluated and self._is_evaluated(step):
-            self.context.beat(f"step {step}: evaluating")
-            self.task.eval()
-            with torch.no_grad():
-                found = self.evaluate()
-            self.task.train()
-            self.metrics |= found
-            if self.context.rank == 0:
-                self.context.log(found, step)
-        self.context.beat(f"step {step}: saving")
-        if self.saver is not None:
+    def _checkpoint(self, writer: CheckpointWriter | None, evaluates: bool) -> None:
+        """Evaluate where asked to, then save; all workers take part."""
+        state = self.state
+        evaluated = self._evaluate() if evaluates else {}
+        self.context.beat(f"step {state.step}: saving")
+        if writer is not None:
             extra = self.stepper.scaler.state_dict()
-            meta = replace(self.meta(step, dict(self.metrics)), evaluated=found, extra=extra)
-            self.saver.save(self.task, self.optimizer, meta)
+            meta = replace(self.inputs.meta(state.step, dict(state.metrics)), evaluated=evaluated, extra=extra)
+            writer.save(self.task, self.optimizer, meta)
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.inputs.evaluate is not None
+        self.context.beat(f"step {self.state.step}: evaluating")
+        self.task.eval()
+        with torch.no_grad():
+            found = self.inputs.evaluate()
+        self.task.train()
+        self.state.metrics |= found
+        if self.context.rank == 0:
+            self.context.log(found, self.state.step)
+        return found

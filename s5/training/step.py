@@ -23,26 +23,27 @@ from s5.tasks.task import Task
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def prepare(task: nn.Module, config: LoopConfig) -> None:
-    """Set a task's frame encoders and decoders to what the loop asks for: recomputing, compiled; weights stay."""
+def set_recompute_and_compile(task: nn.Module, config: LoopConfig) -> None:
+    """Set whether a task's frame encoders and decoders recompute and are compiled; weights stay as they are."""
     for module in task.modules():
         if isinstance(module, Backbone | Decoder):
             module.recompute = config.recompute
             if config.compile:
                 module.compile()
         if isinstance(module, Decoder):
-            # Steps that are not finite are skipped here, on all workers at once.
+            # The stepper skips steps that are not finite, on all workers at once.
             module.check_finite = False
 
 
 def backward_in_parts(
     task: Task, batch: ClipBatch, rows: int, autocast: Callable[[], AbstractContextManager[object]], scaler: GradScaler
 ) -> dict[str, Tensor]:
-    """Leave the gradient of a whole batch's loss, though only so many rows are in memory with their graph at a time.
+    """Compute the gradient of a whole batch's loss with the graph of only `rows` rows in memory at a time.
 
-    GradCache (arXiv 2101.06983): the encodings of all rows are made without a graph; the loss of the whole batch gives
-    their gradient; each part is then encoded once more, with a graph, and continues the chain rule from there. Noise is
-    a function of a row's seed, so that both encodings are the same. It costs one more forward pass of what is trained.
+    GradCache (arXiv 2101.06983): all rows are encoded without a graph; the loss of the whole batch gives the gradient
+    of the encodings; each part is then encoded again, with a graph, and continues the chain rule from there. Noise is
+    a function of a row's seed, so that both encodings are the same. It costs one more forward pass of what is
+    trained.
 
     Returns:
         The scalars of the batch, as `task(batch)`.
@@ -82,12 +83,10 @@ def visible(loss: Tensor) -> Tensor:
 
 
 class Stepper:
-    """Takes steps, and skips those whose loss or gradient is not finite.
+    """Takes optimiser steps, and skips those whose loss or gradient is not finite.
 
     Args:
         task: what is trained.
-        model: the task, or what wraps it to average gradients over workers; the task where there may be parts, whose
-            gradients are averaged here, once.
         optimizer: over the task's trained weights.
         clip_norm: largest norm of the gradient, 0 for no limit.
         config: precision and parts.
@@ -97,13 +96,15 @@ class Stepper:
     def __init__(
         self,
         task: Task,
-        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         clip_norm: float,
         config: LoopConfig,
         device: torch.device,
     ) -> None:
-        self.task, self.model, self.optimizer = task, model, optimizer
+        self.task, self.optimizer = task, optimizer
+        self.model: Callable[[ClipBatch], dict[str, Tensor]] = task
+        """The task, or its wrapper that averages gradients over workers. With `micro_batch` it is the task: the
+        gradients of parts are averaged here, once."""
         self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.limit = clip_norm or math.inf
         self.config, self.device = config, device

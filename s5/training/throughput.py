@@ -1,6 +1,6 @@
-"""How a run gets on: means of metrics and where the time goes between two rows of the log, and model FLOPs utilisation.
+"""Monitoring of a run between two rows of the log: means of metrics, throughput, and model FLOPs utilisation.
 
-Times are the host's. Each step waits for the gradient's norm, so that they are the device's too.
+Times are taken on the host; since each step waits for the gradient's norm, they include the device's work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HALF_PEAKS = {
 }
 
 
-class Window:
+class ThroughputWindow:
     """Means of metrics, throughput and times between two rows of the log.
 
     Args:
@@ -51,7 +51,7 @@ class Window:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew."""
+        """Start the next window."""
         self.sums: dict[str, Tensor] = {}
         self.steps = self.skipped = self.failures = 0
         self.waited = 0.0
@@ -59,7 +59,7 @@ class Window:
         self.started = time.perf_counter()
 
     def add(self, scalars: Mapping[str, Tensor], batch: ClipBatch, waited: float, seconds: float, taken: bool) -> None:
-        """Take up one step, without waiting for the device.
+        """Add one step, without waiting for the device.
 
         Args:
             scalars: its metrics, which count where it was taken.
@@ -129,7 +129,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def model_flops(task: nn.Module, batch: ClipBatch) -> float:
     """Return the FLOPs that the matrix products of one step take, forward and backward, for this worker's rows.
 
-    They are counted on one row and multiplied. Those of FFTs, and what is computed anew to save memory, do not count.
+    They are counted on one row and multiplied. Those of FFTs, and what is recomputed to save memory, do not count.
     Every worker has to call it. Weights, gradients and running statistics stay as they are.
     """
     row = batch.parts(1)[0]
@@ -145,10 +145,10 @@ def model_flops(task: nn.Module, batch: ClipBatch) -> float:
 
 
 class Trace:
-    """The profiler of some steps, whose trace (for Perfetto or chrome://tracing) rank 0 keeps.
+    """Profiles some steps, whose trace (for Perfetto or chrome://tracing) rank 0 stores.
 
     Args:
-        context: where it is kept, as profile/steps_FIRST_to_LAST.json.
+        context: where it is stored, as profile/steps_FIRST_to_LAST.json.
         first: first step that is traced.
         steps: steps traced, 0 for none.
     """
@@ -158,18 +158,18 @@ class Trace:
         self.profiler: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
-        """Begin where it is time."""
+        """Start the profiler before the first of these steps."""
         if step == self.first <= self.last and self.context.rank == 0:
             self.profiler = torch.profiler.profile()
             self.profiler.start()
 
     def after(self, step: int) -> None:
-        """End and keep the trace where it is time; the traces of a run that ends before are lost."""
+        """Store the trace after the last of these steps; that of a run that ends before is lost."""
         if self.profiler is None or step < self.last:
             return
         self.profiler.stop()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trace.json")
             self.profiler.export_chrome_trace(str(path))
-            self.context.keep_file(path, f"profile/steps_{self.first}_to_{self.last}.json")
+            self.context.store_file(path, f"profile/steps_{self.first}_to_{self.last}.json")
         self.profiler = None

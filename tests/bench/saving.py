@@ -18,8 +18,8 @@ import torch
 
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, verify
-from s5.checkpoints.retention import name_of
-from s5.checkpoints.writer import Saver
+from s5.checkpoints.history import checkpoint_name
+from s5.checkpoints.writer import CheckpointWriter
 from s5.config import BackboneConfig, LoopConfig, LSMCLConfig, ModelConfig, OptimConfig
 from s5.tasks.lsmcl import LSMCL
 from s5.training.context import SoloContext
@@ -54,7 +54,7 @@ def main() -> None:
     config = ModelConfig(backbone=BackboneConfig(name=options.name, depth=options.depth))
     task = LSMCL(config, LSMCLConfig()).to(device).train()
     optimizer = build_optimizer(task, OptimConfig())
-    stepper = Stepper(task, task, optimizer, 1.0, LoopConfig(), device)
+    stepper = Stepper(task, optimizer, 1.0, LoopConfig(), device)
     batch = batch_of(options, device)
 
     def step() -> float:
@@ -71,11 +71,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder or None) as folder:
         context = SoloContext(Path(folder))
         assert context.checkpoints is not None
-        with Saver(context.checkpoints, context) as saver:
+        with CheckpointWriter(context.checkpoints, context) as writer:
             for number in range(1, options.rounds + 1):
                 quiet += [step() for _ in range(options.steps)]
                 began = time.perf_counter()
-                saver.save(task, optimizer, Meta(kind="lsmcl", step=number, model=asdict(config)))
+                writer.save(task, optimizer, Meta(kind="lsmcl", step=number, model=asdict(config)))
                 blocked.append(time.perf_counter() - began)
                 steps = 0
                 while len(context.rows) < number:
@@ -83,9 +83,9 @@ def main() -> None:
                     steps += 1
                 spent.append((time.perf_counter() - began, steps))
         began = time.perf_counter()
-        verify(Path(folder, name_of(options.rounds)))
+        verify(Path(folder, checkpoint_name(options.rounds)))
         verified = time.perf_counter() - began
-        size = sum(path.stat().st_size for path in Path(folder, name_of(options.rounds)).iterdir())
+        size = sum(path.stat().st_size for path in Path(folder, checkpoint_name(options.rounds)).iterdir())
     written = median(row["train/save_write_seconds"] for _, row in context.rows)
     later = blocked[1:] or blocked
     # All that a save costs: what the steps took until it was written, less what they take without one.

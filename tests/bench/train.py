@@ -3,7 +3,7 @@
     make bench-train [ARGS="--rounds 5 --device cuda --only masking loop"]
 
 Every comparison alternates its cases and takes medians over rounds of ratios. `loop` trains on batches that lie in
-memory, under Ray Train and without Ray, through the same `Fit`.
+memory, under Ray Train and without Ray, through the same `TrainingLoop`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from s5.config import BackboneConfig, DecoderConfig, LoopConfig, LSMCLConfig, Mo
 from s5.distributed import share_of
 from s5.tasks.lsmcl import LSMCL
 from s5.training.context import SoloContext, WorkerContext
-from s5.training.loop import Fit
+from s5.training.loop import TrainingInputs, TrainingLoop
 from s5.training.optim import build_optimizer
 from s5.training.step import Stepper
-from s5.training.throughput import Window
+from s5.training.throughput import ThroughputWindow
 from tests.bench.record import Row, alternate, ratio, write
 
 OFF = TrackingConfig(uri="off")
@@ -74,7 +74,7 @@ def stepper_of(model: ModelConfig, config: LSMCLConfig, options: argparse.Namesp
     device = torch.device(options.device)
     task = LSMCL(model, config).to(device).train()
     loop = LoopConfig(precision=options.precision)
-    return Stepper(task, task, build_optimizer(task, OptimConfig()), 1.0, loop, device)
+    return Stepper(task, build_optimizer(task, OptimConfig()), 1.0, loop, device)
 
 
 def stepping(model: ModelConfig, config: LSMCLConfig, options: argparse.Namespace) -> Callable[[], None]:
@@ -116,7 +116,7 @@ def upkeep(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     model = ModelConfig(backbone=BackboneConfig(name=options.backbone))
     stepper = stepper_of(model, LSMCLConfig(), options)
     batch = batch_of(options.batch, options.frames, model.backbone.frame_size, device)
-    window = Window(options.batch)
+    window = ThroughputWindow(options.batch)
     scalars, _ = stepper(batch)
 
     def metrics() -> None:
@@ -148,7 +148,7 @@ class InMemory:
     frames: int = 4
 
 
-def fit_of(job: InMemory, context: WorkerContext) -> Fit:
+def loop_of(job: InMemory, context: WorkerContext) -> TrainingLoop:
     """Return the loop of one worker, with a row of the log every ten steps."""
     torch.manual_seed(0)
     model, pixels = SMALL, SMALL.backbone.frame_size
@@ -163,19 +163,18 @@ def fit_of(job: InMemory, context: WorkerContext) -> Fit:
         for step in range(start, job.steps):
             yield replace(batches[step % len(batches)], step=step)
 
-    return Fit(
-        task=LSMCL(model, HEADS),
+    inputs = TrainingInputs(
         batches=source,
         steps=job.steps,
         steps_per_epoch=job.steps,
         optim=OptimConfig(),
         loop=LoopConfig(batch_size=job.batch, log_every=10, checkpoint_every=job.steps),
-        context=context,
         meta=lambda step, metrics: Meta(kind="lsmcl", step=step, model=asdict(model), metrics=metrics),
     )
+    return TrainingLoop(LSMCL(model, HEADS), inputs, context)
 
 
-def pace(rows: list[tuple[int, dict[str, float]]]) -> float:
+def seconds_per_step(rows: list[tuple[int, dict[str, float]]]) -> float:
     """Return the median seconds of a step over the rows of a log but the first two, where all warms up."""
     return median([row["train/step_seconds"] for _, row in rows if "train/step_seconds" in row][2:])
 
@@ -195,9 +194,9 @@ def _group_worker(rank: int, world: int, folder: str, job: InMemory, found: Any)
     )
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(minutes=5))
     context = GroupContext(rank=rank, world_size=world)
-    fit_of(job, context).run()
+    loop_of(job, context).run()
     if rank == 0:
-        found.put(pace(context.rows))
+        found.put(seconds_per_step(context.rows))
     dist.destroy_process_group()
 
 
@@ -222,8 +221,8 @@ def without_ray(job: InMemory, world: int) -> float:
 def _solo_worker(job: InMemory, found: Any) -> None:
     torch.set_num_threads(1)
     context = SoloContext()
-    fit_of(job, context).run()
-    found.put(pace(context.rows))
+    loop_of(job, context).run()
+    found.put(seconds_per_step(context.rows))
 
 
 def with_ray(job: InMemory, world: int) -> float:
@@ -235,8 +234,8 @@ def with_ray(job: InMemory, world: int) -> float:
         config = PretrainConfig(out=folder, tracking=OFF, scale=scale)
         with stage_run("pretrain", config) as stage:
             loop = LoopConfig(batch_size=job.batch)
-            launch(stage, fit_of, job, scale=scale, data=None, loop=loop, report=[lambda *row: rows.append(row)])
-    return pace(rows)
+            launch(stage, loop_of, job, scale=scale, data=None, loop=loop, report=[lambda *row: rows.append(row)])
+    return seconds_per_step(rows)
 
 
 def loop(options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:

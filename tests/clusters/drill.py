@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "data.cpus_per_decode": 0.25,
 }
 DRIVER = """
-import ctypes, glob, json, os, sys, time
+import ctypes, dataclasses, glob, json, os, sys, time
 import pipelines.command_line
 from pipelines.stages import pretrain
 from pipelines.config import PretrainConfig, override
@@ -70,8 +70,8 @@ def recorded(job, context):
         return decode_chunk(rows, reading)
 
     clip_batches.decode_chunk = slow_chunk
-    fit = build(job, context)
-    batches = fit.batches
+    loop = build(job, context)
+    batches = loop.inputs.batches
 
     def read(start):
         for batch in batches(start):
@@ -88,8 +88,8 @@ def recorded(job, context):
                 hang(name.rpartition("_")[2])
             yield batch
 
-    fit.batches = read
-    return fit
+    loop.inputs = dataclasses.replace(loop.inputs, batches=read)
+    return loop
 
 def hang(how):
     if how == "native":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from s5.checkpoints.writer import Saver
+from s5.checkpoints.writer import CheckpointWriter
 
 MISSING = [name for name in ("av", "decord") if find_spec(name) is None]
 collect_ignore = ["test_readers.py", "test_video.py"] if MISSING else []
@@ -20,12 +20,12 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture
 def saves_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each checkpoint written before training goes on: which are left out would depend on the disk."""
-    save = Saver.save
+    """Have each checkpoint written before training continues: which are left out would depend on the disk."""
+    save = CheckpointWriter.save
 
-    def save_and_wait(saver: Saver, *arguments: Any) -> None:
-        save(saver, *arguments)
-        with saver._changed:
-            saver._wait(saver._is_idle)
+    def save_and_wait(writer: CheckpointWriter, *arguments: Any) -> None:
+        save(writer, *arguments)
+        with writer._changed:
+            writer._wait(writer._is_idle)
 
-    monkeypatch.setattr(Saver, "save", save_and_wait)
+    monkeypatch.setattr(CheckpointWriter, "save", save_and_wait)

@@ -25,7 +25,7 @@ from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.context import SoloContext
 from s5.training.step import Stepper
-from tests.s5.toys import MODEL, TASK, batch, lsmcl_fit
+from tests.s5.toys import MODEL, TASK, batch, lsmcl_loop
 
 BATCH, STEPS = 8, 3
 Worker = Callable[[int, int], Any]
@@ -148,7 +148,7 @@ def in_parts(rank: int, world: int) -> dict[str, Any]:
     distributed.BUCKET = 1000
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.05)
     config = LoopConfig(micro_batch=2 if world > 1 else 0)
-    stepper = Stepper(task, task, optimizer, 0.0, config, torch.device("cpu"))
+    stepper = Stepper(task, optimizer, 0.0, config, torch.device("cpu"))
     for step in range(STEPS):
         stepper(share(step, BATCH - 1, rank, world))
         task.after_step(step / STEPS)
@@ -210,7 +210,7 @@ def stop(rank: int, world: int) -> tuple[int, bool, float]:
             context.stop = rank == 0 and step + 1 == 3
             yield replace(share(step, BATCH, rank, world), failures=[Failure("a", "a.mp4", "truncated")])
 
-    result = lsmcl_fit(context, source, log_every=100).run()
+    result = lsmcl_loop(context, source, log_every=100).run()
     return result.step, result.stopped, result.metrics["data/failures_total"]
 
 

@@ -25,7 +25,7 @@ from s5.models.video_model import VideoModel
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.context import SoloContext
-from s5.training.loop import Fit
+from s5.training.loop import TrainingInputs, TrainingLoop
 
 MODEL = ModelConfig(
     backbone=BackboneConfig(
@@ -65,21 +65,27 @@ def stopping(context: SoloContext, at: int) -> Callable[[int], Generator[ClipBat
     return source
 
 
-def lsmcl_fit(context: SoloContext, source: Callable[[int], Generator[ClipBatch]] = batches, **loop: Any) -> Fit:
+def lsmcl_loop(
+    context: SoloContext,
+    source: Callable[[int], Generator[ClipBatch]] = batches,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    max_failure_share: float = 1.0,
+    **loop: Any,
+) -> TrainingLoop:
     """Return a short LSMCL run from a fixed seed."""
     config = replace(LoopConfig(log_every=1, batch_size=BATCH), **loop)
     torch.manual_seed(config.seed)
-    return Fit(
-        task=LSMCL(MODEL, TASK),
+    inputs = TrainingInputs(
         batches=source,
         steps=STEPS,
         steps_per_epoch=STEPS_PER_EPOCH,
         optim=OptimConfig(lr=1e-3),
         loop=config,
-        context=context,
         meta=lambda step, metrics: Meta(kind="lsmcl", step=step, model=asdict(MODEL), metrics=metrics),
-        poll_seconds=0,
+        evaluate=evaluate,
+        max_failure_share=max_failure_share,
     )
+    return TrainingLoop(LSMCL(MODEL, TASK), inputs, context)
 
 
 def losses(context: SoloContext) -> list[float]:
@@ -90,26 +96,25 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def finetune_fit(
+def finetune_loop(
     context: SoloContext,
     source: Callable[[int], Generator[ClipBatch]] = batches,
     model: ModelConfig = MODEL,
     **loop: Any,
-) -> Fit:
+) -> TrainingLoop:
     """Return a short fine-tuning from a fixed seed, with a temperature that changes."""
     decoder = replace(model.decoder, selection=replace(model.decoder.selection, temperature_end=0.1))
     model = replace(model, decoder=decoder)
     torch.manual_seed(0)
-    return Fit(
-        task=Supervised(VideoModel(model, 2), "class"),
+    task = Supervised(VideoModel(model, 2), "class")
+    inputs = TrainingInputs(
         batches=source,
         steps=STEPS,
         steps_per_epoch=STEPS_PER_EPOCH,
         optim=OptimConfig(lr=1e-3),
         loop=replace(LoopConfig(log_every=1, batch_size=BATCH), **loop),
-        context=context,
         meta=lambda step, metrics: Meta(
             kind="class", step=step, model=asdict(model), classes=["a", "b"], metrics=metrics
         ),
-        poll_seconds=0,
     )
+    return TrainingLoop(task, inputs, context)

@@ -20,7 +20,7 @@ from pipelines.data.manifest import MANIFEST, SCHEMA, Description, classes, meta
 from pipelines.data.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, finetune, index
-from pipelines.storage.checkpoints import local_checkpoint
+from pipelines.storage.weights import local_checkpoint
 from s5.checkpoints.checkpoint import Meta, load_model
 from s5.config import ClipConfig
 from s5.video.reading import probe, read_frames

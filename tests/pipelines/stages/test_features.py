@@ -32,7 +32,7 @@ from pipelines.data.feature_cache import FeatureReader, frame_times, shard_path
 from pipelines.data.manifest import read_manifest, split_of
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, features, finetune, index, sample
-from pipelines.storage.checkpoints import trained_backbone
+from pipelines.storage.weights import trained_backbone
 from s5.checkpoints.checkpoint import Meta
 from s5.config import ClipConfig
 from s5.errors import VideoError

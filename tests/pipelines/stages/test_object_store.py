@@ -18,7 +18,7 @@ from pipelines import storage
 from pipelines.config import SampleConfig
 from pipelines.data.manifest import read_manifest, splits
 from pipelines.stages import sample
-from pipelines.storage.checkpoints import local_checkpoint
+from pipelines.storage.weights import local_checkpoint
 from pipelines.tracking.history import read_runs
 from s5.checkpoints.checkpoint import load_model
 from tests.pipelines.conftest import SECRET

@@ -24,7 +24,7 @@ from pipelines import storage
 from pipelines.data.decode_tasks import CANDIDATE, Reading, decode_chunk, probe_chunk
 from pipelines.errors import UserError
 from pipelines.storage import files
-from pipelines.storage.checkpoints import local_checkpoint
+from pipelines.storage.weights import local_checkpoint
 from s5.config import ClipConfig
 from s5.video.reading import probe, read_frames
 from tests.pipelines.conftest import SECRET

@@ -35,7 +35,7 @@ STEPS_PER_EPOCH, CHECKPOINT_EVERY = VIDEOS // BATCH, 3
 STARTS = [(1, 5), (2, 10), (1, EPOCHS * STEPS_PER_EPOCH)]
 WAIT_S = 240
 DRIVER = """
-import os, sys, time
+import dataclasses, os, sys, time
 import ray
 from pipelines.running import resources
 from pipelines.stages import pretrain
@@ -51,16 +51,16 @@ ray.init(
 build = pretrain.build
 
 def recorded(job, context):
-    fit = build(job, context)
-    batches = fit.batches
+    loop = build(job, context)
+    batches = loop.inputs.batches
     def read(start):
         for batch in batches(start):
             record_batch(record_path, context.rank, batch)
             while batch.step == hold:
                 time.sleep(1)
             yield batch
-    fit.batches = read
-    return fit
+    loop.inputs = dataclasses.replace(loop.inputs, batches=read)
+    return loop
 
 pretrain.build = recorded
 pretrain.run(configuration(folder, workers))

@@ -1,4 +1,4 @@
-"""Small checkpoints that the tests share, and how they are damaged."""
+"""Small checkpoints that the tests share, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from s5.checkpoints import checkpoint
-from s5.checkpoints.backend import LocalStore
+from s5.checkpoints.backend import LocalBackend
 from s5.checkpoints.checkpoint import META, MODEL, OPTIMIZER, Meta
-from s5.checkpoints.writer import Saver
+from s5.checkpoints.writer import CheckpointWriter
 from s5.training.context import SoloContext
 from tests.s5.toys import saved
 
@@ -36,15 +36,15 @@ def save_all(context: SoloContext, *metas: Meta) -> None:
     """Save checkpoints one after another."""
     assert context.checkpoints is not None
     for each in metas:
-        with Saver(context.checkpoints, context) as saver:
-            saver.save(*small(), each)
+        with CheckpointWriter(context.checkpoints, context) as writer:
+            writer.save(*small(), each)
 
 
 def resumed(folder: Path, context: SoloContext | None = None) -> int:
-    """Return the step that a new start would go on from, by its checkpoints."""
+    """Return the step that a new run would resume from."""
     context = context or SoloContext(folder)
     assert context.checkpoints is not None
-    with context.checkpoints.resumed(0, context.tell) as found:
+    with context.checkpoints.resume_folder(0, context.notify) as found:
         return 0 if found is None else checkpoint.read_meta(found).step
 
 
@@ -62,8 +62,8 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-class Gate(LocalStore):
-    """A store that writes nothing until it is opened."""
+class Gate(LocalBackend):
+    """A backend that writes nothing until it is opened."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

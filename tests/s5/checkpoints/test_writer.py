@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is cut short, cannot be written, or has to wait."""
+"""Saving while training continues: saves that are interrupted, fail, or have to wait."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import torch
 from safetensors.torch import load_file
 
 from s5.checkpoints import checkpoint
-from s5.checkpoints.backend import LocalStore
+from s5.checkpoints.backend import LocalBackend
 from s5.checkpoints.checkpoint import META, MODEL, OPTIMIZER, Meta
-from s5.checkpoints.retention import CUT
-from s5.checkpoints.writer import Saver
+from s5.checkpoints.history import INTERRUPTED
+from s5.checkpoints.writer import CheckpointWriter
 from s5.errors import SaveError
 from s5.training.context import SoloContext
 from tests.s5.checkpoints.samples import FILES, Gate, meta, resumed, save_all, small, steps
-from tests.s5.toys import STEPS, lsmcl_fit, saved, stopping
+from tests.s5.toys import STEPS, lsmcl_loop, saved, stopping
 
 ROOT = Path(__file__).parents[3]
 
 
-class Failing(LocalStore):
-    """A store whose next `left` files of that name cannot be written to their end."""
+class Failing(LocalBackend):
+    """A backend whose next `left` files of that name cannot be written completely."""
 
     def __init__(self, folder: Path, left: int, file: str = OPTIMIZER, code: int = errno.EIO) -> None:
         super().__init__(folder)
@@ -53,13 +53,13 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from s5.training.context import SoloContext
-from s5.checkpoints.writer import Saver
-from s5.checkpoints.backend import LocalStore
+from s5.checkpoints.writer import CheckpointWriter
+from s5.checkpoints.backend import LocalBackend
 from tests.s5.checkpoints.samples import meta, small
 
 folder, file, blocks_before = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
-class Slow(LocalStore):
+class Slow(LocalBackend):
     def put(self, name, wanted, blocks):
         def slowly():
             for number, block in enumerate(blocks):
@@ -76,10 +76,10 @@ class Context(SoloContext):
             time.sleep(600)
 
 context = Context(folder)
-context.checkpoints.store = Slow(folder)
-with Saver(context.checkpoints, context) as saver:
+context.checkpoints.backend = Slow(folder)
+with CheckpointWriter(context.checkpoints, context) as writer:
     for step in (1, 2):
-        saver.save(*small(), meta(step, score=step))
+        writer.save(*small(), meta(step, score=step))
 """
 
 
@@ -99,7 +99,7 @@ def test_a_process_killed_in_mid_save_or_just_after_it(tmp_path: Path, file: str
     context = SoloContext(tmp_path)
     assert steps(tmp_path) == [1, 2]
     assert resumed(tmp_path, context) == step
-    assert (CUT in context.told[0]) == (step == 1)
+    assert (INTERRUPTED in context.messages[0]) == (step == 1)
     save_all(context, meta(3))
     assert steps(tmp_path) == [step, 3]
     assert all({path.name for path in folder.iterdir()} == set(FILES) for folder in saved(tmp_path))
@@ -109,11 +109,11 @@ FULL = """
 import resource, sys, time
 from pathlib import Path
 from s5.training.context import SoloContext
-from s5.checkpoints.writer import Saver, SaveError
-from tests.s5.toys import STEPS, batches, lsmcl_fit
+from s5.checkpoints.writer import CheckpointWriter, SaveError
+from tests.s5.toys import STEPS, batches, lsmcl_loop
 
 context, last = SoloContext(Path(sys.argv[1])), sys.argv[2] == "last"
-Saver.retry_seconds = (0.0, 0.0)
+CheckpointWriter.retry_seconds = (0.0, 0.0)
 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 def wait_for(ready):
@@ -127,15 +127,15 @@ def source(start):
             wait_for(lambda: last or any("train/save_seconds" in row for _, row in context.rows))
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most))
         if item.step + 1 == 7 and not last:
-            wait_for(lambda: context.told)
+            wait_for(lambda: context.messages)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         yield item
 
 try:
-    lsmcl_fit(context, source, checkpoint_every=STEPS if last else 3).run()
+    lsmcl_loop(context, source, checkpoint_every=STEPS if last else 3).run()
 except SaveError as error:
     print(error)
-for line in context.told:
+for line in context.messages:
     print(line)
 print([row["train/save_failures"] for _, row in context.rows if "train/save_failures" in row])
 """
@@ -150,26 +150,28 @@ def full(folder: Path, when: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_where_a_file_finds_no_room_training_goes_on(tmp_path: Path) -> None:
-    told, failures = full(tmp_path, "meanwhile")
-    assert told.startswith(
+def test_training_continues_where_the_disk_is_full(tmp_path: Path) -> None:
+    message, failures = full(tmp_path, "meanwhile")
+    assert message.startswith(
         f"WARNING: step 6 could not be written to {str(tmp_path)!r} (File too large), the checkpoint"
     )
-    assert re.search(r"of step 3 is kept: free \d+ MB there, or lower loop.keep_checkpoints; training goes on", told)
+    assert re.search(
+        r"of step 3 remains: free \d+ MB there, or lower loop.keep_checkpoints; training continues", message
+    )
     assert failures == "[0.0, 1.0, 1.0]"
     assert steps(tmp_path) == [3, STEPS]
     assert resumed(tmp_path) == STEPS
 
 
-def test_where_the_last_checkpoint_finds_no_room_the_run_fails_and_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_where_the_disk_is_full_for_the_last_checkpoint_the_run_fails_and_can_be_resumed(tmp_path: Path) -> None:
     context = SoloContext(tmp_path)
-    lsmcl_fit(context, stopping(context, 3)).run()
-    error, going_on, told, failures = full(tmp_path, "last")
-    assert going_on == "going on from the checkpoint of step 3"
+    lsmcl_loop(context, stopping(context, 3)).run()
+    error, resuming, message, failures = full(tmp_path, "last")
+    assert resuming == "resuming from the checkpoint of step 3"
     assert error.startswith(f"the last checkpoint is not saved: step {STEPS} could not be written to {str(tmp_path)!r}")
-    assert "the checkpoint of step 3 is kept: free" in error
+    assert "the checkpoint of step 3 remains: free" in error
     assert error.endswith("then run the same command again")
-    assert told.startswith("WARNING")
+    assert message.startswith("WARNING")
     assert failures == "[1.0]"
     assert resumed(tmp_path) == 3
 
@@ -177,90 +179,90 @@ def test_where_the_last_checkpoint_finds_no_room_the_run_fails_and_can_be_gone_o
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_store_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Saver, "retry_seconds", (0.0, 0.0))
+def test_a_save_that_fails_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckpointWriter, "retry_seconds", (0.0, 0.0))
     context = SoloContext(tmp_path)
     assert context.checkpoints is not None
-    context.checkpoints.store = Failing(tmp_path, left=2)
+    context.checkpoints.backend = Failing(tmp_path, left=2)
     save_all(context, meta(1))
-    assert (context.told, resumed(tmp_path)) == ([], 1)
-    context.checkpoints.store = Failing(tmp_path, left=3, file=META)
+    assert (context.messages, resumed(tmp_path)) == ([], 1)
+    context.checkpoints.backend = Failing(tmp_path, left=3, file=META)
     with pytest.raises(
-        SaveError, match=r"step 2 could not be written to .* \(no luck\), .* see that the storage can be"
+        SaveError, match=r"step 2 could not be written to .* \(no luck\), .* check that the storage can be"
     ):
         save_all(context, meta(2))
-    assert len(context.told) == 1
+    assert len(context.messages) == 1
     assert steps(tmp_path) == [1]
     assert [row["train/save_failures"] for _, row in context.rows] == [0, 1]
-    # An error of the training itself is what is told, not what came of the save after it.
-    context.checkpoints.store = Failing(tmp_path, left=9)
+    # An error of the training itself is raised, not that of the save after it.
+    context.checkpoints.backend = Failing(tmp_path, left=9)
 
     def fail() -> None:
         assert context.checkpoints is not None
-        with Saver(context.checkpoints, context) as saver:
-            saver.save(*small(), meta(3))
+        with CheckpointWriter(context.checkpoints, context) as writer:
+            writer.save(*small(), meta(3))
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
 
 
-def test_what_is_no_failure_of_the_store_ends_the_run(tmp_path: Path) -> None:
+def test_an_error_other_than_of_the_backend_ends_the_run(tmp_path: Path) -> None:
     context = SoloContext(tmp_path)
     assert context.checkpoints is not None
-    saver = Saver(context.checkpoints, context)
+    writer = CheckpointWriter(context.checkpoints, context)
     task, optimizer = small()
-    with pytest.raises(TypeError), saver:
-        saver.save(task, optimizer, Meta(kind="class", step=1, model={"not JSON": object()}))
+    with pytest.raises(TypeError), writer:
+        writer.save(task, optimizer, Meta(kind="class", step=1, model={"not JSON": object()}))
     assert steps(tmp_path) == [1]
     assert resumed(tmp_path) == 0
 
 
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path) -> None:
-    LocalStore(tmp_path).check_room(1)
+def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    LocalBackend(tmp_path).check_free_space(1)
     with pytest.raises(OSError, match=r"No space left on device: .* MB are free, .* MB needed") as raised:
-        LocalStore(tmp_path).check_room(1 << 60)
+        LocalBackend(tmp_path).check_free_space(1 << 60)
     assert raised.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize(("evaluated", "expected"), [(False, [1, 3]), (True, [1, 2, 3])])
-def test_the_newest_waits_instead_of_an_older_one_that_was_not_evaluated(
+def test_the_newest_replaces_a_pending_one_that_was_not_evaluated(
     tmp_path: Path, evaluated: bool, expected: list[int]
 ) -> None:
-    context = SoloContext(tmp_path, keep=9)
+    context = SoloContext(tmp_path, retain=9)
     assert context.checkpoints is not None
-    gate = context.checkpoints.store = Gate(tmp_path)
-    with Saver(context.checkpoints, context) as saver:
-        saver.save(*small(), meta(1))
+    gate = context.checkpoints.backend = Gate(tmp_path)
+    with CheckpointWriter(context.checkpoints, context) as writer:
+        writer.save(*small(), meta(1))
         assert gate.reached.wait(60)
-        saver.save(*small(), meta(2, score=1.0) if evaluated else meta(2))
+        writer.save(*small(), meta(2, score=1.0) if evaluated else meta(2))
         if evaluated:
-            # The third one waits for room, which there is once the first is written.
+            # The third one waits until the first is written.
             threading.Timer(0.2, gate.open.set).start()
         task, optimizer = small()
-        saver.save(task, optimizer, meta(3))
+        writer.save(task, optimizer, meta(3))
         assert gate.open.is_set() == evaluated
         gate.open.set()
     assert steps(tmp_path) == expected
-    assert saver.replaced == len(context.told) == (0 if evaluated else 1)
+    assert writer.replaced == len(context.messages) == (0 if evaluated else 1)
     assert all(checkpoint.verify(folder) for folder in saved(tmp_path))
     weights = load_file(saved(tmp_path)[-1] / MODEL)
     assert torch.equal(weights["weight"], task.state_dict()["weight"])
 
 
 def test_a_newer_checkpoint_ends_the_attempts_at_an_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Saver, "retry_seconds", (600.0,))
+    monkeypatch.setattr(CheckpointWriter, "retry_seconds", (600.0,))
     context = SoloContext(tmp_path)
     assert context.checkpoints is not None
-    store = context.checkpoints.store = Failing(tmp_path, left=1)
-    with Saver(context.checkpoints, context) as saver:
-        saver.save(*small(), meta(1))
-        assert store.failed.wait(60)
-        saver.save(*small(), meta(2))
+    backend = context.checkpoints.backend = Failing(tmp_path, left=1)
+    with CheckpointWriter(context.checkpoints, context) as writer:
+        writer.save(*small(), meta(1))
+        assert backend.failed.wait(60)
+        writer.save(*small(), meta(2))
     assert steps(tmp_path) == [2]
 
 
-def test_numbers_and_metrics_come_back(tmp_path: Path) -> None:
+def test_extra_state_and_metrics_are_restored(tmp_path: Path) -> None:
     extra = {"scale": 65536.0, "_growth_tracker": 3}
     given = Meta(kind="class", step=7, model={"a": [1, 2]}, metrics={"x": 0.1}, evaluated={"s": 0.3}, extra=extra)
     save_all(SoloContext(tmp_path), given)
@@ -271,7 +273,7 @@ def test_numbers_and_metrics_come_back(tmp_path: Path) -> None:
 
 def test_what_a_save_took_is_logged(tmp_path: Path) -> None:
     context = SoloContext(tmp_path)
-    result = lsmcl_fit(context).run()
+    result = lsmcl_loop(context).run()
     rows = [(step, row) for step, row in context.rows if "train/save_seconds" in row]
     assert [step for step, _ in rows] == [STEPS // 2, STEPS]
     for _, row in rows:

@@ -21,7 +21,7 @@ from s5.models.video_model import VideoModel
 from s5.tasks.lsmcl import LSMCL, info_nce
 from s5.tasks.supervised import Supervised
 from s5.training.optim import build_optimizer
-from s5.training.step import Stepper, backward_in_parts, prepare
+from s5.training.step import Stepper, backward_in_parts, set_recompute_and_compile
 from tests.s5.toys import MODEL, TASK, batch
 
 CPU = torch.device("cpu")
@@ -72,8 +72,8 @@ def trained(make: Make, *, optim: OptimConfig | None = None, **loop: object) -> 
     task = make()
     config = replace(LoopConfig(), **loop)  # type: ignore[arg-type]
     optimizer = build_optimizer(task, optim or OptimConfig(lr=1e-3))
-    prepare(task, config)
-    stepper = Stepper(task, task, optimizer, 1.0, config, CPU)
+    set_recompute_and_compile(task, config)
+    stepper = Stepper(task, optimizer, 1.0, config, CPU)
     losses = []
     for step in range(STEPS):
         scalars, taken = stepper(batch(step, SIZE))
@@ -113,7 +113,7 @@ def test_parts_work_where_no_weight_is_trained_in_front_of_the_heads() -> None:
         torch.manual_seed(0)
         task = LSMCL(frozen, TASK).train()
         optimizer = build_optimizer(task, OptimConfig(lr=1e-3))
-        Stepper(task, task, optimizer, 1.0, LoopConfig(micro_batch=rows), CPU)(batch(0, SIZE))
+        Stepper(task, optimizer, 1.0, LoopConfig(micro_batch=rows), CPU)(batch(0, SIZE))
         found.append(task.state_dict())
     torch.testing.assert_close(found[0], found[1])
 
@@ -122,7 +122,7 @@ def test_parts_work_where_no_weight_is_trained_in_front_of_the_heads() -> None:
 def test_a_share_that_fits_is_computed_at_once(rows: int, passes: int) -> None:
     task, seen = classifier(), []
     task.model.backbone.register_forward_hook(lambda *_: seen.append(1))
-    Stepper(task, task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(micro_batch=rows), CPU)(batch(0, SIZE))
+    Stepper(task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(micro_batch=rows), CPU)(batch(0, SIZE))
     assert len(seen) == passes
 
 
@@ -137,7 +137,7 @@ class Infinite(Supervised):
 def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is() -> None:
     task = Infinite(VideoModel(MODEL, 2), "class").train()
     assert all(g.isfinite().all() for g in torch.autograd.grad(task(batch(0))["loss"], task.model.head.parameters()))
-    _, taken = Stepper(task, task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(), CPU)(batch(0))
+    _, taken = Stepper(task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(), CPU)(batch(0))
     assert not taken
 
 
@@ -168,7 +168,7 @@ def test_recomputing_changes_no_value_and_holds_less(make: Make) -> None:
     for recompute in (False, True):
         torch.manual_seed(0)
         task = LSMCL(deep, TASK) if make is lsmcl else Supervised(VideoModel(deep, 2), "class")
-        prepare(task.train(), LoopConfig(recompute=recompute))
+        set_recompute_and_compile(task.train(), LoopConfig(recompute=recompute))
         saved = SavedBytes()
         with saved.hooks():
             task(batch(0, SIZE))["loss"].backward()
@@ -183,7 +183,7 @@ def half_step(make: Make, precision: str, micro_batch: int = 0) -> tuple[float, 
     task = make()
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1.0)
     config = LoopConfig(precision=precision, micro_batch=micro_batch)  # type: ignore[arg-type]
-    stepper = Stepper(task, task, optimizer, 0.0, config, CPU)
+    stepper = Stepper(task, optimizer, 0.0, config, CPU)
     # The usual one overflows at this size.
     stepper.scaler = GradScaler("cpu", init_scale=2.0**6, enabled=precision == "fp16")
     before = [p.detach().clone() for p in stepper.trained]
@@ -199,7 +199,7 @@ def test_decoders_recompute_their_blocks_too() -> None:
     for recompute in (False, True):
         torch.manual_seed(0)
         decoder = build_decoder(DecoderConfig(name="lst", blocks=2), 32).train()
-        prepare(decoder, LoopConfig(recompute=recompute))
+        set_recompute_and_compile(decoder, LoopConfig(recompute=recompute))
         saved = SavedBytes()
         with saved.hooks():
             features = decoder(torch.randn(2, 40, 32), torch.arange(2)).features_BD
@@ -225,7 +225,7 @@ def test_half_precision_stays_close_and_keeps_weights_in_fp32(
 
 def test_fp16_lowers_its_scale_instead_of_taking_a_step_that_overflows() -> None:
     task = lsmcl()
-    stepper = Stepper(task, task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(precision="fp16"), CPU)
+    stepper = Stepper(task, build_optimizer(task, OptimConfig()), 1.0, LoopConfig(precision="fp16"), CPU)
     stepper.scaler = GradScaler("cpu", init_scale=2.0**40)
     before = {name: value.clone() for name, value in task.named_parameters()}
     _, taken = stepper(batch(0, SIZE))
@@ -248,7 +248,7 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
     task = lsmcl()
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1.0)
     before = {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
-    scalars, _ = Stepper(task, task, optimizer, 0.25, LoopConfig(), CPU)(batch(0, SIZE))
+    scalars, _ = Stepper(task, optimizer, 0.25, LoopConfig(), CPU)(batch(0, SIZE))
     moved = [(p.detach() - before[name]).square().sum() for name, p in task.named_parameters() if name in before]
     assert scalars["gradient_norm"] > 0.25
     assert math.sqrt(sum(map(float, moved))) == pytest.approx(0.25, rel=1e-3)

@@ -12,8 +12,8 @@ from s5.models.video_model import VideoModel
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.context import SoloContext
-from s5.training.throughput import Trace, Window, model_flops, peak_flops
-from tests.s5.toys import MODEL, TASK, batch, lsmcl_fit
+from s5.training.throughput import ThroughputWindow, Trace, model_flops, peak_flops
+from tests.s5.toys import MODEL, TASK, batch, lsmcl_loop
 
 
 class Product(nn.Module):
@@ -45,7 +45,7 @@ def test_counting_flops_changes_nothing_and_masking_saves_them(task: nn.Module) 
 
 
 def test_rows_have_the_percentiles_of_the_steps_and_the_utilisation_where_the_peak_is_known() -> None:
-    known, unknown = Window(4, flops=1e9, peak=1e15), Window(4, flops=1e9)
+    known, unknown = ThroughputWindow(4, flops=1e9, peak=1e15), ThroughputWindow(4, flops=1e9)
     for window in (known, unknown):
         for number in range(1, 22):
             window.add({"loss": torch.ones(())}, batch(0), waited=0.0, seconds=float(number), taken=True)
@@ -67,7 +67,7 @@ def test_the_peak_of_a_cpu_is_unknown_and_of_gpus_known_by_their_name(monkeypatc
 
 
 def test_a_trace_of_some_steps_is_kept(tmp_path: Path) -> None:
-    lsmcl_fit(SoloContext(tmp_path), profile_steps=2).run()
+    lsmcl_loop(SoloContext(tmp_path), profile_steps=2).run()
     trace = json.loads((tmp_path / "profile" / "steps_4_to_5.json").read_text())
     assert any("convolve" in event.get("name", "") for event in trace["traceEvents"])
 

@@ -1,4 +1,4 @@
-"""Where the weights that training starts from come from: checkpoints on any storage, and the backbone's own."""
+"""The weights that a stage starts from: those of a checkpoint on any storage, or the backbone's own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from s5.models.backbone import Backbone
 
 @contextmanager
 def local_checkpoint(path: str) -> Iterator[Path]:
-    """Give a checkpoint as a local folder: itself, or a copy that is deleted afterwards.
+    """Yield a checkpoint as a local folder: itself, or a copy that is deleted afterwards.
 
     Args:
-        path: a checkpoint's folder, or the --out of a stage that made one (its best is taken).
+        path: a checkpoint's folder, or the --out of a stage that saved one (its best is taken).
 
     Raises:
         UserError: there is none.
@@ -37,7 +37,7 @@ def local_checkpoint(path: str) -> Iterator[Path]:
     if storage.exists(result):
         found = storage.read_json(result).get("checkpoint")
         if not found:
-            raise UserError(f"checkpoint is {path!r}: that stage made none; give the --out of pretrain or finetune")
+            raise UserError(f"checkpoint is {path!r}: that stage saved none; give the --out of pretrain or finetune")
         path = found
     elif not storage.exists(storage.join(path, "meta.json")):
         raise UserError(f"checkpoint is {path!r}: neither a checkpoint nor the --out of a finished stage")
@@ -53,12 +53,12 @@ def local_checkpoint(path: str) -> Iterator[Path]:
 
 
 def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
-    """Return the weights that the backbone is to start from, or None for random ones.
+    """Return the weights that the backbone starts from, or None for random ones.
 
-    They are read here, once and before any work: a training worker may have neither the file nor a way to the hub.
+    They are read once, before any work: a training worker may have neither the file nor access to the hub.
 
     Raises:
-        UserError: the file is missing or of another model, or timm cannot get its own weights.
+        UserError: the file is missing or of another model, or timm cannot load its own weights.
     """
     if not config.weights:
         return None
@@ -69,12 +69,12 @@ def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"backbone.weights is {config.weights!r}: timm cannot get them ({reason}); give a file, or go online once"
+            f"backbone.weights is {config.weights!r}: timm cannot load them ({reason}); give a file, or go online once"
         ) from None
 
 
 def of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of an encoder's weights that is its backbone's."""
+    """Return the weights of an encoder's backbone from those of the encoder."""
     prefix = "backbone.vit."
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
@@ -101,7 +101,7 @@ def trained_backbone(config: BackboneConfig, path: str) -> Backbone:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Return what identifies weights by their names, shapes and values."""
+    """Return a digest of weights, of their names, shapes and values."""
     sink = hashlib.blake2b(digest_size=12)
     for name, value in sorted(weights.items()):
         sink.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

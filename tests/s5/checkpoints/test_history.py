@@ -1,7 +1,8 @@
-"""Which checkpoint is gone on from, what of it is found to be damaged, and which are kept."""
+"""Which checkpoint a run resumes from, which damage is found, and which checkpoints are retained."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,19 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
+from torch import nn
 
 from s5.checkpoints import checkpoint
-from s5.checkpoints.backend import LocalStore
+from s5.checkpoints.backend import LocalBackend
 from s5.checkpoints.checkpoint import FORMAT, META, MODEL, OPTIMIZER
-from s5.checkpoints.host_buffer import Image
-from s5.checkpoints.retention import CUT, Checkpoints, name_of
-from s5.checkpoints.writer import Saver
+from s5.checkpoints.history import INTERRUPTED, CheckpointHistory, checkpoint_name
+from s5.checkpoints.host_buffer import FileBuffer
+from s5.checkpoints.writer import CheckpointWriter
 from s5.errors import CheckpointError, DamagedError
 from s5.training.context import SoloContext
-from s5.training.loop import Fit
+from s5.training.loop import TrainingLoop
 from tests.s5.checkpoints.samples import FILES, Gate, cut, flip, meta, resumed, save_all, small, steps
-from tests.s5.toys import STEPS, finetune_fit, lsmcl_fit, saved
+from tests.s5.toys import STEPS, finetune_loop, lsmcl_loop, saved, stopping
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,37 +33,37 @@ ROOT = Path(__file__).parents[3]
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_is_what_safetensors_reads_and_is_used_again() -> None:
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
+def test_a_file_buffer_is_what_safetensors_reads_and_is_reused() -> None:
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.uint8)
     tensors = {str(dtype): torch.arange(35).view(5, 7).to(dtype) for dtype in dtypes}
     tensors |= {"bool": torch.tensor([True, False, True]), "scalar": torch.tensor(3.0), "none": torch.zeros(0, 3)}
     tensors["turned"] = torch.arange(12.0).view(3, 4).t()
-    image = Image()
+    buffer = FileBuffer()
     places = set()
     for shift in (0, 1):
         tensors = {name: value if value.dtype == torch.bool else value + shift for name, value in tensors.items()}
-        image.take(tensors)
-        places.add(image._buffer.data_ptr())
-        content = b"".join(image.blocks())
+        buffer.copy_from(tensors)
+        places.add(buffer._buffer.data_ptr())
+        content = b"".join(buffer.blocks())
         found = load(content)
-        assert image.size == len(content)
+        assert buffer.size == len(content)
         assert found.keys() == tensors.keys()
         assert all(
             found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in tensors.items()
         )
     assert len(places) == 1
-    image.take({})
-    assert load(b"".join(image.blocks())) == {}
-    with pytest.raises(ValueError, match=r"odd is of type torch.complex64: a checkpoint holds"):
-        image.take({"odd": torch.zeros(1, dtype=torch.complex64)})
+    buffer.copy_from({})
+    assert load(b"".join(buffer.blocks())) == {}
+    with pytest.raises(ValueError, match=r"^odd cannot be saved in a checkpoint: .*complex128"):
+        buffer.copy_from({"odd": torch.zeros(1, dtype=torch.complex128)})
 
 
 def test_training_after_a_save_does_not_change_it(tmp_path: Path) -> None:
     task, optimizer = small()
     before = {name: value.clone() for name, value in task.state_dict().items()}
     gate = Gate(tmp_path)
-    with Saver(Checkpoints(gate), SoloContext()) as saver:
-        saver.save(task, optimizer, meta(1))
+    with CheckpointWriter(CheckpointHistory(gate), SoloContext()) as writer:
+        writer.save(task, optimizer, meta(1))
         for parameter in task.parameters():
             parameter.data.zero_()
         gate.open.set()
@@ -95,13 +97,13 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, name: str) -> None:
     assert checkpoint.verify(folder) == sound
 
 
-def test_a_layout_of_another_version_is_told_and_not_passed_over(tmp_path: Path) -> None:
+def test_a_format_of_another_version_is_an_error_and_not_skipped(tmp_path: Path) -> None:
     save_all(SoloContext(tmp_path), meta(1), meta(2))
     path = saved(tmp_path)[-1] / META
     values = json.loads(path.read_text())
     del values["digest"]
     path.write_text(json.dumps(values | {"format": FORMAT - 1, "commit": "abc"}))
-    with pytest.raises(CheckpointError, match=rf"has layout 1, and this version reads {FORMAT}: use .*commit abc"):
+    with pytest.raises(CheckpointError, match=rf"has format 1, and this version reads {FORMAT}: use .*commit abc"):
         resumed(tmp_path)
     other = tmp_path / "former"
     (other / "checkpoint_2026-11-01").mkdir(parents=True)
@@ -109,7 +111,7 @@ def test_a_layout_of_another_version_is_told_and_not_passed_over(tmp_path: Path)
         resumed(other)
 
 
-# --- going on -------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------------------------
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -117,23 +119,23 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (lambda folder: cut(folder / OPTIMIZER), "optimizer.safetensors is not what was saved"),
     "empty": (lambda folder: (folder / MODEL).write_bytes(b""), "model.safetensors is not what was saved"),
     "missing": (lambda folder: (folder / OPTIMIZER).unlink(), "optimizer.safetensors is missing"),
-    "uncommitted": (lambda folder: (folder / META).unlink(), "its save was cut short"),
+    "uncommitted": (lambda folder: (folder / META).unlink(), "its save was interrupted"),
     "meta": (lambda folder: cut(folder / META), "meta.json"),
-    "gone": (lambda folder: [file.unlink() for file in folder.iterdir()] and None, "its save was cut short"),
+    "gone": (lambda folder: [file.unlink() for file in folder.iterdir()] and None, "its save was interrupted"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_is_passed_over_and_told(tmp_path: Path, damage: str) -> None:
-    save_all(SoloContext(tmp_path, keep=3), meta(1), meta(2), meta(3))
+def test_a_damaged_checkpoint_is_skipped_with_its_reason(tmp_path: Path, damage: str) -> None:
+    save_all(SoloContext(tmp_path, retain=3), meta(1), meta(2), meta(3))
     spoil, reason = DAMAGES[damage]
     spoil(saved(tmp_path)[-1])
     context = SoloContext(tmp_path)
     assert resumed(tmp_path, context) == 2
-    assert len(context.told) == 1
-    assert f"checkpoint step_00000003 is passed over: {reason}" in context.told[0]
-    assert context.told[0].endswith("; going on from the checkpoint of step 2")
-    # The next save clears up.
+    assert len(context.messages) == 1
+    assert f"checkpoint step_00000003 is skipped: {reason}" in context.messages[0]
+    assert context.messages[0].endswith("; resuming from the checkpoint of step 2")
+    # The next save deletes it.
     save_all(context, meta(4))
     assert steps(tmp_path) == [2, 4]
 
@@ -149,7 +151,7 @@ def test_where_none_is_sound_nothing_starts_from_zero(tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2]
 
 
-def test_only_a_first_save_that_was_cut_starts_from_zero(tmp_path: Path) -> None:
+def test_only_an_interrupted_first_save_starts_from_zero(tmp_path: Path) -> None:
     save_all(SoloContext(tmp_path), meta(1), meta(2))
     first, second = saved(tmp_path)
     (first / META).unlink()
@@ -161,12 +163,14 @@ def test_only_a_first_save_that_was_cut_starts_from_zero(tmp_path: Path) -> None
     second.rmdir()
     context = SoloContext(tmp_path)
     assert resumed(tmp_path, context) == 0
-    assert context.told == [f"checkpoint step_00000001 is passed over: {CUT}; starting from step 0"]
+    assert context.messages == [f"checkpoint step_00000001 is skipped: {INTERRUPTED}; starting from step 0"]
 
 
 @pytest.mark.usefixtures("saves_in_turn")
-@pytest.mark.parametrize("make", [lsmcl_fit, finetune_fit])
-def test_a_run_that_goes_on_from_the_one_before_ends_the_same(tmp_path: Path, make: Callable[..., Fit]) -> None:
+@pytest.mark.parametrize("make", [lsmcl_loop, finetune_loop])
+def test_a_run_that_resumes_from_the_checkpoint_before_ends_the_same(
+    tmp_path: Path, make: Callable[..., TrainingLoop]
+) -> None:
     straight = make(SoloContext())
     straight.run()
     make(SoloContext(tmp_path), checkpoint_every=2).run()
@@ -180,6 +184,39 @@ def test_a_run_that_goes_on_from_the_one_before_ends_the_same(tmp_path: Path, ma
     assert checkpoint.verify(saved(tmp_path)[-1]).step == STEPS
 
 
+def write_format_2(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, values: dict[str, object]) -> None:
+    """Write a checkpoint as its format is documented, with safetensors' own writer and none of the code under test."""
+    folder.mkdir(parents=True)
+    state = optimizer.state_dict()["state"]
+    save_file(dict(task.state_dict()), folder / "model.safetensors")
+    moments = {f"{index}.{name}": value for index, each in state.items() for name, value in each.items()}
+    save_file(moments, folder / "optimizer.safetensors")
+    names = ("model.safetensors", "optimizer.safetensors")
+    values = values | {name: {} for name in ("settings", "evaluated")} | {"commit": "unknown", "format": 2}
+    values["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(values | {"digest": digest}))
+
+
+@pytest.mark.usefixtures("saves_in_turn")
+@pytest.mark.parametrize("make", [lsmcl_loop, finetune_loop])
+def test_a_checkpoint_of_the_documented_format_is_resumed(tmp_path: Path, make: Callable[..., TrainingLoop]) -> None:
+    """Such as one that an earlier version wrote."""
+    straight = make(SoloContext())
+    straight.run()
+    context = SoloContext()
+    half = make(context, stopping(context, 5))
+    half.run()
+    meta = half.inputs.meta(5, half.state.metrics)
+    values = {"kind": meta.kind, "step": 5, "model": meta.model, "classes": meta.classes, "metrics": meta.metrics}
+    write_format_2(tmp_path / "step_00000005", half.task, half.optimizer, values | {"extra": {}})
+    again = make(SoloContext(tmp_path))
+    assert again.run().started_at == 5
+    torch.testing.assert_close(again.task.state_dict(), straight.task.state_dict(), rtol=0, atol=0)
+    for name in ("step_00000005", f"step_{STEPS:08d}"):
+        assert checkpoint.load_model(tmp_path / name)[1].kind == meta.kind
+
+
 def _resume_together(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/processes", 2)
@@ -187,10 +224,10 @@ def _resume_together(rank: int, folder: str) -> None:
     found: list[object] = []
     for name in ("shared", "apart"):
         place = f"{folder}/{name}" if name == "shared" else f"{folder}/{name}{rank}"
-        told: list[str] = []
+        messages: list[str] = []
         try:
-            with Checkpoints(LocalStore(Path(place))).resumed(rank, told.append) as path:
-                found.append([str(path), len(told)])
+            with CheckpointHistory(LocalBackend(Path(place))).resume_folder(rank, messages.append) as path:
+                found.append([str(path), len(messages)])
         except CheckpointError as error:
             found.append(str(error))
     Path(folder, f"found{rank}.json").write_text(json.dumps(found))
@@ -198,7 +235,7 @@ def _resume_together(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_workers_go_on_from_the_same_checkpoint(tmp_path: Path) -> None:
+def test_workers_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     save_all(SoloContext(shared), meta(1), meta(2))
     flip(saved(shared)[-1] / MODEL, -1)
@@ -208,37 +245,37 @@ def test_workers_go_on_from_the_same_checkpoint(tmp_path: Path) -> None:
         save_all(SoloContext(tmp_path / f"apart{rank}"), meta(1))
     mp.start_processes(_resume_together, (str(tmp_path),), nprocs=2, start_method="spawn")
     first, second = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in (0, 1))
-    assert first[0] == [str(shared / name_of(1)), 1]
-    assert second[0] == [str(shared / name_of(1)), 0]
-    assert first[1] == [str(tmp_path / "apart0" / name_of(1)), 1]
+    assert first[0] == [str(shared / checkpoint_name(1)), 1]
+    assert second[0] == [str(shared / checkpoint_name(1)), 0]
+    assert first[1] == [str(tmp_path / "apart0" / checkpoint_name(1)), 1]
     assert "worker 1 on " in second[1]
-    assert "(it is another one): --out has to be a folder that all machines share" in second[1]
+    assert "(its content differs): --out has to be a folder that all machines share" in second[1]
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- retention -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("best", "kept"), [(None, [5, 6]), (("score", "max"), [2, 5, 6]), (("score", "min"), [3, 5, 6])]
+    ("best", "retained"), [(None, [5, 6]), (("score", "max"), [2, 5, 6]), (("score", "min"), [3, 5, 6])]
 )
-def test_the_last_and_the_best_are_kept(tmp_path: Path, best: tuple[str, str] | None, kept: list[int]) -> None:
-    context = SoloContext(tmp_path, keep=2, best=best)
+def test_the_last_and_the_best_are_retained(tmp_path: Path, best: tuple[str, str] | None, retained: list[int]) -> None:
+    context = SoloContext(tmp_path, retain=2, best=best)
     (tmp_path / "other").mkdir()
     scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.9, 5: float("nan")}
     save_all(context, *(meta(step, score=score) for step, score in scores.items()), meta(6))
-    assert steps(tmp_path) == kept
+    assert steps(tmp_path) == retained
     assert (tmp_path / "other").is_dir()
     assert context.checkpoints is not None
     metas = context.checkpoints.metas()
-    assert list(metas) == [name_of(step) for step in kept]
+    assert list(metas) == [checkpoint_name(step) for step in retained]
     if best is not None:
-        assert context.checkpoints.best_of(metas) == (name_of(kept[0]), scores[kept[0]])
+        assert context.checkpoints.best_of(metas) == (checkpoint_name(retained[0]), scores[retained[0]])
 
 
-def test_what_is_damaged_does_not_count_among_what_is_kept(tmp_path: Path) -> None:
-    context = SoloContext(tmp_path, keep=2)
+def test_a_damaged_checkpoint_does_not_count_as_retained(tmp_path: Path) -> None:
+    context = SoloContext(tmp_path, retain=2)
     save_all(context, meta(1), meta(2), meta(3))
     assert steps(tmp_path) == [2, 3]
     cut(saved(tmp_path)[-1] / META)
-    save_all(SoloContext(tmp_path, keep=2), meta(4))
+    save_all(SoloContext(tmp_path, retain=2), meta(4))
     assert steps(tmp_path) == [2, 4]
