@@ -54,7 +54,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
         ensure_ray()
         plans, concurrent = fit_cluster(config, plans)
         by_name = {each.name: each for each in plans}
-        stage.progress(f"{len(plans)} trials of {config.stages}, {concurrent} at once; metric {metric(config)}")
+        stage.info(f"{len(plans)} trials of {config.stages}, {concurrent} at once; metric {metric(config)}")
         try:
             grid = tune_all(stage, config, by_name, concurrent)
         finally:
@@ -276,7 +276,7 @@ def conclude(stage: Stage, config: SweepConfig, plans: dict[str, Plan], grid: tu
     stage.metrics[name] = best[name]
     stage.details |= {"trials": rows, "best": best["trial"]}
     stage.details["checkpoint"] = storage.read_json(_result_of(plans[best["trial"]]))["checkpoint"]
-    stage.progress(f"best: {best['trial']} with {name} {best[name]:.3f}")
+    stage.info(f"best: {best['trial']} with {name} {best[name]:.3f}")
 
 
 def _result_of(mine: Plan) -> str:
