@@ -32,7 +32,7 @@ from pyarrow import fs
 
 from pipelines import storage
 from pipelines.errors import UserError
-from pipelines.running.stage import SHARDS
+from pipelines.running.run_folder import SHARDS
 from s5.config import BackboneConfig
 from s5.errors import VideoError
 from s5.video.clip_times import TOLERANCE_S

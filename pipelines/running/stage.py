@@ -1,4 +1,4 @@
-"""What all stages share: the checks of --out, run.json, the tracked run, progress lines and result.json."""
+"""What all stages share: the tracked run around a stage's body, its lines, its rejects and result.json."""
 
 from __future__ import annotations
 
@@ -15,31 +15,23 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipelines import storage, tracking
-from pipelines.config import INPUTS, StageConfig, flatten, leaves_of, to_json
+from pipelines.config import StageConfig, flatten, to_json
 from pipelines.errors import StoppedError, UserError
+from pipelines.running import progress
+from pipelines.running.run_folder import REJECTS, RESULT, RunFolder
 from pipelines.storage import provenance
 from s5.errors import Failure
 
 Result = TypeVar("Result")
 
-RESULT = "result.json"
-RUN = "run.json"
-REJECTS = "rejects.parquet"
-# Folders below --out that a resumed run goes on from: checkpoints; a sweep's trials; the videos that were transcoded;
-# cached features.
-CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
 REJECTS_SCHEMA = pa.schema([("video_id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
 SHOWN_REJECTS = 5
-# These say where and how fast a stage runs, not what it computes: they may change when it resumes.
-FREE_SETTINGS = (
-    *("scale.", "tracking.", "data."),
-    *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
-    *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
-)
+FIRST_REASONS = 3
+"""Reasons that the error names where no video can be read."""
 
 
 def in_thread(work: Callable[[], Result]) -> Future[Result]:
-    """Run work in a thread that does not hold up the end of the process; the future has its result or its error."""
+    """Run work in a thread that does not delay the end of the process; the future has its result or its error."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -54,10 +46,10 @@ def in_thread(work: Callable[[], Result]) -> Future[Result]:
 
 @dataclass
 class Stage:
-    """A running stage: what it has found so far, and where that is told."""
+    """A running stage: its folder, its tracked run, and what it has found so far."""
 
     name: str
-    out: str
+    folder: RunFolder
     tracker: tracking.Tracker
     metrics: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -65,34 +57,55 @@ class Stage:
     rejects: dict[Failure, None] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
-    def progress(self, message: str) -> None:
-        """Print a line of progress."""
-        progress(self.name, message)
-
-    def reject(self, failures: list[Failure]) -> None:
-        """List videos that could not be read in rejects.parquet, and tell of the first ones."""
-        new = [failure for failure in dict.fromkeys(failures) if failure not in self.rejects]
-        for failure in new[: max(0, SHOWN_REJECTS - len(self.rejects))]:
-            self.progress(f"cannot read {failure.video_id!r}: {failure.reason}")
-        self.rejects |= dict.fromkeys(new)
-        if new or not storage.exists(self.path(REJECTS)):
-            rows = [asdict(failure) for failure in self.rejects]
-            storage.write_table(self.path(REJECTS), pa.Table.from_pylist(rows, REJECTS_SCHEMA))
-
-    def recall_rejects(self) -> None:
-        """Take up the list that an earlier part of a resumed run has left."""
-        if storage.exists(self.path(REJECTS)):
-            rows = storage.read_table(self.path(REJECTS)).to_pylist()
-            self.rejects |= dict.fromkeys(Failure(**row) for row in rows)
+    @property
+    def out(self) -> str:
+        """The folder's path or URI."""
+        return self.folder.root
 
     def path(self, *parts: str) -> str:
         """Return a name below --out."""
-        return storage.join(self.out, *parts)
+        return self.folder.path(*parts)
 
+    def info(self, message: str) -> None:
+        """Print a line."""
+        progress.info(self.name, message)
 
-def progress(name: str, message: str) -> None:
-    """Print a line of progress of a stage."""
-    print(f"[{name}] {message}", flush=True)
+    def progress_bar(self, label: str, total: int, unit: str) -> progress.ProgressBar:
+        """Return a bar for a phase of the stage: so many items (`unit`, in the plural), `label` says what is done."""
+        return progress.ProgressBar(self.name, label, total, unit)
+
+    def publish(self, name: str, content: bytes) -> str:
+        """Write a file below --out, add it to the tracked run and return its path."""
+        path = self.folder.write(name, content)
+        self.tracker.artifact(path)
+        return path
+
+    def reject(self, failures: list[Failure]) -> None:
+        """Add videos that could not be read to rejects.parquet, and print the first ones."""
+        new = [failure for failure in dict.fromkeys(failures) if failure not in self.rejects]
+        for failure in new[: max(0, SHOWN_REJECTS - len(self.rejects))]:
+            self.info(f"cannot read {failure.video_id!r}: {failure.reason}")
+        self.rejects |= dict.fromkeys(new)
+        if new or not self.folder.exists(REJECTS):
+            rows = [asdict(failure) for failure in self.rejects]
+            self.folder.write_table(REJECTS, pa.Table.from_pylist(rows, REJECTS_SCHEMA))
+
+    def replace_rejects(self, failures: list[Failure]) -> None:
+        """Write rejects.parquet without what an earlier run listed."""
+        self.folder.remove(REJECTS)
+        self.reject(failures)
+
+    def load_rejects(self) -> None:
+        """Start from the rejects that an earlier part of a resumed run listed."""
+        if self.folder.exists(REJECTS):
+            rows = storage.read_table(self.path(REJECTS)).to_pylist()
+            self.rejects |= dict.fromkeys(Failure(**row) for row in rows)
+
+    def none_readable(self) -> UserError:
+        """Return the error of a stage all of whose videos are rejects."""
+        first = list(self.rejects)[:FIRST_REASONS]
+        reasons = "; ".join(f"{reject.video_id!r}: {reject.reason}" for reject in first)
+        return UserError(f"none of the {len(self.rejects)} videos can be read ({reasons}); see {self.path(REJECTS)}")
 
 
 @contextmanager
@@ -111,18 +124,17 @@ def stage_run(
         UserError: --out cannot be written to or holds a run of another stage, or MLflow refuses the run.
     """
     started = time.monotonic()
-    out = storage.absolute(config.out)
-    tracking.resolve_uri(config.tracking, out)
-    _check_stage(name, config.out, _earlier(out))
-    storage.check_writable(out)
-    storage.write_json(storage.join(out, RUN), to_json(name, config) | {INPUTS: dict(inputs or {})})
-    storage.remove(storage.join(out, RESULT))
-    tracker = tracking.start(config.tracking, stage=name, out=out, params=flatten(config), parent_run=parent_run)
-    stage = Stage(name, out, tracker)
+    folder = RunFolder.of(name, config, inputs)
+    tracking.resolve_uri(config.tracking, folder.root)
+    folder.begin()
+    tracker = tracking.start(
+        config.tracking, stage=name, out=folder.root, params=flatten(config), parent_run=parent_run
+    )
+    stage = Stage(name, folder, tracker)
     try:
         yield stage
         stage.result = _result(stage, config, time.monotonic() - started)
-        storage.write_json(stage.path(RESULT), stage.result)
+        folder.write_json(RESULT, stage.result)
         tracker.log(stage.metrics, step=None)
         tracker.artifact(stage.path(RESULT))
     except (KeyboardInterrupt, SystemExit, StoppedError):
@@ -136,12 +148,12 @@ def stage_run(
 
 @contextmanager
 def signals_received(stage: Stage, notice: str) -> Iterator[list[int]]:
-    """Take down SIGINT and SIGTERM in the list that is yielded, instead of ending; a second one ends at once.
+    """Record SIGINT and SIGTERM in the list that is yielded, instead of ending; a second one ends at once.
 
     Outside the main thread, as in a trial of a sweep, signals are left alone.
 
     Args:
-        stage: the running stage, which tells of the first signal.
+        stage: the running stage, which prints a line at the first signal.
         notice: what is done before the end.
     """
     received: list[int] = []
@@ -153,7 +165,7 @@ def signals_received(stage: Stage, notice: str) -> Iterator[list[int]]:
         received.append(number)
         if len(received) > 1:
             raise KeyboardInterrupt
-        stage.progress(f"stopping: {notice} (once more to stop at once)")
+        stage.info(f"stopping: {notice} (once more to stop at once)")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -163,59 +175,24 @@ def signals_received(stage: Stage, notice: str) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def finished(name: str, config: StageConfig, inputs: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+def finished(
+    name: str, config: StageConfig, inputs: Mapping[str, str] | None = None, redo: str = ""
+) -> dict[str, Any] | None:
     """Return the result of an earlier, finished run of the same stage with the same settings in --out, if any.
 
+    Args:
+        name: the stage.
+        config: its settings.
+        inputs: digests of what it reads.
+        redo: what another --out is for, such as `train again`: then a line says that the run is finished already.
+
     Raises:
-        UserError: --out holds a run of another stage, or one that has begun with other settings or inputs.
+        UserError: --out holds a run of another stage, or one that began with other settings or inputs.
     """
-    out = storage.absolute(config.out)
-    earlier = _earlier(out)
-    if earlier is None:
-        return None
-    _check_stage(name, config.out, earlier)
-    done = storage.exists(storage.join(out, RESULT))
-    if done or any(storage.exists(storage.join(out, folder)) for folder in (CHECKPOINTS, TRIALS, VIDEOS, SHARDS)):
-        _check_same(config, earlier, to_json(name, config) | {INPUTS: dict(inputs or {})})
-    return dict(storage.read_json(storage.join(out, RESULT))) if done else None
-
-
-def _earlier(out: str) -> dict[str, Any] | None:
-    """Return the run.json that an earlier start has left."""
-    path = storage.join(out, RUN)
-    if not storage.exists(path):
-        return None
-    try:
-        return dict(storage.read_json(path))
-    except ValueError as error:
-        raise UserError(f"--out {out!r} holds a damaged {RUN} ({error}): delete it or give another --out") from None
-
-
-def _check_stage(name: str, out: str, earlier: dict[str, Any] | None) -> None:
-    if earlier is not None and earlier.get("stage") != name:
-        raise UserError(f"--out {out!r} holds a run of stage {earlier.get('stage')!r}: give another folder")
-
-
-def _check_same(config: StageConfig, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise `UserError` where a run in --out differs from the one to be started in what it computes."""
-    before, now = _fixed(leaves_of(earlier)), _fixed(leaves_of(wanted))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key):
-            continue
-        if key.startswith(f"{INPUTS}."):
-            what = key.removeprefix(f"{INPUTS}.")
-            raise UserError(
-                f"--out {config.out!r} holds a run on another {what}, which has changed since: give another --out"
-            )
-        raise UserError(
-            f"--out {config.out!r} holds a run with {key} {before.get(key)!r}, not {now.get(key)!r}: "
-            "give another --out, or the same settings to resume"
-        )
-
-
-def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:
-    free = tuple(f"{prefix}{name}" for name in FREE_SETTINGS for prefix in ("", "pretrain.", "finetune."))
-    return {key: value for key, value in leaves.items() if key != "out" and not key.startswith(free)}
+    result = RunFolder.of(name, config, inputs).finished()
+    if result is not None and redo:
+        progress.info(name, f"{config.out} is finished already; give another --out to {redo}")
+    return result
 
 
 def _result(stage: Stage, config: StageConfig, seconds: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ are Ray actors; each reads its share of the videos through Ray Data.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from pipelines.data.protocols import checked_clips, clips_per_video, coverage, l
 from pipelines.errors import StageError, UserError
 from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.running.resources import check_cluster, decode_tasks
-from pipelines.running.stage import REJECTS, Stage, stage_run
+from pipelines.running.stage import Stage, stage_run
 from pipelines.storage.weights import local_checkpoint, of_backbone
+from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
 from s5.config import BackboneConfig, ClipConfig, Protocol
 from s5.config import from_json as config_from_json
@@ -37,6 +39,8 @@ from s5.evaluation.inference import ClipOutputs
 
 # Training videos that the kNN classifier compares with, and rows of the picture of nearest clips.
 KNN_VIDEOS, SHOWN_QUERIES = 2048, 8
+# Seconds between two questions to the replicas, how far they are.
+POLL_S = 0.5
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -68,11 +72,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             )
         check_cluster(config.scale, None if config.features else config.data)
         with stage_run("evaluate", config, inputs=inputs) as stage:
-            stage.progress(
+            stage.info(
                 f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
                 f"{protocol}: {words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
             )
-            found = outputs(config, folder, clips, videos, protocol)
+            found = outputs(stage, config, folder, clips, videos, protocol)
             used, all_listed = len(videos) - len(found.failures), listed(manifest, config.split)
             stage.details["protocol"] = protocol
             stage.metrics |= {f"{config.split}/videos": used, f"{config.split}/listed": all_listed}
@@ -81,11 +85,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 pretrained(stage, config, folder, clips, manifest, protocol, found)
             else:
                 fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
-            stage.progress(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")
+            stage.info(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")
             stage.counts |= {"listed": all_listed, "videos": len(videos), "unreadable": len(found.failures)}
-            storage.remove(stage.path(REJECTS))
-            stage.reject(found.failures)
-            storage.write_json(stage.path("metrics.json"), stage.metrics)
+            stage.replace_rejects(found.failures)
+            stage.folder.write_json("metrics.json", stage.metrics)
     return stage.result
 
 
@@ -134,6 +137,7 @@ def chosen(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> pa.Table:
 
 
 def outputs(
+    stage: Stage,
     config: EvaluateConfig,
     folder: Path,
     clips: ClipConfig,
@@ -141,14 +145,17 @@ def outputs(
     protocol: Protocol,
     per_video: int = 0,
 ) -> ClipOutputs:
-    """Return what all replicas say of some videos' clips.
+    """Return the model's outputs for the clips of some videos, from all replicas.
 
     Raises:
         StageError: more videos than data.max_failure_share could not be read.
     """
     world = min(config.scale.num_workers, len(videos))
     replica: Any = ray.remote(Replica).options(
-        num_cpus=config.scale.cpus_per_worker, num_gpus=config.scale.gpus_per_worker
+        num_cpus=config.scale.cpus_per_worker,
+        num_gpus=config.scale.gpus_per_worker,
+        # One call evaluates while another asks how far it is.
+        max_concurrency=2,
     )
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "optimizer.safetensors"}
     content = ray.put(files)
@@ -165,13 +172,14 @@ def outputs(
         )
     number = per_video or clips_per_video(protocol, config.clips_per_video)
     replicas = [replica.remote(content) for _ in range(world)]
-    parts = ray.get(
-        [
-            actor.run.remote(videos, replace(source, rank=rank, world_size=world), number, config.batch_size)
-            for rank, actor in enumerate(replicas)
-        ]
-    )
-    found = inference.merge(parts)
+    parts = [
+        actor.run.remote(videos, replace(source, rank=rank, world_size=world), number, config.batch_size)
+        for rank, actor in enumerate(replicas)
+    ]
+    with stage.progress_bar("evaluated", len(videos), "videos") as bar:
+        while len(ray.wait(parts, num_returns=world, timeout=POLL_S)[0]) < world and bar.visible:
+            bar.move_to(sum(ray.get([actor.videos_seen.remote() for actor in replicas])))
+        found = inference.merge(ray.get(parts))
     if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
         first = found.failures[0]
         raise StageError(
@@ -193,13 +201,23 @@ class Replica:
             self.model, self.meta = load_model(Path(name))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
+        self._seen: set[str] = set()
+
+    def videos_seen(self) -> int:
+        """Return how many videos this replica has read, or failed to read."""
+        return len(self._seen)
 
     def run(self, videos: pa.Table, source: ClipSource, clips_per_video: int, batch_size: int) -> ClipOutputs:
-        """Return what the model says of this replica's clips of the videos."""
+        """Return the model's outputs for this replica's clips of the videos."""
         pretrained = self.meta.kind == "lsmcl"
         output = inference.features(self.model) if pretrained else inference.scores(self.model, self.meta.kind)
-        batches = source.evaluation(videos, clips_per_video, batch_size)
+        batches = self._counted(source.evaluation(videos, clips_per_video, batch_size))
         return inference.run(output, batches, self.device, thumbnails=pretrained)
+
+    def _counted(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
+        for batch in batches:
+            yield batch
+            self._seen |= {*batch.video_ids, *(failure.video_id for failure in batch.failures)}
 
 
 def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutputs, clips: Counter[str]) -> None:
@@ -216,7 +234,7 @@ def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutp
         stage.metrics |= {f"{split}/accuracy_high": high, f"{split}/chance": chance}
         table |= {"label": labels.tolist(), "prediction": predicted.tolist(), "scores": values.tolist()}
         table |= {"predicted_class": [meta.classes[i] for i in predicted.tolist()]}
-        stage.progress(
+        stage.info(
             f"{split} accuracy {hits / len(names):.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(names)} videos; "
             f"always saying the commonest class gives {chance:.3f}"
         )
@@ -225,9 +243,8 @@ def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutp
         constant = float((targets - targets.mean()).square().mean())
         stage.metrics |= {f"{split}/mse": mse, f"{split}/mse_constant": constant}
         table |= {"target": targets.tolist(), "prediction": values[:, 0].tolist()}
-        stage.progress(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
-    storage.write_table(stage.path("predictions.parquet"), pa.table(table))
-    stage.tracker.artifact(stage.path("predictions.parquet"))
+        stage.info(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
+    stage.tracker.artifact(stage.folder.write_table("predictions.parquet", pa.table(table)))
 
 
 def pretrained(
@@ -248,23 +265,21 @@ def pretrained(
         same = float((owner[index[:, 0]] == owner).float().mean())
         chance = float(np.mean([((owner == o).sum().item() - 1) / (len(owner) - 1) for o in owner]))
         stage.metrics |= {"retrieval/same_video": same, "retrieval/chance": chance, "retrieval/clips": len(owner)}
-        stage.progress(f"nearest clip of the same video: {same:.3f} of {len(owner)} clips (chance {chance:.3f})")
+        stage.info(f"nearest clip of the same video: {same:.3f} of {len(owner)} clips (chance {chance:.3f})")
     train = labelled(split_of(manifest, "train"))
     known = found.labels >= 0
     if config.split != "train" and bool(known.any()) and len(train):
         train = drop_too_short(train, checked_clips(clips, protocol))[:KNN_VIDEOS]
-        reference = outputs(config, folder, clips, train, protocol, per_video=1)
+        reference = outputs(stage, config, folder, clips, train, protocol, per_video=1)
         top1 = metrics.knn_accuracy(reference.values, reference.labels, found.values[known], found.labels[known])
         stage.metrics |= {"knn/top1": top1, "knn/videos": int(known.sum())}
-        stage.progress(f"kNN top-1 {top1:.3f} of {int(known.sum())} clips, {len(reference.labels)} training videos")
+        stage.info(f"kNN top-1 {top1:.3f} of {int(known.sum())} clips, {len(reference.labels)} training videos")
     assert found.thumbnails is not None
     queries = [found.video_ids.index(name) for name in names[:SHOWN_QUERIES]]
     picture = Neighbours(found.thumbnails.numpy(), found.video_ids, queries, index.tolist(), similarity.tolist())
-    path = stage.path(NEIGHBOURS)
-    storage.write_bytes(path, draw_neighbours(picture))
-    stage.tracker.artifact(path)
+    path = stage.publish(NEIGHBOURS, draw_neighbours(picture))
     stage.details["neighbours"] = path
-    stage.progress(f"query clips and their nearest clips: {path}")
+    stage.info(f"query clips and their nearest clips: {path}")
 
 
 def labelled(videos: pa.Table) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`feature_store.py`).
+"""Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`feature_cache.py`).
 
 Copies of the backbone are actors of Ray Data. An actor makes whole shards: processes of its own read its videos in
 chunks, some ahead, so that it holds a few chunks and never a video.
@@ -41,9 +41,9 @@ from pipelines.data.feature_cache import (
 from pipelines.data.manifest import digest, read_manifest
 from pipelines.data.video_process import VideoProcess
 from pipelines.data.video_requests import Clips
-from pipelines.errors import StageError
+from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
-from pipelines.running.stage import REJECTS, Stage, finished, progress, stage_run
+from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.storage.weights import trained_backbone, weights_digest
 from s5.errors import Failure, VideoError
 from s5.models.backbone import Backbone
@@ -51,8 +51,6 @@ from s5.video.reading import FrameArray
 
 COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
 """Columns of the manifest that encoding needs."""
-PROGRESS_S = 10.0
-"""Seconds between two lines of progress."""
 
 
 def run(config: FeaturesConfig) -> dict[str, Any]:
@@ -66,14 +64,13 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
     backbone = trained_backbone(config.model.backbone, config.checkpoint)
     meta = meta_of(config, backbone, digest(manifest))
     inputs = {"manifest": meta.manifest, "weights of the backbone": meta.weights}
-    if (result := finished("features", config, inputs)) is not None:
-        progress("features", f"{config.out} is finished already; give another --out to encode anew")
+    if (result := finished("features", config, inputs, redo="encode again")) is not None:
         return result
     decoders = decoders_each(config, check_cluster(config.scale, config.data), node_cpus())
     with stage_run("features", config, inputs=inputs) as stage:
         shards = -(-len(manifest) // config.shard_videos)
         done = finished_shards(stage.out)
-        stage.progress(
+        stage.info(
             f"{len(manifest)} videos in {shards} shards, {config.frames_per_second:g} frames a second, "
             f"{meta.tokens} tokens of width {meta.width} a frame, {config.scale.num_workers} workers with {decoders} "
             f"decoders each" + (f"; {len(done)} shards are there already" if done else "")
@@ -84,7 +81,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         )
         black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
         index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
-        _tell(stage, index, meta, kept=len(done))
+        summarise(stage, index, meta, kept=len(done))
     return stage.result
 
 
@@ -120,11 +117,15 @@ def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> Featur
     )
 
 
-def _tell(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
+def summarise(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
+    """Set the counts of the result, list what could not be read, and print both.
+
+    Raises:
+        StageError: no video could be read.
+    """
     rows = index.to_pylist()
     failures = [Failure(row["video_id"], row["uri"], row["reason"]) for row in rows if row["reason"]]
-    storage.remove(stage.path(REJECTS))
-    stage.reject(failures)
+    stage.replace_rejects(failures)
     if len(failures) == len(rows):
         raise StageError(
             f"none of the {len(rows)} videos can be read, as {failures[0].video_id!r}: {failures[0].reason}"
@@ -134,7 +135,7 @@ def _tell(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
     stage.counts |= {"videos": videos, "rejects": len(failures), "frames": frames}
     stage.counts |= {"shards_kept": kept}
     stage.metrics |= {"features/gigabytes": gigabytes}
-    stage.progress(f"{frames} frames of {videos} videos, {gigabytes:.2f} GB, {len(failures)} rejects -> {stage.out}")
+    stage.info(f"{frames} frames of {videos} videos, {gigabytes:.2f} GB, {len(failures)} rejects -> {stage.out}")
 
 
 def encode_all(
@@ -147,18 +148,16 @@ def encode_all(
     decoders: int,
 ) -> float:
     """Make the given shards, one Ray Data execution, and return the frames encoded a second."""
-    started = told = time.monotonic()
-    frames = done = 0
+    started = time.monotonic()
+    frames = 0
+
     try:
-        for index in encoded(config, stage.out, meta, backbone, manifest, shards, decoders):
-            frames += sum(index["frames"].to_pylist())
-            done += 1
-            if time.monotonic() - told > PROGRESS_S or done == len(shards):
-                told = time.monotonic()
-                rate = frames / (told - started)
-                stage.progress(f"{done} of {len(shards)} shards, {frames} frames, {rate:.1f} a second")
+        with stage.progress_bar("encoded", len(shards), "shards") as bar:
+            for index in encoded(config, stage.out, meta, backbone, manifest, shards, decoders):
+                frames += sum(index["frames"].to_pylist())
+                bar.advance(f"{frames} frames, {frames / (time.monotonic() - started):.1f} frames a second")
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().rpartition("\n")[2]
+        reason = last_line(str(error))
         raise StageError(f"encoding failed: {reason}; finished shards are kept, the same command resumes") from error
     return frames / (time.monotonic() - started)
 

@@ -21,11 +21,12 @@ from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_per_video, listed, protocol_of, words
 from pipelines.errors import UserError
+from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
 from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
 from pipelines.training.launcher import OnRow, RayContext
-from pipelines.training.training_stage import loss_line, model_on_worker, run_training, training_loop
+from pipelines.training.training_stage import model_on_worker, run_training, show_loss, training_loop
 from s5.checkpoints import checkpoint
 from s5.config import Protocol
 from s5.errors import CheckpointError, VideoError
@@ -192,7 +193,7 @@ def validate(job: FinetuneJob, model: VideoModel, source: ClipSource, context: R
     if context.rank == 0:
         context.reject(found.failures)
     if not found.video_ids:
-        raise VideoError(f"none of the {len(job.val)} videos of split val can be read; index the videos anew")
+        raise VideoError(f"none of the {len(job.val)} videos of split val can be read; run index again")
     found = inference.by_video(found)
     if config.task == "regression":
         mse = float(F.mse_loss(found.values[:, 0], found.targets))
@@ -202,19 +203,19 @@ def validate(job: FinetuneJob, model: VideoModel, source: ClipSource, context: R
     return {"val/accuracy": accuracy, "val/loss": loss, "val/videos": float(len(found.video_ids))}
 
 
-def row_printer(stage: Stage, job: FinetuneJob) -> OnRow:
+def row_printer(stage: Stage, bar: ProgressBar, job: FinetuneJob) -> OnRow:
     """Return the function that prints a row of metrics."""
 
     def report(step: int, row: dict[str, float]) -> None:
         if "val/loss" in row:
             main = "val/accuracy" if "val/accuracy" in row else "val/mse"
             read = f"{row['val/videos']:.0f} of {listed(job.val, 'val')} listed videos"
-            stage.progress(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f} on {read}")
+            stage.info(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f} on {read}")
         if "train/loss" not in row:
             return
         entropy = row.get("train/selection_entropy", math.nan)
         hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""
         chosen = f"mask generator's entropy {entropy:.3f}, " if math.isfinite(entropy) else ""
-        stage.progress(loss_line(step, job.plan.total_steps, row, hits + chosen))
+        show_loss(stage, bar, step, job.plan.total_steps, row, hits + chosen)
 
     return report

@@ -10,7 +10,6 @@ OUT/rejects.parquet     video_id, uri, reason of every other that is listed
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -30,7 +29,7 @@ from pipelines.data.decode_tasks import probe_chunk
 from pipelines.data.manifest import MANIFEST, SCHEMA, SPLITS, Description, lone_classes, metadata, splits
 from pipelines.errors import UserError
 from pipelines.running.resources import ensure_ray, resources
-from pipelines.running.stage import REJECTS, Stage, stage_run
+from pipelines.running.stage import Stage, stage_run
 from s5.errors import Failure
 
 EXTENSIONS = ("mp4", "avi", "mkv", "mov", "webm", "m4v", "mpg", "mpeg", "ts", "wmv", "flv", "ogv", "3gp")
@@ -39,12 +38,8 @@ BENCHMARKS = {"lvu": lvu.read, "breakfast": breakfast.read, "coin": coin.read, "
 """Readers of annotations whose videos are named by ids without endings."""
 BENCHMARK_VAL_SHARE = 0.1
 """Share held out for validation of a benchmark that has no such split, where the settings say nothing."""
-FIRST_REASONS = 3
-"""Reasons told where no video can be read."""
 FIRST_CLASSES = 5
 """Classes named in a warning."""
-PROGRESS_S = 10.0
-"""Seconds between two lines of progress."""
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
@@ -64,22 +59,21 @@ def run(config: IndexConfig) -> dict[str, Any]:
         found = sum(not video.reason for video in listing.videos)
         what = " ".join(filter(None, (listing.dataset, listing.task, f"{len(listing.videos)} videos")))
         what += f" in {len(listing.classes)} classes" if listing.classes else ""
-        stage.progress(f"{what}, {found} found below {config.videos}; {ignored} other files")
+        stage.info(f"{what}, {found} found below {config.videos}; {ignored} other files")
         rows, rejects = probe_all(listing.videos, config.data, stage)
-        storage.remove(stage.path(REJECTS))
-        stage.reject(rejects)
+        stage.replace_rejects(rejects)
         if not rows:
-            storage.remove(stage.path(MANIFEST))
-            reasons = "; ".join(f"{reject.video_id!r}: {reject.reason}" for reject in rejects[:FIRST_REASONS])
-            raise UserError(f"none of the {len(rejects)} videos can be read ({reasons}); see {stage.path(REJECTS)}")
+            stage.folder.remove(MANIFEST)
+            raise stage.none_readable()
         keep_learnable(rows, held)
         table = manifest_of(rows, listing, held, config)
-        storage.write_table(stage.path(MANIFEST), table)
-        _tell(stage, table, listing, held, ignored)
+        stage.folder.write_table(MANIFEST, table)
+        summarise(stage, table, listing, held, ignored)
     return stage.result
 
 
-def _tell(stage: Stage, table: pa.Table, listing: Listing, held: dict[str, str], ignored: int) -> None:
+def summarise(stage: Stage, table: pa.Table, listing: Listing, held: dict[str, str], ignored: int) -> None:
+    """Set the counts of the result, and print them with warnings of classes that cannot be learned."""
     found = [video for video in listing.videos if not video.reason]
     readable, listed, found_counts = splits(table), listed_counts(listing.videos, held), listed_counts(found, held)
     total, rejects = len(listing.videos), len(listing.videos) - len(table)
@@ -91,20 +85,22 @@ def _tell(stage: Stage, table: pa.Table, listing: Listing, held: dict[str, str],
         for split, count in listed.items()
     }
     for split, numbers in stage.details["splits"].items():
-        stage.progress(f"{split}: " + ", ".join(f"{number} {what}" for what, number in numbers.items()))
-    single, unlearnt = lone_classes(table)
-    _warn(stage, single, "a single video, which cannot be both learnt and tested")
-    _warn(stage, unlearnt, "no video in split train to learn from")
+        stage.info(f"{split}: " + ", ".join(f"{number} {what}" for what, number in numbers.items()))
+    single, unlearnable = lone_classes(table)
+    _warn(stage, single, "a single video, which cannot be both learned and tested")
+    _warn(stage, unlearnable, "no video in split train to learn from")
     outcome = ", ".join(f"{split} {count}" for split, count in readable.items())
-    stage.progress(
+    stage.info(
         f"{len(table)} of {total} videos ({outcome}), {hours:.2f} hours, {rejects} rejects -> {stage.path(MANIFEST)}"
     )
 
 
 def _warn(stage: Stage, names: list[str], fault: str) -> None:
     if names:
-        told = ", ".join(repr(name) for name in names[:FIRST_CLASSES]) + (", ..." if len(names) > FIRST_CLASSES else "")
-        stage.progress(f"warning: {len(names)} of the classes have {fault}: {told}")
+        named = ", ".join(repr(name) for name in names[:FIRST_CLASSES]) + (
+            ", ..." if len(names) > FIRST_CLASSES else ""
+        )
+        stage.info(f"warning: {len(names)} of the classes have {fault}: {named}")
 
 
 # --- listing --------------------------------------------------------------------------------------------------------
@@ -198,17 +194,14 @@ def probe_all(listed: list[Listed], data: DecodeConfig, stage: Stage) -> tuple[l
     rejects: list[Failure] = []
     missing = [Failure(video.video_id, video.uri, video.reason) for video in listed if video.reason]
     found = [video for video in listed if not video.reason]
-    started = told = time.monotonic()
-    for done, (video, facts) in enumerate(zip(found, _probed(found, data), strict=True), start=1):
-        reason = facts["reason"] or _stretch_fault(video, facts["duration_s"])
-        if reason:
-            rejects.append(Failure(video.video_id, video.uri, reason))
-        else:
-            rows.append(facts | asdict(video))
-        if time.monotonic() - told > PROGRESS_S or done == len(found):
-            told = time.monotonic()
-            rate = done / (told - started)
-            stage.progress(f"probed {done} of {len(found)} videos, {rate:.1f} a second, {len(rejects)} rejects")
+    with stage.progress_bar("probed", len(found), "videos") as bar:
+        for video, facts in zip(found, _probed(found, data), strict=True):
+            reason = facts["reason"] or _stretch_fault(video, facts["duration_s"])
+            if reason:
+                rejects.append(Failure(video.video_id, video.uri, reason))
+            else:
+                rows.append(facts | asdict(video))
+            bar.advance(f"{len(rejects)} rejects")
     return rows, rejects + missing
 
 
@@ -281,11 +274,11 @@ def hold_out(videos: list[Listed], shares: dict[str, float], seed: int) -> dict[
 
 def keep_learnable(rows: list[dict[str, Any]], held: dict[str, str]) -> None:
     """Give a held-out video back to training where no other video of its class could be read there."""
-    learnt = {row["class_name"] for row in rows if row["split"] in ("", "train") and row["video_id"] not in held}
+    learned = {row["class_name"] for row in rows if row["split"] in ("", "train") and row["video_id"] not in held}
     for row in rows:
-        if row["video_id"] in held and row["class_name"] not in learnt:
+        if row["video_id"] in held and row["class_name"] not in learned:
             del held[row["video_id"]]
-            learnt.add(row["class_name"])
+            learned.add(row["class_name"])
 
 
 def listed_counts(videos: list[Listed], held: dict[str, str]) -> dict[str, int]:

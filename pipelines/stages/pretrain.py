@@ -18,11 +18,12 @@ from pipelines.data.clip_source import ClipSource
 from pipelines.data.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import listed
 from pipelines.errors import UserError
+from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
 from pipelines.storage.weights import backbone_weights
 from pipelines.training.launcher import OnRow, RayContext
-from pipelines.training.training_stage import loss_line, model_on_worker, run_training, training_loop
+from pipelines.training.training_stage import model_on_worker, run_training, show_loss, training_loop
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
 from s5.models.video_model import check_model
@@ -65,8 +66,8 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
             f"masking ratio {settings.lsmcl.mask_ratio:g}, {job.plan.total_steps} steps of {settings.loop.batch_size}"
         ]
 
-    line = partial(row_printer, job=job)
-    return run_training("pretrain", job, build, announce, line, parent_run=parent_run, on_row=on_row)
+    printer = partial(row_printer, job=job)
+    return run_training("pretrain", job, build, announce, printer, parent_run=parent_run, on_row=on_row)
 
 
 def prepare(config: PretrainConfig) -> PretrainJob:
@@ -140,25 +141,25 @@ def probe(job: PretrainJob, task: LSMCL, source: ClipSource, context: RayContext
     return {"knn/top1": top1, "knn/videos": float(len(val.labels))}
 
 
-def row_printer(stage: Stage, job: PretrainJob) -> OnRow:
+def row_printer(stage: Stage, bar: ProgressBar, job: PretrainJob) -> OnRow:
     """Return the function that prints a row of metrics and raises the alarm when embeddings collapse."""
     alarmed: list[int] = []
 
     def report(step: int, row: dict[str, float]) -> None:
         if "knn/top1" in row:
-            stage.progress(f"step {step}: kNN probe top-1 {row['knn/top1']:.3f} on {row['knn/videos']:.0f} videos")
+            stage.info(f"step {step}: kNN probe top-1 {row['knn/top1']:.3f} on {row['knn/videos']:.0f} videos")
         if "train/loss" not in row:
             return
         details = (
             f"top-1 {row['train/top1']:.3f}, similarity {row['train/similarity_positive']:.2f} / "
             f"{row['train/similarity_negative']:.2f}, spread {row['train/embedding_spread']:.2f}, "
         )
-        stage.progress(loss_line(step, job.plan.total_steps, row, details))
+        show_loss(stage, bar, step, job.plan.total_steps, row, details)
         spread, limit = row["train/embedding_spread"], job.config.lsmcl.collapse_spread
         if spread < limit and not alarmed:
             alarmed.append(step)
             stage.metrics["train/collapsed_at_step"] = step
-            stage.progress(
+            stage.info(
                 f"ALARM: embeddings collapse (spread {spread:.3f} < lsmcl.collapse_spread {limit:g}, negatives at "
                 f"{row['train/similarity_negative']:.2f}): lower optim.lr or raise the batch, warm-up or momentum"
             )

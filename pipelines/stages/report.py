@@ -76,9 +76,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     with stage_run("report", unlogged) as stage:
         tables = stage_tables(stage, uri, runs) + sweep_tables(stage, runs)
         title = f"Experiment {config.tracking.experiment}"
-        storage.write_bytes(
-            stage.path(REPORT), markdown(title, f"{len(runs)} run(s) in MLflow at {uri}.", tables).encode()
-        )
+        stage.folder.write(REPORT, markdown(title, f"{len(runs)} run(s) in MLflow at {uri}.", tables).encode())
         stage.counts["runs"] = len(runs)
         stage.details |= {
             "source": {"uri": uri, "experiment": config.tracking.experiment},
@@ -88,13 +86,13 @@ def run(config: ReportConfig) -> dict[str, Any]:
         }
         for table in tables:
             print(plain(table), flush=True)
-        stage.progress(f"wrote {stage.path(REPORT)}")
+        stage.info(f"wrote {stage.path(REPORT)}")
         for path in stage.details["figures"]:
-            stage.progress(f"wrote {path}")
+            stage.info(f"wrote {path}")
         for picture in pictures(runs):
-            stage.progress(f"query clips and their nearest clips: {picture}")
-        stage.progress(f"results, checkpoints and logs lie below {storage.absolute(config.runs or config.out)}")
-        stage.progress(f"to open the runs in MLflow: {opening(uri, runs[0].experiment_id)}")
+            stage.info(f"query clips and their nearest clips: {picture}")
+        stage.info(f"results, checkpoints and logs lie below {storage.absolute(config.runs or config.out)}")
+        stage.info(f"to open the runs in MLflow: {opening(uri, runs[0].experiment_id)}")
         return dict(stage.details)
 
 
@@ -167,7 +165,7 @@ def _draw_curves(stage: Stage, uri: str, name: str, runs: Sequence[Run]) -> tupl
     if not any(len(curve) > 1 for run in points.values() for curve in run.values()):
         return ()
     figure = f"curves_{name}.png"
-    storage.write_bytes(stage.path(figure), curves.learning_curves(name, points))
+    stage.folder.write(figure, curves.learning_curves(name, points))
     return (figure,)
 
 
@@ -209,7 +207,7 @@ def _sweep_table(stage: Stage, title: str, keys: tuple[str, ...], metric: str, r
     drawn: tuple[str, ...] = ()
     if content := curves.sweep_map(keys, trials, metric):
         drawn = (f"{title.replace(' ', '_').replace('/', '_')}.png",)
-        storage.write_bytes(stage.path(drawn[0]), content)
+        stage.folder.write(drawn[0], content)
     return Table(title, (*keys, metric, "time", "status"), rows, drawn)
 
 

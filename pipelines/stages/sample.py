@@ -65,14 +65,14 @@ def run(config: SampleConfig) -> dict[str, Any]:
     if storage.is_uri(storage.absolute(config.out)):
         raise UserError(f"out is {config.out!r}: videos are written to a local folder only; give one and copy it after")
     out = Path(storage.absolute(config.out))
-    plans = plan_videos(config)
+    plans = draw_videos(config)
     refuse_strangers(out, plans)
     with stage_run("sample", config) as stage:
         missing = [plan for plan in plans if stored_digest(out / plan.path) != plan.digest]
-        for done, (plan, video) in enumerate(render_all(missing), start=1):
-            storage.write_bytes(str(out / plan.path), video)
-            if done % 100 == 0 or done == len(missing):
-                stage.progress(f"rendered {done} of {len(missing)} videos")
+        with stage.progress_bar("rendered", len(missing), "videos") as bar:
+            for plan, video in render_all(missing):
+                stage.folder.write(plan.path, video)
+                bar.advance()
         storage.write_json(str(out / "annotations.json"), annotate_all(config, plans))
         stage.counts |= {"videos": len(plans), "rendered": len(missing)}
         stage.metrics["video_seconds"] = sum(plan.seconds for plan in plans)
@@ -82,7 +82,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
-def plan_videos(config: SampleConfig) -> list[VideoPlan]:
+def draw_videos(config: SampleConfig) -> list[VideoPlan]:
     """Return the plan of every video, in the order of their ids; labels take turns."""
     activities = ACTIVITIES[config.classes]
     plans = []

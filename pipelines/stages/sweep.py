@@ -20,8 +20,10 @@ from ray.tune.schedulers import ASHAScheduler
 from pipelines import storage, tracking
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig
 from pipelines.errors import StageError, StoppedError, UserError, last_line
+from pipelines.running.progress import info
 from pipelines.running.resources import ensure_ray, own_node
-from pipelines.running.stage import RESULT, Stage, finished, in_thread, progress, signals_received, stage_run
+from pipelines.running.run_folder import RESULT
+from pipelines.running.stage import Stage, finished, in_thread, signals_received, stage_run
 from pipelines.stages import finetune, pretrain
 from pipelines.tuning.search_space import check, parse, stages
 from pipelines.tuning.trials import Plan, check_metric, fit_cluster, metric, order, plan
@@ -43,7 +45,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
     """
     result = finished("sweep", config)
     if result is not None and not result["counts"]["failed"]:
-        progress("sweep", f"{config.out} is finished already; give another --out to sweep anew")
+        info("sweep", f"{config.out} is finished already; give another --out to sweep anew")
         return result
     dimensions = parse(config)
     check(config, dimensions)
@@ -54,7 +56,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
         ensure_ray()
         plans, concurrent = fit_cluster(config, plans)
         by_name = {each.name: each for each in plans}
-        stage.progress(f"{len(plans)} trials of {config.stages}, {concurrent} at once; metric {metric(config)}")
+        stage.info(f"{len(plans)} trials of {config.stages}, {concurrent} at once; metric {metric(config)}")
         try:
             grid = tune_all(stage, config, by_name, concurrent)
         finally:
@@ -176,7 +178,7 @@ class Lines(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say that a trial starts."""
-        progress("sweep", f"trial {trial.config['trial']} starts")
+        info("sweep", f"trial {trial.config['trial']} starts")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Say what a trial has reached."""
@@ -192,7 +194,7 @@ class Lines(tune.Callback):
 
     def _say(self, trial: Trial, end: str, what: str) -> None:
         self._ended += 1
-        progress("sweep", f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
+        info("sweep", f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
 
 
 # --- a trial --------------------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def conclude(stage: Stage, config: SweepConfig, plans: dict[str, Plan], grid: tu
     stage.metrics[name] = best[name]
     stage.details |= {"trials": rows, "best": best["trial"]}
     stage.details["checkpoint"] = storage.read_json(_result_of(plans[best["trial"]]))["checkpoint"]
-    stage.progress(f"best: {best['trial']} with {name} {best[name]:.3f}")
+    stage.info(f"best: {best['trial']} with {name} {best[name]:.3f}")
 
 
 def _result_of(mine: Plan) -> str:

@@ -1,17 +1,16 @@
-"""Stage `transcode`: encode the videos of a manifest anew, small and in short groups of pictures: cheap to read.
+"""Stage `transcode`: re-encode a manifest's videos, small and in short groups of pictures: cheap to read.
 
 OUT/videos/*/*.mp4      a file for each file of the manifest, named by the id of its first video; H.264 without sound
 OUT/manifest.parquet    the same videos with the same ids, labels and times; other uri, width, height, codec and decoder
 OUT/rejects.parquet     video_id, uri, reason of those that cannot be read to their end
 
-Frames keep their times. It tells the bytes before and after, and the seconds that a clip pair takes to read, measured.
+Frames keep their times. It prints the bytes before and after, and measures the seconds that a clip pair takes to read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,11 @@ from pipelines import storage
 from pipelines.config import TranscodeConfig
 from pipelines.data.manifest import MANIFEST, classes, description, digest, metadata, read_manifest, splits
 from pipelines.data.transcode_tasks import encode_chunk, pair_seconds
-from pipelines.errors import StageError, UserError
+from pipelines.errors import StageError
 from pipelines.running.resources import ensure_ray
-from pipelines.running.stage import REJECTS, VIDEOS, Stage, finished, progress, stage_run
-from pipelines.stages.index import FIRST_REASONS, PROGRESS_S, in_tasks
+from pipelines.running.run_folder import VIDEOS
+from pipelines.running.stage import Stage, finished, stage_run
+from pipelines.stages.index import in_tasks
 from s5.errors import Failure
 from s5.video.clip_times import stride_s
 
@@ -51,26 +51,23 @@ def run(config: TranscodeConfig) -> dict[str, Any]:
     """
     manifest = read_manifest(config.manifest)
     inputs = {"manifest": digest(manifest)}
-    if (result := finished("transcode", config, inputs)) is not None:
-        progress("transcode", f"{config.out} is finished already; give another --out to transcode anew")
+    if (result := finished("transcode", config, inputs, redo="transcode again")) is not None:
         return result
     ensure_ray()
     with stage_run("transcode", config, inputs=inputs) as stage:
         files = files_of(manifest, config, stage.path(VIDEOS))
         _remove_parts(stage)
-        stage.progress(f"{len(manifest)} videos in {len(files)} files, to a short side of {config.short_side}")
+        stage.info(f"{len(manifest)} videos in {len(files)} files, to a short side of {config.short_side}")
         made = encode_all(files, config, stage)
         table, rejects = new_manifest(manifest, files, made)
-        storage.remove(stage.path(REJECTS))
-        stage.reject(rejects)
+        stage.replace_rejects(rejects)
         if len(table) == 0:
-            reasons = "; ".join(f"{reject.video_id!r}: {reject.reason}" for reject in rejects[:FIRST_REASONS])
-            raise UserError(f"none of the {len(rejects)} videos can be read ({reasons}); see {stage.path(REJECTS)}")
-        _tell(stage, made, len(table), len(rejects))
+            raise stage.none_readable()
+        summarise(stage, made, len(table), len(rejects))
         measure(manifest, table, config, stage)
-        storage.write_table(stage.path(MANIFEST), table)
+        stage.folder.write_table(MANIFEST, table)
         stage.counts |= splits(table)
-        stage.progress(f"{len(table)} of {len(manifest)} videos -> {stage.path(MANIFEST)}")
+        stage.info(f"{len(table)} of {len(manifest)} videos -> {stage.path(MANIFEST)}")
     return stage.result
 
 
@@ -99,7 +96,7 @@ def _remove_parts(stage: Stage) -> None:
 
 
 def encode_all(files: pa.Table, config: TranscodeConfig, stage: Stage) -> list[dict[str, Any]]:
-    """Return what became of each file, in order: rows of `transcode_tasks.ENCODED`.
+    """Return the outcome of each file, in order: rows of `transcode_tasks.ENCODED`.
 
     Raises:
         StageError: a new video cannot be written.
@@ -112,16 +109,16 @@ def encode_all(files: pa.Table, config: TranscodeConfig, stage: Stage) -> list[d
         timeout_s=config.data.decode_timeout_s,
     )
     made: list[dict[str, Any]] = []
-    started = told = time.monotonic()
-    for row in in_tasks(files, work, config.data):
-        if row["unwritable"]:
-            raise StageError(f"{row['unwritable']}: make room or mend the storage, and run the same command again")
-        made.append(row)
-        if time.monotonic() - told > PROGRESS_S or len(made) == len(files):
-            told = time.monotonic()
-            rejects = sum(bool(row["reason"]) for row in made)
-            rate = 60 * len(made) / (told - started)
-            stage.progress(f"transcoded {len(made)} of {len(files)} files, {rate:.1f} a minute, {rejects} rejects")
+    rejects = 0
+    with stage.progress_bar("transcoded", len(files), "files") as bar:
+        for row in in_tasks(files, work, config.data):
+            if row["unwritable"]:
+                raise StageError(
+                    f"{row['unwritable']}: make room or repair the storage, and run the same command again"
+                )
+            made.append(row)
+            rejects += bool(row["reason"])
+            bar.advance(f"{rejects} rejects")
     return made
 
 
@@ -141,17 +138,18 @@ def new_manifest(manifest: pa.Table, files: pa.Table, made: list[dict[str, Any]]
     return pa.Table.from_pylist(rows, manifest.schema.with_metadata(about)), rejects
 
 
-def _tell(stage: Stage, made: list[dict[str, Any]], videos: int, rejects: int) -> None:
+def summarise(stage: Stage, made: list[dict[str, Any]], videos: int, rejects: int) -> None:
+    """Set the counts of the result and the bytes before and after, and print these."""
     done = [row for row in made if not row["reason"]]
     before, after = (sum(row[f"bytes_{when}"] for row in done) for when in ("before", "after"))
     stage.counts |= {"videos": videos, "files": len(done), "kept": sum(row["kept"] for row in done), "rejects": rejects}
     stage.metrics |= {"transcode/bytes_before": float(before), "transcode/bytes_after": float(after)}
     share = f", {after / before:.0%} of" if before else " against"
-    stage.progress(f"{after / 1e6:.1f} MB on disk{share} the {before / 1e6:.1f} MB before")
+    stage.info(f"{after / 1e6:.1f} MB on disk{share} the {before / 1e6:.1f} MB before")
 
 
 def measure(old: pa.Table, new: pa.Table, config: TranscodeConfig, stage: Stage) -> None:
-    """Time clip pairs of a few videos from the old and the new files, in turn, on one core, and tell.
+    """Time clip pairs of a few videos from the old and the new files, in turn, on one core, and print both.
 
     Files were read before: what is timed is opening and decoding, not the storage.
     """
@@ -165,7 +163,7 @@ def measure(old: pa.Table, new: pa.Table, config: TranscodeConfig, stage: Stage)
     found = task.remote(pairs, clips, config.short_side, config.data.decode_timeout_s, MEASURED_PAIRS)
     seconds: list[tuple[float, float]] = ray.get(found)
     if not seconds:
-        stage.progress("warning: no clip pair could be read to measure what is gained")
+        stage.info("warning: no clip pair could be read to measure what is gained")
         return
     before, after = fmean(first for first, _ in seconds), fmean(second for _, second in seconds)
     gain = median(first / second for first, second in seconds)
@@ -174,7 +172,7 @@ def measure(old: pa.Table, new: pa.Table, config: TranscodeConfig, stage: Stage)
         "transcode/pair_seconds_after": after,
         "transcode/pair_speedup": gain,
     }
-    stage.progress(
+    stage.info(
         f"clip pairs a second on one core, {len(seconds)} videos: {1 / after:.1f} against {1 / before:.1f} before; "
         f"median of the videos {gain:.1f} times as fast"
     )

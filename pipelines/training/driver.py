@@ -82,7 +82,7 @@ def forward(updates: Updates, stage: Stage, on_row: Sequence[OnRow]) -> None:
     for step, row in updates.rows:
         stage.tracker.log(row, step=step)
         if skipped := row.get("train/skipped_steps"):
-            stage.progress(
+            stage.info(
                 f"WARNING: {skipped:.0f} step(s) skipped up to step {step}: loss or gradient not finite; the run ends "
                 "after more than loop.max_skipped in a row"
             )
@@ -95,7 +95,7 @@ def forward(updates: Updates, stage: Stage, on_row: Sequence[OnRow]) -> None:
         earlier = [storage.read_bytes(path).decode()] if storage.exists(path) else []
         storage.write_bytes(path, "\n\n".join([*earlier, *updates.stacks]).encode())
     for message in updates.messages:
-        stage.progress(message)
+        stage.info(message)
 
 
 def _result(training: Future[Any], monitor: Any, stage: Stage) -> TrainingResult:

@@ -11,10 +11,10 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import storage
 from pipelines.config import DataConfig, ScaleConfig
 from pipelines.running.resources import SLIVER, check_cluster
-from pipelines.running.stage import CHECKPOINTS, Stage
+from pipelines.running.run_folder import CHECKPOINTS
+from pipelines.running.stage import Stage
 from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.controller import LossReporter, MonitoredTorchConfig
 from pipelines.training.driver import OnRow, Outcome, drive
@@ -75,11 +75,11 @@ def launch(
     )
     trainer = _trainer(setup)
     checkpoints = CheckpointHistory(checkpoint_backend(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
-    if storage.exists(stage.path(CHECKPOINTS)):
-        stage.recall_rejects()
+    if stage.folder.exists(CHECKPOINTS):
+        stage.load_rejects()
     decoding = f" and up to {decode_tasks} decode tasks" if data else ""
     least = f"{scale.min_workers} to " if scale.min_workers else ""
-    stage.progress(f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
+    stage.info(f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
     outcome = drive(trainer, monitor, stage, report, checkpoints)
     _log_throughput(stage, outcome.fit.metrics)
     return outcome
@@ -144,7 +144,7 @@ def _log_throughput(stage: Stage, metrics: Mapping[str, float]) -> None:
     mfu = metrics.get("train/mfu")
     stage.details["mfu"] = "unavailable" if mfu is None else mfu
     utilisation = "unavailable (the device's peak in this precision is not known)" if mfu is None else f"{mfu:.1%}"
-    stage.progress(
+    stage.info(
         f"last steps: median {metrics['train/step_seconds_p50']:.3g} s (95th percentile "
         f"{metrics['train/step_seconds_p95']:.3g} s), {metrics['train/data_wait_share']:.0%} waiting for data; per "
         f"worker: peak memory {metrics['train/memory_gib']:.1f} GiB, {metrics.get('train/model_tflops', 0):.3g} model "

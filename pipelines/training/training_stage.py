@@ -12,8 +12,9 @@ from pipelines.config import FinetuneConfig, PretrainConfig, to_json
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.protocols import listed
+from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster
-from pipelines.running.stage import Stage, finished, progress, stage_run
+from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.training.launcher import BuildLoop, OnRow, RayContext, launch
 from s5.checkpoints.checkpoint import Kind, Meta
 from s5.config import ModelConfig
@@ -51,7 +52,7 @@ def run_training(
     job: TrainingJob,
     build: BuildLoop,
     announce: Callable[[], Sequence[str]],
-    line: Callable[[Stage], OnRow],
+    printer: Callable[[Stage, ProgressBar], OnRow],
     *,
     decodes: bool = True,
     best: tuple[str, str] | None = None,
@@ -66,7 +67,7 @@ def run_training(
         job: what the workers need.
         build: builds one worker's loop from the job and its context.
         announce: returns what is said before the start.
-        line: makes the function that prints a row.
+        printer: returns the function that prints a row and moves the bar.
         decodes: whether videos are decoded, beside the workers.
         best: name of the validation metric that picks the best checkpoint, and `max` or `min`.
         counts: further counts for the result.
@@ -78,31 +79,31 @@ def run_training(
         StageError: training failed, or was asked to stop.
     """
     config: PretrainConfig | FinetuneConfig = job.config
-    if (result := finished(name, config, job.inputs)) is not None:
-        progress(name, f"{config.out} is finished already; give another --out to train again")
+    if (result := finished(name, config, job.inputs, redo="train again")) is not None:
         return result
     data = config.data if decodes else None
     check_cluster(config.scale, data)
     with stage_run(name, config, parent_run, job.inputs) as stage:
         for sentence in announce():
-            stage.progress(sentence)
-        outcome = launch(
-            stage,
-            build,
-            job,
-            scale=config.scale,
-            data=data,
-            loop=config.loop,
-            best=best,
-            report=[line(stage), *filter(None, [on_row])],
-        )
+            stage.info(sentence)
+        with stage.progress_bar("trained", job.plan.total_steps, "steps") as bar:
+            outcome = launch(
+                stage,
+                build,
+                job,
+                scale=config.scale,
+                data=data,
+                loop=config.loop,
+                best=best,
+                report=[printer(stage, bar), *filter(None, [on_row])],
+            )
         stage.metrics |= outcome.fit.metrics
         if best is not None and outcome.best_score is not None:
             stage.metrics |= {f"best/{best[0]}": outcome.best_score}
         stage.counts |= {"videos": len(job.train), "listed": listed(job.train, "train"), "steps": outcome.fit.step}
         stage.counts |= {"resumed_at": outcome.fit.started_at} | (counts or {})
         stage.details["checkpoint"] = outcome.best
-        stage.progress(f"checkpoint: {outcome.best}")
+        stage.info(f"checkpoint: {outcome.best}")
     return stage.result
 
 
@@ -164,9 +165,14 @@ def training_loop(
     return TrainingLoop(task, inputs, context)
 
 
-def loss_line(step: int, total_steps: int, row: dict[str, float], details: str) -> str:
-    """Return what is printed of a training row: its step, loss, the task's own details, and speed."""
-    return (
-        f"step {step}/{total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, {details}"
-        f"{row['train/clips_per_second']:.0f} clips/s, waiting for data {row['train/data_wait_share']:.0%}"
-    )
+def show_loss(stage: Stage, bar: ProgressBar, step: int, total_steps: int, row: dict[str, float], details: str) -> None:
+    """Show a training row: its loss in the bar, or a line of its step, loss, the task's own details, and speed.
+
+    The line of the last step is printed in both cases.
+    """
+    bar.move_to(step, f"loss {row['train/loss']:.4f}, {row['train/clips_per_second']:.0f} clips/s")
+    if not bar.visible or step == total_steps:
+        stage.info(
+            f"step {step}/{total_steps} epoch {row['train/epoch']:.1f}: loss {row['train/loss']:.4f}, {details}"
+            f"{row['train/clips_per_second']:.0f} clips/s, waiting for data {row['train/data_wait_share']:.0%}"
+        )

@@ -21,7 +21,7 @@ from pipelines import storage
 from pipelines.config import DataConfig, ScaleConfig
 from pipelines.errors import UserError
 from pipelines.running.resources import shared_out
-from pipelines.running.stage import CHECKPOINTS
+from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.heartbeat import Heartbeat
 from pipelines.training.run_monitor import RunStatus, Updates

@@ -10,7 +10,7 @@ from pipelines import storage, tracking
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override, unknown
 from pipelines.errors import UserError
 from pipelines.running.resources import resources
-from pipelines.running.stage import TRIALS
+from pipelines.running.run_folder import TRIALS
 from pipelines.tuning.search_space import Dimension, configured, name_of, stages, trials
 
 # What the stages log and a trial can be judged by.

@@ -1,8 +1,8 @@
 """Reading of cached features at the size of LVU's windows (60 x 197 x 1024), against plain reads of the same files.
 
 A round takes as many windows as the files have bytes for, a warm one some times over: `CachedClips` reads into batches
-that a training step would take. Plain reads are sequential, of whole files into buffers that are used again and again: by
-one thread into a small one, which stays in the processor's cache and writes to no memory at all; and by as many threads
+that a training step would take. Plain reads are sequential, of whole files into buffers that are used again: by one
+thread into a small one, which stays in the processor's cache and writes to no memory at all; and by as many threads
 as read features, into buffers of a batch. Warm rounds find the files in the system's page cache; cold ones do not, and
 nothing has them mapped.
 """

@@ -106,7 +106,7 @@ def test_rejects_are_listed_once_and_survive_a_resume(tmp_path: Path, capsys: py
         stage.reject([first, first])
         stage.reject([first])
     with stage_run("pretrain", config) as stage:
-        stage.recall_rejects()
+        stage.load_rejects()
         stage.reject([second, first])
     rows = storage.read_table(str(tmp_path / "out" / "rejects.parquet")).to_pylist()
     assert [row["video_id"] for row in rows] == ["a", "b"]

@@ -71,7 +71,7 @@ def _contents(place: str) -> dict[str, bytes]:
 def test_the_whole_line_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     local = tmp_path / "local"
     shares = {"val_share": 1 / 3, "test_share": 1 / 3}
-    plans = sample.plan_videos(SampleConfig(videos=18, classes="order-only", seconds=10, fps=4, size=32, **shares))
+    plans = sample.draw_videos(SampleConfig(videos=18, classes="order-only", seconds=10, fps=4, size=32, **shares))
     for plan in plans:
         storage.write_bytes(f"{bucket}/videos/{plan.path}", sample.render_video(plan))
 

@@ -58,7 +58,7 @@ def test_order_only_activities_have_the_same_steps() -> None:
 
 @pytest.mark.parametrize("classes", ["all", "order-only"])
 def test_videos_show_their_activitys_steps_in_order(classes: Any) -> None:
-    for plan in sample.plan_videos(dataclasses.replace(SMALL, classes=classes)):
+    for plan in sample.draw_videos(dataclasses.replace(SMALL, classes=classes)):
         assert tuple(steps_of(plan)) == sample.ACTIVITIES[classes][plan.label]
         assert plan.class_name == "-".join(STEP_NAMES[step] for step in steps_of(plan))
 
@@ -67,7 +67,7 @@ def test_videos_show_their_activitys_steps_in_order(classes: Any) -> None:
 
 
 def test_default_videos_last_a_minute_or_more() -> None:
-    seconds = [plan.seconds for plan in sample.plan_videos(SampleConfig())]
+    seconds = [plan.seconds for plan in sample.draw_videos(SampleConfig())]
     assert min(seconds) >= 60
     assert max(seconds) <= 64 * 1.15 + 1
     assert len(set(seconds)) > 20
@@ -75,7 +75,7 @@ def test_default_videos_last_a_minute_or_more() -> None:
 
 @pytest.mark.parametrize("config", [SMALL, SampleConfig(videos=60, seconds=10, fps=1)])
 def test_stretches_cover_the_video_and_take_turns(config: SampleConfig) -> None:
-    for plan in sample.plan_videos(config):
+    for plan in sample.draw_videos(config):
         edges = [plan.stretches[0].start]
         for stretch in plan.stretches:
             assert stretch.start == edges[-1]
@@ -86,7 +86,7 @@ def test_stretches_cover_the_video_and_take_turns(config: SampleConfig) -> None:
 
 
 def test_uninformative_stretches_take_20_to_40_percent_and_lengths_vary() -> None:
-    for plan in sample.plan_videos(SampleConfig(videos=100)):
+    for plan in sample.draw_videos(SampleConfig(videos=100)):
         empty = sum(stretch.end - stretch.start for stretch in plan.stretches if stretch.step is None)
         assert 0.19 < empty / plan.frames < 0.41
         lengths = {stretch.end - stretch.start for stretch in plan.stretches if stretch.step is not None}
@@ -95,7 +95,7 @@ def test_uninformative_stretches_take_20_to_40_percent_and_lengths_vary() -> Non
 
 @pytest.mark.parametrize("videos", [40, 41, 240, 480])
 def test_splits_are_stratified(videos: int) -> None:
-    plans = sample.plan_videos(dataclasses.replace(SMALL, videos=videos))
+    plans = sample.draw_videos(dataclasses.replace(SMALL, videos=videos))
     assert len({plan.video_id for plan in plans}) == videos
     for members in by_class(plans).values():
         count = Counter(plan.split for plan in members)
@@ -105,13 +105,13 @@ def test_splits_are_stratified(videos: int) -> None:
 
 
 def test_without_held_out_shares_all_videos_train() -> None:
-    plans = sample.plan_videos(dataclasses.replace(SMALL, val_share=0, test_share=0))
+    plans = sample.draw_videos(dataclasses.replace(SMALL, val_share=0, test_share=0))
     assert {plan.split for plan in plans} == {"train"}
 
 
 def test_first_videos_stay_the_same_when_the_data_set_grows() -> None:
-    few = sample.plan_videos(SMALL)
-    many = sample.plan_videos(dataclasses.replace(SMALL, videos=90))
+    few = sample.draw_videos(SMALL)
+    many = sample.draw_videos(dataclasses.replace(SMALL, videos=90))
     assert [plan.digest for plan in few] == [plan.digest for plan in many[: len(few)]]
     assert [plan.path for plan in few] == [plan.path for plan in many[: len(few)]]
     assert few[7].path.endswith("/v00007.mp4")
@@ -122,7 +122,7 @@ def test_first_videos_stay_the_same_when_the_data_set_grows() -> None:
 
 @pytest.mark.parametrize("difficulty", ["easy", "hard"])
 def test_videos_are_what_the_plan_says(difficulty: Any, tmp_path: Path) -> None:
-    for plan in sample.plan_videos(dataclasses.replace(SMALL, difficulty=difficulty))[:4]:
+    for plan in sample.draw_videos(dataclasses.replace(SMALL, difficulty=difficulty))[:4]:
         reader = read(render_video(plan), tmp_path)
         frames = reader.get_batch(range(len(reader))).asnumpy()
         assert frames.shape == (plan.frames, 32, 32, 3)
@@ -131,13 +131,13 @@ def test_videos_are_what_the_plan_says(difficulty: Any, tmp_path: Path) -> None:
 
 
 def test_h264_with_the_index_in_front() -> None:
-    video = render_video(sample.plan_videos(SMALL)[0])
+    video = render_video(sample.draw_videos(SMALL)[0])
     assert b"avc1" in video
     assert video.index(b"moov") < video.index(b"mdat")
 
 
 def test_bytes_depend_on_the_plan_alone() -> None:
-    plans = sample.plan_videos(SMALL)[:3]
+    plans = sample.draw_videos(SMALL)[:3]
     first = [render_video(plan) for plan in plans]
     again = [render_video(plan) for plan in reversed(plans)]
     assert first == again[::-1]
@@ -146,14 +146,14 @@ def test_bytes_depend_on_the_plan_alone() -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"difficulty": "hard"}, {"size": 48}, {"fps": 5}, {"seconds": 13.0}])
 def test_settings_change_bytes_and_digest(change: dict[str, Any]) -> None:
-    plan = sample.plan_videos(SMALL)[0]
-    other = sample.plan_videos(dataclasses.replace(SMALL, **change))[0]
+    plan = sample.draw_videos(SMALL)[0]
+    other = sample.draw_videos(dataclasses.replace(SMALL, **change))[0]
     assert plan.digest != other.digest
     assert render_video(plan) != render_video(other)
 
 
 def test_easy_steps_show_their_colour_and_the_rest_is_grey(tmp_path: Path) -> None:
-    plan = next(p for p in sample.plan_videos(SampleConfig(videos=10, seconds=12)) if steps_of(p) == [0, 1, 2, 3])
+    plan = next(p for p in sample.draw_videos(SampleConfig(videos=10, seconds=12)) if steps_of(p) == [0, 1, 2, 3])
     reader = read(render_video(plan), tmp_path)
     for stretch in plan.stretches:
         frame = reader[(stretch.start + stretch.end) // 2].asnumpy().astype(int)
@@ -165,7 +165,7 @@ def test_easy_steps_show_their_colour_and_the_rest_is_grey(tmp_path: Path) -> No
 
 def test_hard_backgrounds_move_and_have_texture(tmp_path: Path) -> None:
     easy, hard = (
-        read(render_video(sample.plan_videos(SampleConfig(videos=1, seconds=12, difficulty=d))[0]), tmp_path)
+        read(render_video(sample.draw_videos(SampleConfig(videos=1, seconds=12, difficulty=d))[0]), tmp_path)
         .get_batch([0, 60])
         .asnumpy()
         .astype(int)
@@ -210,7 +210,7 @@ def test_folder_and_annotations_agree(rendered: tuple[SampleConfig, Path]) -> No
 @pytest.mark.cluster
 def test_workers_write_what_render_video_returns(rendered: tuple[SampleConfig, Path]) -> None:
     config, out = rendered
-    for plan in sample.plan_videos(config)[::9]:
+    for plan in sample.draw_videos(config)[::9]:
         assert (out / plan.path).read_bytes() == render_video(plan)
 
 
@@ -218,10 +218,10 @@ def test_workers_write_what_render_video_returns(rendered: tuple[SampleConfig, P
 def test_second_run_renders_only_what_is_missing_or_stale(rendered: tuple[SampleConfig, Path]) -> None:
     config, out = rendered
     before = contents(out)
-    plans = sample.plan_videos(config)
+    plans = sample.draw_videos(config)
     (out / plans[0].path).unlink()
     (out / plans[1].path).write_bytes(b"torn")
-    stale = sample.plan_videos(dataclasses.replace(config, seed=1))[2]
+    stale = sample.draw_videos(dataclasses.replace(config, seed=1))[2]
     (out / plans[2].path).write_bytes(render_video(stale))
     assert sample.run(config)["rendered"] == 3
     assert contents(out) == before

@@ -20,7 +20,7 @@ from pipelines import storage
 from pipelines.config import PretrainConfig, override
 from pipelines.data.clip_order import ClipPlan, plan_of
 from pipelines.data.manifest import MANIFEST, SCHEMA
-from pipelines.running.stage import CHECKPOINTS, RESULT
+from pipelines.running.run_folder import CHECKPOINTS, RESULT
 from s5.video.reading import probe
 from tests.clusters.local_cluster import descendants, kill, wait_gone
 from tests.pipelines.training.test_training import MODEL, TASK

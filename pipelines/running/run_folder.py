@@ -1,0 +1,136 @@
+"""A stage's --out: the names below it, and what an earlier run left there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.config import INPUTS, StageConfig, leaves_of, to_json
+from pipelines.errors import UserError
+
+RESULT = "result.json"
+RUN = "run.json"
+REJECTS = "rejects.parquet"
+# Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features.
+CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
+# These say where and how fast a stage runs, not what it computes: they may change when it resumes.
+FREE_SETTINGS = (
+    *("scale.", "tracking.", "data."),
+    *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
+    *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run of a stage, resolved once: absolute, or a URI."""
+
+    stage: str
+    config: StageConfig
+    inputs: Mapping[str, str]
+    """Digests of what the stage reads, by name: another digest means another run."""
+    root: str
+
+    @classmethod
+    def of(cls, stage: str, config: StageConfig, inputs: Mapping[str, str] | None = None) -> RunFolder:
+        """Return the folder that a stage's settings name."""
+        return cls(stage, config, dict(inputs or {}), storage.absolute(config.out))
+
+    def path(self, *parts: str) -> str:
+        """Return a name below the folder."""
+        return storage.join(self.root, *parts)
+
+    def exists(self, *parts: str) -> bool:
+        """Return whether there is such a file or folder."""
+        return storage.exists(self.path(*parts))
+
+    def remove(self, *parts: str) -> None:
+        """Delete a file, if there is one."""
+        storage.remove(self.path(*parts))
+
+    def write(self, name: str, content: bytes) -> str:
+        """Write a file and return its path."""
+        storage.write_bytes(self.path(name), content)
+        return self.path(name)
+
+    def write_table(self, name: str, table: pa.Table) -> str:
+        """Write a parquet file and return its path."""
+        storage.write_table(self.path(name), table)
+        return self.path(name)
+
+    def write_json(self, name: str, value: Any) -> str:
+        """Write a JSON file and return its path."""
+        storage.write_json(self.path(name), value)
+        return self.path(name)
+
+    def begin(self) -> None:
+        """Write run.json and delete the result of an earlier run.
+
+        Raises:
+            UserError: the folder cannot be written to, or holds a run of another stage.
+        """
+        self._check_stage(self._earlier())
+        storage.check_writable(self.root)
+        self.write_json(RUN, self._settings())
+        self.remove(RESULT)
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the result of an earlier, finished run of the same stage with the same settings, if any.
+
+        Raises:
+            UserError: the folder holds a run of another stage, or one that began with other settings or inputs.
+        """
+        earlier = self._earlier()
+        if earlier is None:
+            return None
+        self._check_stage(earlier)
+        done = self.exists(RESULT)
+        if done or any(self.exists(folder) for folder in (CHECKPOINTS, TRIALS, VIDEOS, SHARDS)):
+            self._check_same(earlier)
+        return dict(storage.read_json(self.path(RESULT))) if done else None
+
+    def _settings(self) -> dict[str, Any]:
+        return to_json(self.stage, self.config) | {INPUTS: dict(self.inputs)}
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """Return the run.json of an earlier start."""
+        if not self.exists(RUN):
+            return None
+        try:
+            return dict(storage.read_json(self.path(RUN)))
+        except ValueError as error:
+            raise UserError(
+                f"--out {self.root!r} holds a damaged {RUN} ({error}): delete it or give another --out"
+            ) from None
+
+    def _check_stage(self, earlier: dict[str, Any] | None) -> None:
+        if earlier is not None and earlier.get("stage") != self.stage:
+            raise UserError(
+                f"--out {self.config.out!r} holds a run of stage {earlier.get('stage')!r}: give another folder"
+            )
+
+    def _check_same(self, earlier: dict[str, Any]) -> None:
+        """Raise `UserError` where the earlier run differs from this one in what it computes."""
+        out = self.config.out
+        before, now = _fixed(leaves_of(earlier)), _fixed(leaves_of(self._settings()))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key):
+                continue
+            if key.startswith(f"{INPUTS}."):
+                what = key.removeprefix(f"{INPUTS}.")
+                raise UserError(
+                    f"--out {out!r} holds a run on another {what}, which has changed since: give another --out"
+                )
+            raise UserError(
+                f"--out {out!r} holds a run with {key} {before.get(key)!r}, not {now.get(key)!r}: "
+                "give another --out, or the same settings to resume"
+            )
+
+
+def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:
+    free = tuple(f"{prefix}{name}" for name in FREE_SETTINGS for prefix in ("", "pretrain.", "finetune."))
+    return {key: value for key, value in leaves.items() if key != "out" and not key.startswith(free)}
