@@ -176,18 +176,18 @@ class Lines(tune.Callback):
         self._metric = metric
         self._ended = 0
 
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **kwargs: Any) -> None:
         """Say that a trial starts."""
         info("sweep", f"trial {trial.config['trial']} starts")
 
-    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **kwargs: Any) -> None:
         """Say what a trial has reached."""
         self.done += 1
         value = trial.last_result.get(self._metric)
         reached = f"{self._metric} {value:.3f}" if isinstance(value, float) else f"no {self._metric}"
         self._say(trial, "done", reached)
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **kwargs: Any) -> None:
         """Say why a trial has failed, and where the whole story is."""
         file = trial.error_file
         self._say(trial, "failed", f"{last_line(Path(file).read_text())} (see {file})" if file else "no reason given")

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from s5.models.selection import (
+    Estimator,
     MomentumSSM,
     Selected,
     Selection,
     check_count,
     gumbel_scores,
     normalized_entropy,
+    own_gradient,
     rows,
-    soft_gradient,
+    shared_gradient,
     spread,
     top,
 )
@@ -107,36 +109,42 @@ class _SelectiveConvolution(torch.autograd.Function):
         k: int,
         temperature: Tensor,
         uniform_BL: Tensor | None,
+        estimator: Estimator,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         all_BLD, _, _ = _Norm(weight_D, bias_D, epsilon)(x_BLD)
         logits_BL = all_BLD @ score_D if momentum is None else momentum.score(all_BLD, score_D)
         scores_BL = gumbel_scores(logits_BL, uniform_BL)
         indices_BK = top(scores_BL, k)
         y_BKD = convolve(rows(all_BLD, indices_BK), kernel_DM, size).to(x_BLD.dtype)
-        ctx.save_for_backward(x_BLD, weight_D, bias_D, kernel_DM, scores_BL, temperature.clone(), indices_BK)
-        ctx.epsilon, ctx.size, ctx.momentum = epsilon, size, momentum
+        ranked_BL = logits_BL if estimator == "own" else scores_BL
+        ctx.save_for_backward(x_BLD, weight_D, bias_D, kernel_DM, ranked_BL, temperature.clone(), indices_BK)
+        ctx.epsilon, ctx.size, ctx.momentum, ctx.estimator = epsilon, size, momentum, estimator
         ctx.mark_non_differentiable(indices_BK, logits_BL)
         return rows(x_BLD, indices_BK), y_BKD, indices_BK, logits_BL
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLD, weight_D, bias_D, kernel_DM, scores_BL, temperature, indices_BK = ctx.saved_tensors
+        x_BLD, weight_D, bias_D, kernel_DM, ranked_BL, temperature, indices_BK = ctx.saved_tensors
         norm = _Norm(weight_D, bias_D, ctx.epsilon)
+        picked_BKD = rows(x_BLD, indices_BK)
         grad_BKD, grad_weight_D, grad_bias_D, grad_kernel_DM = _convolution_gradients(
-            grads[1], rows(x_BLD, indices_BK), norm, kernel_DM, ctx.size
+            grads[1], picked_BKD, norm, kernel_DM, ctx.size
         )
         grad_BKD += grads[0]
-        grad_soft_BL = soft_gradient(x_BLD, grad_BKD, scores_BL.dtype)
-        soft_BL = torch.softmax(scores_BL / temperature, dim=1)
-        # Softmax's gradient sums to 0, so that log_softmax passes it on as it is.
-        grad_logits_BL = soft_BL * (grad_soft_BL - (soft_BL * grad_soft_BL).sum(1, keepdim=True)) / temperature
+        if ctx.estimator == "own":
+            grad_logits_BL = own_gradient(picked_BKD, grad_BKD, ranked_BL, indices_BK, temperature)
+        else:
+            grad_soft_BL = shared_gradient(x_BLD, grad_BKD, ranked_BL.dtype)
+            soft_BL = torch.softmax(ranked_BL / temperature, dim=1)
+            # Softmax's gradient sums to 0, so that log_softmax passes it on as it is.
+            grad_logits_BL = soft_BL * (grad_soft_BL - (soft_BL * grad_soft_BL).sum(1, keepdim=True)) / temperature
         all_BLD, _, _ = norm(x_BLD)
         if ctx.momentum is None:
             grad_score_D = torch.einsum("bl,bld->d", grad_logits_BL.to(all_BLD.dtype), all_BLD)
         else:
             grad_score_D = ctx.momentum.score_gradient(grad_logits_BL, all_BLD)
         grad_x_BLD = spread(grad_BKD, indices_BK, x_BLD.shape[1]) if ctx.needs_input_grad[0] else None
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         return grad_x_BLD, grad_weight_D, grad_bias_D, None, grad_kernel_DM, None, grad_score_D, *nothing
 
 
@@ -174,5 +182,6 @@ def selective_convolution(
             k,
             selection.temperature,
             uniform_BL,
+            selection.config.estimator,
         )
     return Selected(tokens_BKD, indices_BK, normalized_entropy(logits_BL)), y_BKD

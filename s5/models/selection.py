@@ -1,7 +1,8 @@
 """Token selection of S5: momentum S4, mask generator, Gumbel top-K with a straight-through gradient.
 
 Source: "Selective Structured State-Spaces for Long-Form Video Understanding", arXiv 2303.14526, section 3. The exact
-form of the gradient and of the mask generators is from the paper's presentation, not checked against its text.
+form of the `shared` gradient and of the mask generators is from the paper's presentation, not checked against its text.
+The `own` gradient, the default, is ours: docs/selection.md has what was measured.
 
 Shapes: B batch, L sequence, D width, K kept.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from s5 import rng
 from s5.config import SelectionConfig
 from s5.ssm.convolution import convolve_score, convolve_score_backward
 from s5.ssm.layers import LinearSSM
+
+Estimator = Literal["own", "shared"]
 
 _EPSILON = 1e-20
 """Keeps the logarithms of Gumbel noise finite; far below the resolution of the uniform numbers."""
@@ -43,7 +46,7 @@ def normalized_entropy(logits_BL: Tensor) -> Tensor:
     return -(log_p_BL.exp() * log_p_BL).sum(1).mean() / math.log(length)
 
 
-class _Pick(torch.autograd.Function):
+class _PickShared(torch.autograd.Function):
     """Rows of x, whose gradient also reaches the soft weights as if each row were their weighted mean."""
 
     @staticmethod
@@ -60,8 +63,39 @@ class _Pick(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x_BLD = spread(grad_BKD, indices_BK, x_BLD.shape[1])
         if ctx.needs_input_grad[1]:
-            grad_soft_BL = soft_gradient(x_BLD, grad_BKD, ctx.soft_dtype)
+            grad_soft_BL = shared_gradient(x_BLD, grad_BKD, ctx.soft_dtype)
         return grad_x_BLD, grad_soft_BL, None
+
+
+class _PickOwn(torch.autograd.Function):
+    """Rows of x, whose gradient also reaches their logits as if each row were multiplied by sigmoid(logit / rho)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, logits_BL: Tensor, indices_BK: Tensor, temperature: Tensor) -> Tensor:
+        picked_BKD = rows(x_BLD, indices_BK)
+        ctx.save_for_backward(picked_BKD, logits_BL, indices_BK, temperature.clone())
+        return picked_BKD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad_BKD,) = grads
+        picked_BKD, logits_BL, indices_BK, temperature = ctx.saved_tensors
+        grad_x_BLD = grad_logits_BL = None
+        if ctx.needs_input_grad[0]:
+            grad_x_BLD = spread(grad_BKD, indices_BK, logits_BL.shape[1])
+        if ctx.needs_input_grad[1]:
+            grad_logits_BL = own_gradient(picked_BKD, grad_BKD, logits_BL, indices_BK, temperature)
+        return grad_x_BLD, grad_logits_BL, None, None
+
+
+def own_gradient(
+    picked_BKD: Tensor, grad_BKD: Tensor, logits_BL: Tensor, indices_BK: Tensor, temperature: Tensor
+) -> Tensor:
+    """Gradient (B, L) of the logits, where each picked row is multiplied by sigmoid(logit / rho); 0 for the others."""
+    gate_BK = torch.sigmoid(logits_BL.gather(1, indices_BK) / temperature)
+    product_BK = (picked_BKD * grad_BKD).sum(2, dtype=logits_BL.dtype)
+    own_BK = product_BK * gate_BK * (1 - gate_BK) / temperature
+    return torch.zeros_like(logits_BL).scatter(1, indices_BK, own_BK.to(logits_BL.dtype))
 
 
 def spread(grad_BKD: Tensor, indices_BK: Tensor, length: int) -> Tensor:
@@ -73,7 +107,7 @@ def spread(grad_BKD: Tensor, indices_BK: Tensor, length: int) -> Tensor:
     return grad_BLD
 
 
-def soft_gradient(x_BLD: Tensor, grad_BKD: Tensor, dtype: torch.dtype) -> Tensor:
+def shared_gradient(x_BLD: Tensor, grad_BKD: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient (B, L) of the soft weights, which every picked row is a weighted mean by."""
     total_BD = grad_BKD.sum(1, dtype=dtype).to(x_BLD.dtype)
     return torch.bmm(x_BLD, total_BD[..., None])[..., 0].to(dtype)
@@ -116,19 +150,24 @@ def select(
     k: int,
     temperature: float | Tensor = 1.0,
     gumbel_uniform_BL: Tensor | None = None,
+    estimator: Estimator = "own",
 ) -> tuple[Tensor, Tensor]:
     """Keep K of L tokens without replacement, in order of time (arXiv 2303.14526, section 3).
 
-    The K highest `log p + g` are kept, g Gumbel noise. With y = softmax((log p + g) / rho), one and the same for all
-    picks, the result is `x[indices] + (stop(x)^T y - stop(stop(x)^T y))`: the value is that of the tokens picked, and
-    the gradient also reaches the logits, at O(L D) cost and only in the backward pass.
+    The K highest `log p + g` are kept, g Gumbel noise; values are those of the tokens picked. The gradient also reaches
+    the logits s, and no matrix of size (K, L) is built:
+
+    - `own`: that of `x_k + (sigmoid(s_k / rho) stop(x_k) - stop(...))` at each kept token k. Ours.
+    - `shared`: with y = softmax((log p + g) / rho), one and the same for all picks, that of
+      `x_k + (stop(x)^T y - stop(...))`, the paper's straight-through Gumbel-softmax.
 
     Args:
         x_BLD: (B, L, D) tokens.
         logits_BL: (B, L) scores; compared in fp32 at least.
         k: number K of tokens to keep, 1 to L.
-        temperature: rho of the soft part.
+        temperature: rho.
         gumbel_uniform_BL: (B, L) uniform numbers in [0, 1); None for plain, deterministic top-K.
+        estimator: what gives the logits their gradient.
 
     Returns:
         Tokens (B, K, D) in the type of x, and their ascending indices (B, K), int64.
@@ -140,8 +179,13 @@ def select(
     with torch.autocast(x_BLD.device.type, enabled=False):
         scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
         indices_BK = top(scores_BL, k)
-        soft_BL = torch.softmax(scores_BL / temperature, dim=1)
-        picked_BKD: Tensor = _Pick.apply(x_BLD, soft_BL, indices_BK)
+        if estimator == "own":
+            exact_BL = logits_BL.to(scores_BL.dtype)
+            rho = torch.as_tensor(temperature, dtype=exact_BL.dtype, device=exact_BL.device)
+            picked_BKD: Tensor = _PickOwn.apply(x_BLD, exact_BL, indices_BK, rho)
+        else:
+            soft_BL = torch.softmax(scores_BL / temperature, dim=1)
+            picked_BKD = _PickShared.apply(x_BLD, soft_BL, indices_BK)
     return picked_BKD, indices_BK
 
 
@@ -151,15 +195,21 @@ def select_reference(
     k: int,
     temperature: float | Tensor = 1.0,
     gumbel_uniform_BL: Tensor | None = None,
+    estimator: Estimator = "own",
 ) -> tuple[Tensor, Tensor]:
     """Reference of `select`: a (K, L) one-hot matrix with straight-through gradient, O(K L D)."""
     check_count(k, x_BLD.shape[1])
     scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
     indices_BK = torch.topk(scores_BL, k, dim=1).indices.sort(dim=1).values
     hard_BKL = torch.nn.functional.one_hot(indices_BK, x_BLD.shape[1]).to(scores_BL.dtype)
-    soft_BKL = torch.softmax(scores_BL / temperature, dim=1)[:, None].expand_as(hard_BKL)
-    matrix_BKL = hard_BKL + soft_BKL - soft_BKL.detach()
-    return torch.einsum("bkl,bld->bkd", matrix_BKL, x_BLD), indices_BK
+    if estimator == "own":
+        soft_BKL = hard_BKL * torch.sigmoid(logits_BL.to(scores_BL.dtype) / temperature)[:, None]
+    else:
+        soft_BKL = torch.softmax(scores_BL / temperature, dim=1)[:, None].expand_as(hard_BKL)
+    picked_BKD = torch.einsum("bkl,bld->bkd", hard_BKL, x_BLD)
+    # Of the soft part the weights alone get a gradient.
+    blurred_BKD = torch.einsum("bkl,bld->bkd", soft_BKL - soft_BKL.detach(), x_BLD.detach())
+    return picked_BKD + blurred_BKD, indices_BK
 
 
 class MomentumSSM(nn.Module):
@@ -321,5 +371,5 @@ class Selection(nn.Module):
         """
         logits_BL = self.logits(tokens_BLD)
         uniform_BL = self.uniform(x_BLD, seeds_B, stream)
-        tokens_BKD, indices_BK = select(x_BLD, logits_BL, k, self.temperature, uniform_BL)
+        tokens_BKD, indices_BK = select(x_BLD, logits_BL, k, self.temperature, uniform_BL, self.config.estimator)
         return Selected(tokens_BKD, indices_BK, normalized_entropy(logits_BL))

@@ -9,6 +9,7 @@ from torch import Tensor
 from s5 import rng
 from s5.config import SelectionConfig, SSMConfig
 from s5.models.selection import (
+    Estimator,
     MomentumSSM,
     Selection,
     gumbel,
@@ -33,12 +34,13 @@ def online(width: int = 8) -> LinearSSM:
 @pytest.mark.parametrize("k", [1, 7, 20])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("noisy", [True, False])
-def test_select_equals_the_one_hot_matrix(k: int, temperature: float, noisy: bool) -> None:
+@pytest.mark.parametrize("estimator", ["own", "shared"])
+def test_select_equals_the_one_hot_matrix(estimator: Estimator, k: int, temperature: float, noisy: bool) -> None:
     x = tokens().requires_grad_()
     logits = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
     uniform = torch.rand(3, 20) if noisy else None
-    fast, indices = select(x, logits, k, temperature, uniform)
-    slow, expected = select_reference(x, logits, k, temperature, uniform)
+    fast, indices = select(x, logits, k, temperature, uniform, estimator)
+    slow, expected = select_reference(x, logits, k, temperature, uniform, estimator)
     assert torch.equal(indices, expected)
     assert torch.equal(fast, x.gather(1, indices[..., None].expand(-1, -1, 8)))
     torch.testing.assert_close(fast, slow)
@@ -49,12 +51,16 @@ def test_select_equals_the_one_hot_matrix(k: int, temperature: float, noisy: boo
         torch.testing.assert_close(ours, reference)
 
 
-def test_gradient_is_that_of_the_formula() -> None:
+@pytest.mark.parametrize("estimator", ["own", "shared"])
+def test_gradient_is_that_of_the_formula(estimator: Estimator) -> None:
     x, logits = tokens(1, 6, 4), torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     uniform = torch.rand(1, 6)
-    picked, indices = select(x, logits, 2, 0.7, uniform)
-    y = torch.softmax((torch.log_softmax(logits, 1) + gumbel(uniform)) / 0.7, dim=1)
-    soft = (x * y[..., None]).sum(1, keepdim=True)
+    picked, indices = select(x, logits, 2, 0.7, uniform, estimator)
+    if estimator == "own":
+        soft = (torch.sigmoid(logits / 0.7)[..., None] * x)[0, indices[0]][None]
+    else:
+        y = torch.softmax((torch.log_softmax(logits, 1) + gumbel(uniform)) / 0.7, dim=1)
+        soft = (x * y[..., None]).sum(1, keepdim=True)
     formula = x[0, indices[0]][None] + (soft - soft.detach())
     weights = torch.randn_like(picked)
     (ours,) = torch.autograd.grad((picked * weights).sum(), logits)
