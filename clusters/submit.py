@@ -26,7 +26,7 @@ from pipelines.command_line import parse
 from pipelines.config import StageConfig, to_json
 from pipelines.errors import UserError
 from pipelines.preflight import used_paths
-from pipelines.running import stage
+from pipelines.running import run_folder
 from pipelines.storage import provenance
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def stage_package(submission: Submission, folder: Path) -> None:
             shutil.copyfile(source, target)
     if (ROOT / "pyproject.toml").is_file():
         shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
-    storage.write_json(str(folder / stage.RUN), to_json(submission.stage, submission.config))
+    storage.write_json(str(folder / run_folder.RUN), to_json(submission.stage, submission.config))
 
 
 def submit(client: JobSubmissionClient, submission: Submission) -> str:
@@ -126,7 +126,7 @@ def submit(client: JobSubmissionClient, submission: Submission) -> str:
     with tempfile.TemporaryDirectory(prefix="s5-job-") as folder:
         stage_package(submission, Path(folder))
         client.submit_job(
-            entrypoint=f"python -m pipelines {submission.stage} --config {stage.RUN}",
+            entrypoint=f"python -m pipelines {submission.stage} --config {run_folder.RUN}",
             submission_id=job,
             runtime_env={"working_dir": folder, "env_vars": variables},
             metadata={"out": submission.config.out, "commit": variables[provenance.COMMIT_VARIABLE]},

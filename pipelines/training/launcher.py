@@ -11,7 +11,6 @@ import ray.train
 import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import storage
 from pipelines.config import DataConfig, ScaleConfig
 from pipelines.running.resources import SLIVER, check_cluster
 from pipelines.running.run_folder import CHECKPOINTS

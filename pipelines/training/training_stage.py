@@ -12,8 +12,8 @@ from pipelines.config import FinetuneConfig, PretrainConfig, to_json
 from pipelines.data.clip_order import ClipPlan
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.protocols import listed
-from pipelines.running.resources import check_cluster
 from pipelines.running.progress import ProgressBar
+from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.training.launcher import BuildFit, OnRow, RayContext, launch
 from s5.checkpoints.checkpoint import Kind, Meta
@@ -166,9 +166,7 @@ def training_loop(
     )
 
 
-def show_loss(
-    stage: Stage, bar: ProgressBar, step: int, total_steps: int, row: dict[str, float], details: str
-) -> None:
+def show_loss(stage: Stage, bar: ProgressBar, step: int, total_steps: int, row: dict[str, float], details: str) -> None:
     """Show a training row: its loss in the bar, or a line of its step, loss, the task's own details, and speed.
 
     The line of the last step is printed in both cases.
