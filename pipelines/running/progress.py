@@ -70,9 +70,8 @@ class ProgressBar:
         What the first call finds done does not count towards the rate.
         """
         if self._bar is not None and self._done == 0:
-            self._bar.initial = done
             self._bar.reset()
-            self._bar.n = self._bar.last_print_n = self._done = done
+            self._bar.initial = self._bar.n = self._bar.last_print_n = self._done = done
             self._bar.set_postfix_str(details)
         self._show(done, details)
 

@@ -20,6 +20,7 @@ from ray.tune.schedulers import ASHAScheduler
 from pipelines import tracking
 from pipelines.config import SweepConfig
 from pipelines.errors import StageError, StoppedError, last_line
+from pipelines.running import progress
 from pipelines.running.resources import own_node
 from pipelines.running.stage import Stage, in_thread, signals_received
 from pipelines.tuning.trials import Objective, TrialSettings
@@ -65,7 +66,7 @@ def run_trials(
     )
     # The lines of this stage say more than Tune's own table and its tracebacks.
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
-    stopper, lines = StopOnRequest(), TrialLines(stage, objective.metric, len(trials))
+    stopper, lines = StopOnRequest(), TrialLines(stage.name, objective.metric, len(trials))
     tuner = tune.Tuner(
         tune.with_resources(trainable, {own_node(): NEXT_TO_NOTHING}),
         param_space={"trial": tune.grid_search(list(trials))},
@@ -125,9 +126,12 @@ class StopOnRequest(tune.Stopper):
 
 
 class TrialLines(tune.Callback):
-    """Prints a line when a trial starts and ends."""
+    """Prints a line when a trial starts and ends.
 
-    def __init__(self, stage: Stage, metric: str, trials: int) -> None:
+    Tune pickles it, which a running stage with its tracker does not allow: it has the stage's name.
+    """
+
+    def __init__(self, stage: str, metric: str, trials: int) -> None:
         self.trials = trials
         self.done = 0
         self._stage, self._metric = stage, metric
@@ -135,7 +139,7 @@ class TrialLines(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Print that a trial starts."""
-        self._stage.info(f"trial {trial.config['trial']} starts")
+        progress.info(self._stage, f"trial {trial.config['trial']} starts")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Print the metric that a trial reached."""
@@ -152,7 +156,7 @@ class TrialLines(tune.Callback):
 
     def _print_end(self, trial: Trial, end: str, what: str) -> None:
         self._ended += 1
-        self._stage.info(f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
+        progress.info(self._stage, f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
 
 
 # --- in a Tune worker -----------------------------------------------------------------------------------------------
