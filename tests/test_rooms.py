@@ -32,7 +32,7 @@ FORBIDDEN = {"s5": ("ray", "mlflow", "pipelines", "clusters"), "pipelines": ("cl
 HOMES = {
     "mlflow": ("pipelines/tracking/",),
     "ray.train": ("pipelines/training/",),
-    "ray.tune": ("pipelines/tuning/", "pipelines/stages/sweep.py"),
+    "ray.tune": ("pipelines/tuning/",),
     "matplotlib": ("pipelines/plots/",),
     "tyro": ("pipelines/command_line.py",),
 }
@@ -130,7 +130,7 @@ def test_file_keeps_to_its_room(path: str) -> None:
         ("pipelines/a.py", "from ray import train", "imports ray.train"),
         ("pipelines/data/a.py", "import ray\nray.train.report({})", "imports ray.train"),
         ("pipelines/stages/a.py", "from ray.tune.integration.ray_train import TuneReportCallback", "imports ray.tune"),
-        ("pipelines/stages/sweep.py", "from ray.tune.integration.ray_train import TuneReportCallback", None),
+        ("pipelines/tuning/tuner.py", "from ray.tune.integration.ray_train import TuneReportCallback", None),
         ("pipelines/stages/a.py", "import matplotlib.pyplot", "imports matplotlib"),
         ("pipelines/a.py", "import tyro", "imports tyro"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -19,8 +20,8 @@ def info(name: str, message: str) -> None:
 
 
 def on_terminal() -> bool:
-    """Return whether a person watches: stderr, where bars are drawn, is a terminal."""
-    return sys.stderr.isatty()
+    """Return whether stderr, where bars are drawn, is a terminal that says how wide it is."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 class ProgressBar:
@@ -49,14 +50,14 @@ class ProgressBar:
 
     @property
     def visible(self) -> bool:
-        """Whether there is a bar."""
-        return self._bar is not None
+        """Whether there is a bar; TQDM_DISABLE=1 in the environment turns it off."""
+        return self._bar is not None and not self._bar.disable
 
     def advance(self, details: str = "") -> None:
         """Count one more item; `details` says what else there is to see, such as the number of rejects."""
         self._show(self._done + 1, details)
         now = time.monotonic()
-        if self._done == self._total or (self._bar is None and now - self._printed > LINE_S):
+        if self._done == self._total or (not self.visible and now - self._printed > LINE_S):
             self._printed = now
             rate = self._done / (now - self._started)
             speed = f"{rate:.1f} a second" if rate >= 1 else f"{60 * rate:.1f} a minute"
@@ -69,9 +70,8 @@ class ProgressBar:
         What the first call finds done does not count towards the rate.
         """
         if self._bar is not None and self._done == 0:
-            self._bar.initial = done
             self._bar.reset()
-            self._bar.n = self._bar.last_print_n = self._done = done
+            self._bar.initial = self._bar.n = self._bar.last_print_n = self._done = done
             self._bar.set_postfix_str(details)
         self._show(done, details)
 

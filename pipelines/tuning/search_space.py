@@ -95,7 +95,7 @@ def combinations(dimensions: Mapping[str, Dimension]) -> Iterator[dict[str, Any]
 def trials(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[dict[str, Any]]:
     """Return the values of every trial, each trial once; the same space, samples and seed give the same ones.
 
-    Without a range these are the combinations of the choices; with one, each of them `samples` times, drawn anew.
+    Without a range these are the combinations of the choices; with one, each of them `samples` times, with new draws.
     """
     draw = random.Random(config.seed)
     choices = {key: d for key, d in dimensions.items() if isinstance(d, Choice)}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pipelines import storage, tracking
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override, unknown
 from pipelines.errors import UserError
 from pipelines.running.resources import resources
-from pipelines.running.run_folder import TRIALS
+from pipelines.running.run_folder import RESULT, TRIALS
 from pipelines.tuning.search_space import Dimension, configured, name_of, stages, trials
 
-# What the stages log and a trial can be judged by.
+# What the stages log and trials can be compared by.
 PRETRAIN_METRICS = ("knn/top1", "train/top1", "train/loss", "train/embedding_spread")
 FINETUNE_METRICS = {
     "class": ("val/accuracy", "val/loss", "train/accuracy", "train/loss"),
@@ -25,56 +25,62 @@ ERRORS = ("mse", "mae", "loss")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A trial: its name, its folder, what varies, and the settings of its stages with nothing relative in them."""
+class Objective:
+    """The metric that trials are compared by, and whether the best is its `min` or `max`."""
+
+    metric: str
+    mode: Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """A trial: its name, its folder, what varies, and the settings of its stages, with absolute paths only."""
 
     name: str
     out: str
     values: dict[str, Any]
     stages: dict[str, PretrainConfig | FinetuneConfig]
 
-
-def metric(config: SweepConfig) -> str:
-    """Return the name of the metric that trials are compared by."""
-    if config.metric:
-        return config.metric
-    if "finetune" not in stages(config):
-        return "knn/top1"
-    return "val/accuracy" if config.finetune.task == "class" else "val/mse"
+    @property
+    def result(self) -> str:
+        """The result.json of its last stage."""
+        return storage.join(list(self.stages.values())[-1].out, RESULT)
 
 
-def order(config: SweepConfig) -> str:
-    """Return `min` for errors and losses, else `max`."""
-    return "min" if metric(config).rpartition("/")[2] in ERRORS else "max"
+def objective_of(config: SweepConfig) -> Objective:
+    """Return the metric of a sweep: the setting, or else the usual one of its last stage.
 
-
-def check_metric(config: SweepConfig) -> None:
-    """Raise `UserError` for a metric that no stage of a trial logs, or that early stopping cannot follow."""
+    Raises:
+        UserError: no stage of a trial logs the metric, or early stopping cannot follow it.
+    """
+    default = "val/accuracy" if config.finetune.task == "class" else "val/mse"
+    metric = config.metric or (default if "finetune" in stages(config) else "knn/top1")
     known = {"pretrain": PRETRAIN_METRICS, "finetune": FINETUNE_METRICS[config.finetune.task]}
-    name, last = metric(config), stages(config)[-1]
+    last = stages(config)[-1]
     names = tuple(dict.fromkeys(each for stage in stages(config) for each in known[stage]))
-    if name not in names:
-        raise UserError(f"metric is {name!r}: {unknown('metric', name, names)}")
+    if metric not in names:
+        raise UserError(f"metric is {metric!r}: {unknown('metric', metric, names)}")
     followed = [each for each in known[last] if each.startswith(EVALUATED)]
-    if config.early_stopping and name not in followed:
+    if config.early_stopping and metric not in followed:
         raise UserError(
-            f"metric is {name!r}: early_stopping compares evaluations of {last}; give {' or '.join(followed)}"
+            f"metric is {metric!r}: early_stopping compares evaluations of {last}; give {' or '.join(followed)}"
         )
+    return Objective(metric, "min" if metric.rpartition("/")[2] in ERRORS else "max")
 
 
-def plan(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[Plan]:
+def trial_settings(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[TrialSettings]:
     """Return all trials, each with the settings of its stages.
 
     Raises:
         UserError: a drawn value does not fit its setting.
     """
     out = storage.absolute(config.out)
-    plans = []
+    found = []
     for values in trials(config, dimensions):
         folder = storage.join(out, TRIALS, name_of(values))
         settings = {stage: stage_config(config, stage, values, folder) for stage in stages(config)}
-        plans.append(Plan(name_of(values), folder, values, settings))
-    return plans
+        found.append(TrialSettings(name_of(values), folder, values, settings))
+    return found
 
 
 def stage_config(
@@ -97,7 +103,7 @@ def stage_config(
     return override(settings, paths)
 
 
-def fit_cluster(config: SweepConfig, plans: list[Plan]) -> tuple[list[Plan], int]:
+def fit_cluster(config: SweepConfig, all_trials: list[TrialSettings]) -> tuple[list[TrialSettings], int]:
     """Return the trials with their share of the decoding worked out, and how many of them run at once.
 
     Tune does not know what the training workers of a trial hold, so this has to.
@@ -105,7 +111,7 @@ def fit_cluster(config: SweepConfig, plans: list[Plan]) -> tuple[list[Plan], int
     Raises:
         UserError: the largest trial does not fit the cluster.
     """
-    settings = [each for trial in plans for each in trial.stages.values()]
+    settings = [each for trial in all_trials for each in trial.stages.values()]
     need = max(s.scale.num_workers * (s.scale.cpus_per_worker + s.data.cpus_per_decode) for s in settings)
     gpus = max(s.scale.num_workers * s.scale.gpus_per_worker for s in settings)
     total, total_gpus = resources()["CPU"], resources().get("GPU", 0.0)
@@ -118,10 +124,10 @@ def fit_cluster(config: SweepConfig, plans: list[Plan]) -> tuple[list[Plan], int
             f"{gpus:g} GPUs with its decoding, and the cluster has {total:g} CPUs and {total_gpus:g} GPUs; lower it, "
             "cpus_per_worker or data.cpus_per_decode"
         )
-    concurrent = min(config.concurrent_trials or fit, fit, len(plans))
+    concurrent = min(config.concurrent_trials or fit, fit, len(all_trials))
     shared = [
         replace(each, stages={stage: _share(s, total / concurrent) for stage, s in each.stages.items()})
-        for each in plans
+        for each in all_trials
     ]
     return shared, concurrent
 

@@ -88,23 +88,29 @@ def test_entries_without_or_with_two_values_are_named(entries: tuple[str, ...], 
 )
 def test_a_metric_that_no_trial_has_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        trials.check_metric(override(SweepConfig(), changes))
+        trials.objective_of(override(SweepConfig(), changes))
 
 
 @pytest.mark.parametrize(
-    ("metric", "order"),
-    [("val/mse", "min"), ("train/loss", "min"), ("val/mae", "min"), ("knn/top1", "max"), ("val/accuracy", "max")],
+    ("metric", "task", "mode"),
+    [
+        ("val/mse", "regression", "min"),
+        ("train/loss", "class", "min"),
+        ("knn/top1", "class", "max"),
+        ("val/accuracy", "class", "max"),
+    ],
 )
-def test_errors_and_losses_are_minimised(metric: str, order: str) -> None:
-    assert trials.order(SweepConfig(metric=metric)) == order
+def test_errors_and_losses_are_minimised(metric: str, task: str, mode: str) -> None:
+    config = override(SweepConfig(metric=metric), {"finetune.task": task})
+    assert trials.objective_of(config).mode == mode
 
 
 def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space_ = ("finetune.checkpoint=a,b", "model.backbone.weights=timm,w.pt,s3://b/w.pt")
     config = SweepConfig(out="out", space=space_, stages="finetune")
-    plans = trials.plan(config, search_space.parse(config))
-    settings = [each.stages["finetune"] for each in plans]
+    found = trials.trial_settings(config, search_space.parse(config))
+    settings = [each.stages["finetune"] for each in found]
     assert {each.manifest for each in settings} == {f"{tmp_path}/out/index/manifest.parquet"}
     assert {each.checkpoint for each in settings if isinstance(each, FinetuneConfig)} == {
         f"{tmp_path}/a",
@@ -200,7 +206,7 @@ def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path
 
     watcher = threading.Thread(target=interrupt, daemon=True)
     watcher.start()
-    with pytest.raises(StoppedError, match="stopped as asked after 1 of 2 trials") as stopped:
+    with pytest.raises(StoppedError, match="stopped as requested after 1 of 2 trials") as stopped:
         sweep.run(config)
     assert stopped.value.code == 128 + signal.SIGINT
     assert time.monotonic() - sent[0] < 120

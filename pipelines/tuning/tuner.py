@@ -1,0 +1,230 @@
+"""Ray Tune around the trials of a sweep: resources, early stopping, lines, signals, and what a trial's worker runs.
+
+A trial's driver is light and stays on the node of the sweep's driver, where the tracking database is; its training
+workers and decode tasks go anywhere in the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+
+from pipelines import tracking
+from pipelines.config import SweepConfig
+from pipelines.errors import StageError, StoppedError, last_line
+from pipelines.running import progress
+from pipelines.running.resources import own_node
+from pipelines.running.stage import Stage, in_thread, signals_received
+from pipelines.tuning.trials import Objective, TrialSettings
+
+# A trial's driver holds no CPU, only its place.
+NEXT_TO_NOTHING = 0.001
+POLL_SECONDS = 0.5
+# A stopped sweep waits this long for Tune to end the trials' processes; those left end with this one.
+STOP_SECONDS = 15.0
+
+RunStage = Callable[..., dict[str, Any]]
+"""A stage's `run`: called with its settings, `parent_run` and `on_row`, it returns its result."""
+
+
+def run_trials(
+    stage: Stage,
+    config: SweepConfig,
+    trials: Mapping[str, TrialSettings],
+    objective: Objective,
+    concurrent: int,
+    runners: Mapping[str, RunStage],
+) -> tune.ResultGrid:
+    """Run Tune over the trials.
+
+    Args:
+        stage: the running sweep.
+        config: its settings.
+        trials: the trials by their names.
+        objective: the metric that they are compared by.
+        concurrent: trials at once.
+        runners: `run` of each stage of a trial, by the stage's name; they have to pickle.
+
+    Raises:
+        StoppedError: a signal requested a stop; the trials' processes were ended.
+    """
+    trainable = tune.with_parameters(
+        run_trial,
+        trials=trials,
+        config=config,
+        objective=objective,
+        runners=runners,
+        parent=stage.tracker.run_id or "",
+    )
+    # The lines of this stage say more than Tune's own table and its tracebacks.
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    stopper, lines = StopOnRequest(), TrialLines(stage.name, objective.metric, len(trials))
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {own_node(): NEXT_TO_NOTHING}),
+        param_space={"trial": tune.grid_search(list(trials))},
+        tune_config=tune.TuneConfig(
+            metric=objective.metric,
+            mode=objective.mode,
+            max_concurrent_trials=concurrent,
+            scheduler=ASHAScheduler(time_attr="epoch", max_t=10_000) if config.early_stopping else None,
+            # Saves the next trial its imports. A trial stopped early would keep training in a process that is reused.
+            reuse_actors=not config.early_stopping,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=stage.out, callbacks=[lines], stop=stopper, verbose=0),
+    )
+    return _drive(tuner, stopper, lines, stage)
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"{trial.trial_id}_{trial.config['trial']}"
+
+
+def _drive(tuner: tune.Tuner, stopper: StopOnRequest, lines: TrialLines, stage: Stage) -> tune.ResultGrid:
+    """Run Tune in a thread; in the main thread, `fit` would return at a signal as if it were done."""
+    with signals_received(stage, "ending the running trials") as received:
+        fit = in_thread(tuner.fit)
+        while not fit.done() and not received:
+            wait([fit], POLL_SECONDS)
+        if received:
+            stopper.request()
+            wait([fit], STOP_SECONDS)
+            raise StoppedError(
+                f"stopped as requested after {lines.done} of {lines.trials} trials; their results are saved, and the "
+                "same command resumes the others from their last checkpoints",
+                128 + received[0],
+            )
+    return fit.result()
+
+
+class StopOnRequest(tune.Stopper):
+    """Ends all trials once a stop is requested; Tune asks it between two events."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def request(self) -> None:
+        """Request the end of all trials."""
+        self._requested = True
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Return whether one trial is to end."""
+        return self._requested
+
+    def stop_all(self) -> bool:
+        """Return whether all trials are to end."""
+        return self._requested
+
+
+class TrialLines(tune.Callback):
+    """Prints a line when a trial starts and ends.
+
+    Tune pickles it, which a running stage with its tracker does not allow: it has the stage's name.
+    """
+
+    def __init__(self, stage: str, metric: str, trials: int) -> None:
+        self.trials = trials
+        self.done = 0
+        self._stage, self._metric = stage, metric
+        self._ended = 0
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Print that a trial starts."""
+        progress.info(self._stage, f"trial {trial.config['trial']} starts")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Print the metric that a trial reached."""
+        self.done += 1
+        value = trial.last_result.get(self._metric)
+        reached = f"{self._metric} {value:.3f}" if isinstance(value, float) else f"no {self._metric}"
+        self._print_end(trial, "done", reached)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Print why a trial failed, and the file with the whole traceback."""
+        file = trial.error_file
+        reason = f"{last_line(Path(file).read_text())} (see {file})" if file else "no reason given"
+        self._print_end(trial, "failed", reason)
+
+    def _print_end(self, trial: Trial, end: str, what: str) -> None:
+        self._ended += 1
+        progress.info(self._stage, f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
+
+
+# --- in a Tune worker -----------------------------------------------------------------------------------------------
+
+
+def run_trial(
+    chosen: dict[str, str],
+    trials: Mapping[str, TrialSettings],
+    config: SweepConfig,
+    objective: Objective,
+    runners: Mapping[str, RunStage],
+    parent: str,
+) -> None:
+    """Run the stages of one trial; their MLflow runs nest under the trial's, and that under the sweep's."""
+    # Tune gives a trial 2 s to return before it calls its process unfit for the next one: too few on a busy machine.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "30"
+    trial = trials[chosen["trial"]]
+    uri = next(iter(trial.stages.values())).tracking.uri
+    tracker = tracking.start(
+        replace(config.tracking, uri=uri, run_name=trial.name),
+        stage="trial",
+        out=trial.out,
+        params={f"trial.{key}": value for key, value in trial.values.items()},
+        parent_run=parent,
+    )
+    status, found = "FAILED", {}
+    on_row = _reporter(objective.metric) if config.early_stopping else None
+    try:
+        found = _run_stages(trial, runners, tracker.run_id or "", on_row)
+        status = "FINISHED"
+    except SystemExit:
+        # Tune's way to stop a trial early.
+        status = "KILLED"
+        raise
+    finally:
+        tracker.log(found, step=None)
+        tracker.finish(status)
+    if objective.metric not in found:
+        raise StageError(f"metric is {objective.metric!r}: the trial has {', '.join(sorted(found))}")
+    tune.report(found)
+
+
+def _run_stages(
+    trial: TrialSettings,
+    runners: Mapping[str, RunStage],
+    run_id: str,
+    on_row: Callable[[int, dict[str, float]], None] | None,
+) -> dict[str, float]:
+    """Return the metrics of a trial's stages; where two have one of the same name, the later stage's."""
+    found: dict[str, float] = {}
+    last = list(trial.stages)[-1]
+    for stage, settings in trial.stages.items():
+        result = runners[stage](settings, parent_run=run_id, on_row=on_row if stage == last else None)
+        metrics = result["metrics"]
+        # The best checkpoint's value, where there is one, stands for the trial rather than the last epoch's.
+        best = {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
+        found |= {key: value for key, value in metrics.items() if not key.startswith("best/")} | best
+    return found
+
+
+def _reporter(metric: str) -> Callable[[int, dict[str, float]], None]:
+    """Return the function that reports the metric of each evaluation to Tune's early stopping."""
+    count = 0
+
+    def report(step: int, row: dict[str, float]) -> None:
+        nonlocal count
+        if metric in row:
+            count += 1
+            tune.report({metric: row[metric], "epoch": count})
+
+    return report
