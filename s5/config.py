@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 Config = TypeVar("Config")
 
 DecoderName = Literal["s5", "vis4mer", "lst", "performer", "orthoformer", "tsn", "vtm"]
-Protocol = Literal["uniform", "windows", "whole", "multi-clip"]
+EvaluationProtocol = Literal["uniform", "windows", "whole", "multi-clip"]
 """Which clips of a video are learnt from and which its result is put together from (`s5.video.clip_times`)."""
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import pipelines
 from clusters import submit
-from pipelines.__main__ import parse
+from pipelines.command_line import parse
 from pipelines.config import STAGES, RunConfig, flatten, override
 from pipelines.config.presets import preset
 from pipelines.running import stage

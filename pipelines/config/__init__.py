@@ -18,7 +18,7 @@ from pipelines.config.stages import FeaturesConfig as FeaturesConfig
 from pipelines.config.stages import FinetuneConfig as FinetuneConfig
 from pipelines.config.stages import IndexConfig as IndexConfig
 from pipelines.config.stages import PretrainConfig as PretrainConfig
-from pipelines.config.stages import ProtocolChoice as ProtocolChoice
+from pipelines.config.stages import ProtocolSetting as ProtocolSetting
 from pipelines.config.stages import ReportConfig as ReportConfig
 from pipelines.config.stages import RunConfig as RunConfig
 from pipelines.config.stages import SampleConfig as SampleConfig

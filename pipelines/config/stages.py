@@ -32,7 +32,7 @@ from s5.config import (
     require,
 )
 
-ProtocolChoice = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
+ProtocolSetting = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ class FinetuneConfig:
     """What is learnt: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Clips; only the long stride is used."""
-    protocol: ProtocolChoice = "auto"
+    protocol: ProtocolSetting = "auto"
     """Which clips are learnt from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Video model."""
@@ -275,7 +275,7 @@ class EvaluateConfig:
     """Manifest of the videos: a file, or the folder that `index` wrote."""
     split: str = "test"
     """Split to evaluate on."""
-    protocol: ProtocolChoice = "auto"
+    protocol: ProtocolSetting = "auto"
     """Clips whose predictions are averaged: `windows` of T long strides at every second (LVU), `whole`: clips over the
     whole video (Breakfast, COIN), `multi-clip` (Kinetics) and `uniform`: long clips evenly spread; `auto`: those that
     fine-tuning was set to, else the manifest's benchmark's; for a pretrained encoder `uniform`."""

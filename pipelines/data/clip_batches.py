@@ -24,10 +24,10 @@ from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.config import DataConfig
-from pipelines.data.clip_order import ClipPlan, PlanRows
+from pipelines.data.clip_order import ClipOrder, OrderRows
 from pipelines.data.decode_tasks import CANDIDATE, Reading, decode_chunk
 from s5.batch import ClipBatch
-from s5.config import ClipConfig, Protocol
+from s5.config import ClipConfig, EvaluationProtocol
 from s5.distributed import share_of
 from s5.errors import Failure, VideoError
 from s5.video.clip_times import clip_seed
@@ -54,7 +54,7 @@ class DecodedClips:
     """Chunk size, CPUs of a task, batches prefetched."""
     decode_tasks: int
     """Decode tasks that run at once for this worker."""
-    protocol: Protocol = "uniform"
+    protocol: EvaluationProtocol = "uniform"
     """Which clips of a video, but for pairs."""
     pairs: bool = False
     """Read a short clip beside each long one in training, in the same pass over the file."""
@@ -63,7 +63,7 @@ class DecodedClips:
     world_size: int = 1
     """Workers."""
 
-    def training(self, videos: pa.Table, order: ClipPlan, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
+    def training(self, videos: pa.Table, order: ClipOrder, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
         """Yield this worker's batches of the order's steps; see `ClipSource.training`."""
         share = len(share_of(order.batch_size, self.rank, self.world_size))
         reading = Reading(self.clips, self.frame_size, self.pairs, self.data.decode_timeout_s, self.protocol)
@@ -99,7 +99,7 @@ class DecodedClips:
             yield replace(_without_failed(batch), step=number)
 
 
-def _training_rows(manifest: pa.Table, rows: PlanRows, seed: int) -> pa.Table:
+def _training_rows(manifest: pa.Table, rows: OrderRows, seed: int) -> pa.Table:
     """Return a table with one column, `candidates`: a list of the planned video and its spares for each row."""
     video_RC = np.concatenate([rows.video[:, None], rows.spares], axis=1)
     counts_R = (video_RC >= 0).sum(axis=1)

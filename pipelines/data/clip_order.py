@@ -1,4 +1,4 @@
-"""The clip plan: which video is trained on at which step, by seed alone and independent of the number of workers.
+"""The clip order: which video is trained on at which step, by seed alone and independent of the number of workers.
 
 An epoch is a permutation of the videos, cut to whole global batches; which videos are left over changes from epoch to
 epoch. A step's batch is shared among the workers in contiguous parts, as even as they can be, so a run may resume at
@@ -24,8 +24,8 @@ SPARES = 2
 
 
 @dataclass(frozen=True)
-class PlanRows:
-    """A stretch of the plan, one entry (R,) a video: steps in order, positions within the global batch in order."""
+class OrderRows:
+    """A stretch of the order, one entry (R,) a video: steps in order, positions within the global batch in order."""
 
     step: IntArray
     """Step, counted from 0 over the whole run."""
@@ -40,7 +40,7 @@ class PlanRows:
 
 
 @dataclass(frozen=True)
-class ClipPlan:
+class ClipOrder:
     """The order of training. Raises `ValueError` where there are fewer videos than a global batch takes."""
 
     num_videos: int
@@ -73,7 +73,7 @@ class ClipPlan:
         key = np.array([self.seed % 2**64, epoch], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key)).permutation(self.num_videos).astype(np.int64)
 
-    def rows(self, start_step: int, stop_step: int, rank: int = 0, world_size: int = 1) -> PlanRows:
+    def rows(self, start_step: int, stop_step: int, rank: int = 0, world_size: int = 1) -> OrderRows:
         """Return one worker's part of the steps `start_step` to `stop_step` (exclusive).
 
         Raises:
@@ -95,7 +95,7 @@ class ClipPlan:
             videos.append(batch[mine])
             spares.append(self._spares(order, index)[mine])
         steps = np.repeat(np.arange(start_step, stop_step, dtype=np.int64), len(mine))
-        return PlanRows(
+        return OrderRows(
             step=steps,
             epoch=steps // self.steps_per_epoch,
             position=np.tile(mine, stop_step - start_step).astype(np.int64),
@@ -133,6 +133,6 @@ def with_batch_size(loop: LoopConfig, num_videos: int, num_workers: int) -> Loop
     return replace(loop, batch_size=max(fit, num_workers, 2))
 
 
-def plan_of(loop: LoopConfig, num_videos: int) -> ClipPlan:
+def order_of(loop: LoopConfig, num_videos: int) -> ClipOrder:
     """Return the plan of a run over so many videos."""
-    return ClipPlan(num_videos, loop.batch_size, loop.epochs, loop.seed, loop.steps)
+    return ClipOrder(num_videos, loop.batch_size, loop.epochs, loop.seed, loop.steps)

@@ -10,14 +10,14 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from s5.batch import ClipBatch
 
 
 class ClipSource(Protocol):
     """The clips of one worker."""
 
-    def training(self, videos: pa.Table, order: ClipPlan, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
+    def training(self, videos: pa.Table, order: ClipOrder, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
         """Yield this worker's batch of every step from `start_step` to the end of the order.
 
         The clips of a video depend on (seed, epoch, video_id) alone.

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
 from pipelines.data.video_requests import Clips
-from s5.config import ClipConfig, Protocol
+from s5.config import ClipConfig, EvaluationProtocol
 from s5.errors import VideoError
 from s5.video.clip_times import beyond, long_short_times, protocol_times, training_times
 from s5.video.reading import FrameArray
@@ -92,7 +92,7 @@ class Reading:
     """A short clip beside each long one."""
     timeout_s: float = 120.0
     """Seconds that one video may take."""
-    protocol: Protocol = "uniform"
+    protocol: EvaluationProtocol = "uniform"
     """Which clips, but for pairs."""
     evaluated: int = 0
     """0 for a random clip or pair; otherwise the clips of a video that the protocol evaluates (`protocol_times`)."""

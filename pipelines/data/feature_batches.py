@@ -22,14 +22,14 @@ import torch
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_batches import CANDIDATE_COLUMNS
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.decode_tasks import NO_LABEL, Reading
 from pipelines.data.feature_cache import FeatureMeta, FeatureReader, TokenArray, check_fresh, read_meta
 from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest
 from s5.batch import ClipBatch
-from s5.config import BackboneConfig, ClipConfig, Protocol
+from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.errors import Failure, VideoError
 from s5.video.clip_times import beyond, clip_seed, stride_s
 
@@ -79,7 +79,7 @@ class _Clip:
     frames_T: Any
 
 
-def check_stride(meta: FeatureMeta, clips: ClipConfig, protocol: Protocol, videos: pa.Table) -> None:
+def check_stride(meta: FeatureMeta, clips: ClipConfig, protocol: EvaluationProtocol, videos: pa.Table) -> None:
     """Raise `UserError` where frames of clips are closer than those of the features; `whole` clips have no stride."""
     if protocol == "whole" or clips.frames == 1:
         return
@@ -95,7 +95,7 @@ def check_features(
     folder: str,
     manifest: pa.Table,
     clips: ClipConfig,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     backbone: BackboneConfig,
     weights: dict[str, torch.Tensor] | None,
 ) -> str:
@@ -173,14 +173,14 @@ class CachedClips:
     """Height and width of the encoded frames in pixels."""
     data: DataConfig
     """Batches prefetched."""
-    protocol: Protocol = "uniform"
+    protocol: EvaluationProtocol = "uniform"
     """Which clips of a video."""
     rank: int = 0
     """This worker."""
     world_size: int = 1
     """Workers."""
 
-    def training(self, videos: pa.Table, order: ClipPlan, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
+    def training(self, videos: pa.Table, order: ClipOrder, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
         """Yield this worker's batches of the order's steps; see `ClipSource.training`."""
         source = self._opened(videos)
 

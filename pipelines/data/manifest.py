@@ -22,7 +22,7 @@ from s5.video.clip_times import fits, longest_stride_s
 
 MANIFEST = "manifest.parquet"
 SPLITS = ("train", "val", "test")
-Protocol = Literal["", "windows", "whole", "multi-clip"]
+BenchmarkProtocol = Literal["", "windows", "whole", "multi-clip"]
 """How a data set is evaluated: all 60 s windows (LVU), one clip of the whole video, or several clips (Kinetics)."""
 
 SCHEMA = pa.schema(
@@ -61,7 +61,7 @@ class Description:
     """Benchmark, such as `lvu`; empty for own data."""
     task: str = ""
     """Task of a benchmark that has several, such as `view_count`."""
-    protocol: Protocol = ""
+    protocol: BenchmarkProtocol = ""
     """How the benchmark is evaluated; empty where the settings decide."""
     listed: dict[str, int] = field(default_factory=dict)
     """Videos that the annotations list, by split: the manifest has those of them that can be read."""

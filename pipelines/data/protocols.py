@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from pipelines.config import ProtocolChoice
+from pipelines.config import ProtocolSetting
 from pipelines.data.manifest import description, split_of
-from s5.config import ClipConfig, Protocol
+from s5.config import ClipConfig, EvaluationProtocol
 
 CLIPS_PER_VIDEO = {"multi-clip": 10}
 """Clips of a video where the settings do not say; 1 in the other protocols. Windows are as many as there are."""
@@ -16,7 +16,7 @@ LVU_WINDOW_S = 60.0
 """Length of LVU's windows."""
 
 
-def protocol_of(manifest: pa.Table, *choices: ProtocolChoice) -> Protocol:
+def protocol_of(manifest: pa.Table, *choices: ProtocolSetting) -> EvaluationProtocol:
     """Return the first protocol that is chosen; else the one of the manifest's benchmark, `uniform` for own videos."""
     for choice in choices:
         if choice != "auto":
@@ -24,12 +24,12 @@ def protocol_of(manifest: pa.Table, *choices: ProtocolChoice) -> Protocol:
     return description(manifest).protocol or "uniform"
 
 
-def clips_per_video(protocol: Protocol, given: int = 0) -> int:
+def clips_per_video(protocol: EvaluationProtocol, given: int = 0) -> int:
     """Return how many clips of a video are evaluated; `given` 0 leaves it to the protocol."""
     return given or CLIPS_PER_VIDEO.get(protocol, 1)
 
 
-def checked_clips(clips: ClipConfig, protocol: Protocol) -> ClipConfig:
+def checked_clips(clips: ClipConfig, protocol: EvaluationProtocol) -> ClipConfig:
     """Return the clips that a manifest's videos are to be checked against.
 
     No video is too short for a window, which is padded, or for a clip as long as the video.
@@ -37,7 +37,7 @@ def checked_clips(clips: ClipConfig, protocol: Protocol) -> ClipConfig:
     return replace(clips, too_short="shrink") if protocol in ("windows", "whole") else clips
 
 
-def words(protocol: Protocol, clips: ClipConfig, per_video: int) -> str:
+def words(protocol: EvaluationProtocol, clips: ClipConfig, per_video: int) -> str:
     """Return what is read of each video, in words, with a warning where windows are not LVU's."""
     if protocol == "whole":
         return f"clips of {clips.frames} frames over the whole video, {per_video} of each"

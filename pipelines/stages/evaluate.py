@@ -31,7 +31,7 @@ from pipelines.running.stage import Stage, stage_run
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
-from s5.config import BackboneConfig, ClipConfig, Protocol
+from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.config import from_json as config_from_json
 from s5.errors import CheckpointError
 from s5.evaluation import inference, metrics
@@ -97,7 +97,7 @@ def clips_of(meta: Meta) -> ClipConfig:
     return config_from_json(ClipConfig, meta.settings["clips"])
 
 
-def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> Protocol:
+def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> EvaluationProtocol:
     """Return which clips are read.
 
     Raises:
@@ -142,7 +142,7 @@ def outputs(
     folder: Path,
     clips: ClipConfig,
     videos: pa.Table,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     per_video: int = 0,
 ) -> ClipOutputs:
     """Return the model's outputs for the clips of some videos, from all replicas.
@@ -253,7 +253,7 @@ def pretrained(
     folder: Path,
     clips: ClipConfig,
     manifest: pa.Table,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     found: ClipOutputs,
 ) -> None:
     """Write kNN accuracy where labels exist, how often a clip's nearest one is of the same video, and a picture."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pipelines import storage
 from pipelines.config import FinetuneConfig, flatten
 from pipelines.data.clip_batches import DecodedClips
-from pipelines.data.clip_order import ClipPlan, plan_of, with_batch_size
+from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
@@ -28,7 +28,7 @@ from pipelines.storage.weights import backbone_weights, local_checkpoint, of_bac
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import model_on_worker, run_training, show_loss, training_loop
 from s5.checkpoints import checkpoint
-from s5.config import Protocol
+from s5.config import EvaluationProtocol
 from s5.errors import CheckpointError, VideoError
 from s5.evaluation import inference, metrics
 from s5.models.video_model import VideoModel, check_model
@@ -44,8 +44,8 @@ class FinetuneJob:
     train: pa.Table
     val: pa.Table
     classes: list[str]
-    plan: ClipPlan
-    protocol: Protocol
+    order: ClipOrder
+    protocol: EvaluationProtocol
     inputs: dict[str, str]
     weights: dict[str, Tensor] | None
     backbone: dict[str, Tensor] | None
@@ -69,7 +69,7 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
         UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
         StageError: training failed, or was asked to stop.
     """
-    job = prepare(config)
+    job = build_job(config)
     best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
     counts = {"val_videos": len(job.val), "val_listed": listed(job.val, "val"), "classes": len(job.classes)}
     return run_training(
@@ -93,7 +93,7 @@ def announcement(job: FinetuneJob) -> list[str]:
     said = [
         f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {len(job.val)} of "
         f"{listed(job.val, 'val')} for validation, {origin}, {config.clips.frames} frames a clip, "
-        f"{config.model.decoder.name}, {job.plan.total_steps} steps of {config.loop.batch_size} videos",
+        f"{config.model.decoder.name}, {job.order.total_steps} steps of {config.loop.batch_size} videos",
         f"protocol {job.protocol}; validation: {words(job.protocol, config.clips, clips_per_video(job.protocol))}",
     ]
     if len(job.val) == 0:
@@ -101,7 +101,7 @@ def announcement(job: FinetuneJob) -> list[str]:
     return said
 
 
-def prepare(config: FinetuneConfig) -> FinetuneJob:
+def build_job(config: FinetuneConfig) -> FinetuneJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
     protocol = protocol_of(manifest, config.protocol)
@@ -133,7 +133,7 @@ def prepare(config: FinetuneConfig) -> FinetuneJob:
         train=train,
         val=drop_too_short(split_of(manifest, "val"), clips),
         classes=classes(manifest) if config.task == "class" else [],
-        plan=plan_of(config.loop, len(train)),
+        order=order_of(config.loop, len(train)),
         protocol=protocol,
         inputs=inputs,
         weights=weights,
@@ -216,6 +216,6 @@ def row_printer(stage: Stage, bar: ProgressBar, job: FinetuneJob) -> OnRow:
         entropy = row.get("train/selection_entropy", math.nan)
         hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""
         chosen = f"mask generator's entropy {entropy:.3f}, " if math.isfinite(entropy) else ""
-        show_loss(stage, bar, step, job.plan.total_steps, row, hits + chosen)
+        show_loss(stage, bar, step, job.order.total_steps, row, hits + chosen)
 
     return report

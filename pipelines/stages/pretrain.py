@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.config import PretrainConfig
 from pipelines.data.clip_batches import DecodedClips
-from pipelines.data.clip_order import ClipPlan, plan_of, with_batch_size
+from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import listed
@@ -39,7 +39,7 @@ class PretrainJob:
     train: pa.Table
     probe_train: pa.Table
     probe_val: pa.Table
-    plan: ClipPlan
+    order: ClipOrder
     inputs: dict[str, str]
     backbone: dict[str, Tensor] | None
     commit: str
@@ -57,20 +57,20 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
         UserError: the manifest, the settings and the cluster do not fit together; before any work.
         StageError: training failed, or was asked to stop.
     """
-    job = prepare(config)
+    job = build_job(config)
 
     def announce() -> list[str]:
         settings = job.config
         return [
             f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {settings.clips.frames} frames a clip, "
-            f"masking ratio {settings.lsmcl.mask_ratio:g}, {job.plan.total_steps} steps of {settings.loop.batch_size}"
+            f"masking ratio {settings.lsmcl.mask_ratio:g}, {job.order.total_steps} steps of {settings.loop.batch_size}"
         ]
 
     printer = partial(row_printer, job=job)
     return run_training("pretrain", job, build, announce, printer, parent_run=parent_run, on_row=on_row)
 
 
-def prepare(config: PretrainConfig) -> PretrainJob:
+def build_job(config: PretrainConfig) -> PretrainJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
     train = drop_too_short(split_of(manifest, "train"), config.clips)
@@ -87,7 +87,7 @@ def prepare(config: PretrainConfig) -> PretrainJob:
         train=train,
         probe_train=spread(labelled, config.probe_videos),
         probe_val=spread(val.filter(pa.compute.is_valid(val["label"])), config.probe_videos),
-        plan=plan_of(config.loop, len(train)),
+        order=order_of(config.loop, len(train)),
         inputs={"manifest": digest(manifest)},
         backbone=backbone_weights(config.model.backbone),
         commit=provenance.commit(),
@@ -154,7 +154,7 @@ def row_printer(stage: Stage, bar: ProgressBar, job: PretrainJob) -> OnRow:
             f"top-1 {row['train/top1']:.3f}, similarity {row['train/similarity_positive']:.2f} / "
             f"{row['train/similarity_negative']:.2f}, spread {row['train/embedding_spread']:.2f}, "
         )
-        show_loss(stage, bar, step, job.plan.total_steps, row, details)
+        show_loss(stage, bar, step, job.order.total_steps, row, details)
         spread, limit = row["train/embedding_spread"], job.config.lsmcl.collapse_spread
         if spread < limit and not alarmed:
             alarmed.append(step)

@@ -66,14 +66,14 @@ def check_trials(trials: Iterable[TrialSettings], objective: Objective) -> None:
 
 def _check_trial(settings: PretrainConfig | FinetuneConfig, metric: str, own_checkpoint: bool) -> None:
     if isinstance(settings, PretrainConfig):
-        if len(pretrain.prepare(settings).probe_train) < 2 and metric.startswith("knn/"):
+        if len(pretrain.build_job(settings).probe_train) < 2 and metric.startswith("knn/"):
             raise UserError(
                 f"metric is {metric!r}: pretrain.probe_videos is {settings.probe_videos}, and the probe needs 2 "
                 "training videos with labels at least; raise it, label the videos or compare by train/loss"
             )
         return
     # A checkpoint that the trial's own pretraining writes does not exist yet.
-    job = finetune.prepare(replace(settings, checkpoint="") if own_checkpoint else settings)
+    job = finetune.build_job(replace(settings, checkpoint="") if own_checkpoint else settings)
     if len(job.val) == 0 and metric.startswith("val/"):
         raise UserError(
             f"metric is {metric!r}: the manifest has no videos in split val; index --val-share makes one, or compare "

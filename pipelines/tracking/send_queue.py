@@ -50,7 +50,7 @@ class Call:
     """Whether nothing behind it can be sent when it is refused."""
 
 
-class Outbox:
+class SendQueue:
     """Sends rows and calls in the order in which they were put, each until it is taken or refused for good.
 
     Args:
@@ -72,7 +72,7 @@ class Outbox:
         self._hurry = threading.Event()
         self._closed = False
         self._away = False
-        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="send_queue", daemon=True)
         self._thread.start()
 
     def put(self, *items: Row | Call) -> None:

@@ -1,7 +1,7 @@
 """MLflow: where runs are logged and read back. The only file that imports mlflow.
 
-Nothing here slows training down or stops it: what is logged goes to an `Outbox`, whose thread sends it and waits for a
-server that is away. What is still unsent at the end is kept beside the stage's results.
+Nothing here slows training down or stops it: what is logged goes to a `SendQueue`, whose thread sends it and waits for
+a server that is away. What is still unsent at the end is stored beside the results of the stage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from pipelines import storage
 from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
 from pipelines.storage import provenance
-from pipelines.tracking.send_queue import AwayError, Call, Outbox, RefusedError, Row, read_rows, reason, say, write_rows
+from pipelines.tracking.send_queue import (
+    AwayError,
+    Call,
+    RefusedError,
+    Row,
+    SendQueue,
+    read_rows,
+    reason,
+    say,
+    write_rows,
+)
 from pipelines.tracking.uri import OFF, alone, database, resolve_uri
 
 if TYPE_CHECKING:
@@ -37,14 +47,14 @@ RUNS_BELOW = 10_000
 FLUSH_S = 30.0
 START_S = 15.0
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true"}
-# One short try a request: the outbox repeats it. MLflow's own repeats would take minutes in silence.
+# One short try a request: the send queue repeats it. MLflow's own repeats would take minutes in silence.
 HTTP_ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
-def _prepare(uri: str) -> None:
+def _create_database(uri: str) -> None:
     """Set what MLflow takes from the environment alone, where the user has not; before mlflow is imported."""
     for name, value in (ENVIRONMENT | (HTTP_ENVIRONMENT if uri.startswith("http") else {})).items():
         os.environ.setdefault(name, value)
@@ -92,10 +102,10 @@ class Tracker:
         self._out = out
         self._find = find
         self._client: MlflowClient | None = None
-        self._outbox = None if uri == OFF else Outbox(f"MLflow at {uri}", self._send_rows)
-        if self._outbox:
-            _prepare(uri)
-            self._outbox.put(Call("the run", self._open, vital=True))
+        self._send_queue = None if uri == OFF else SendQueue(f"MLflow at {uri}", self._send_rows)
+        if self._send_queue:
+            _create_database(uri)
+            self._send_queue.put(Call("the run", self._open, vital=True))
 
     def log(self, metrics: Mapping[str, float], step: int | None) -> None:
         """Queue values of metrics; characters that MLflow forbids in names become `_`.
@@ -104,9 +114,9 @@ class Tracker:
             metrics: values by name.
             step: where they belong; None for a final result, which takes the place of the last value at its step.
         """
-        if self._outbox:
+        if self._send_queue:
             now = int(time.time() * 1000)
-            self._outbox.put(*(Row(_allowed(key), float(value), now, step) for key, value in metrics.items()))
+            self._send_queue.put(*(Row(_allowed(key), float(value), now, step) for key, value in metrics.items()))
 
     def artifact(self, path: str) -> None:
         """Queue a file, a path or URI; it is read when it is sent."""
@@ -118,24 +128,26 @@ class Tracker:
         Args:
             status: `FINISHED`, `FAILED` or `KILLED`.
         """
-        if self._outbox is None:
+        if self._send_queue is None:
             return
         ended = int(time.time() * 1000)
-        self._outbox.put(*read_rows(storage.join(self._out, UNSENT_FILE)))
+        self._send_queue.put(*read_rows(storage.join(self._out, UNSENT_FILE)))
         self._call("the end", lambda client, run_id: client.set_terminated(run_id, status, ended))
-        outbox, self._outbox = self._outbox, None
-        unsent = outbox.flush(FLUSH_S)
+        send_queue, self._send_queue = self._send_queue, None
+        unsent = send_queue.flush(FLUSH_S)
         self._keep([item for item in unsent if isinstance(item, Row)], bool(unsent))
-        if outbox.refused:
-            say(f"MLflow at {self.uri} refused {outbox.refused} entries of this run; the last: {outbox.failure}")
+        if send_queue.refused:
+            say(
+                f"MLflow at {self.uri} refused {send_queue.refused} entries of this run; the last: {send_queue.failure}"
+            )
 
     def _call(self, what: str, send: Callable[[MlflowClient, str], None]) -> None:
         def translated() -> None:
             with _translated():
                 send(*self._opened())
 
-        if self._outbox:
-            self._outbox.put(Call(what, translated))
+        if self._send_queue:
+            self._send_queue.put(Call(what, translated))
 
     def _opened(self) -> tuple[MlflowClient, str]:
         assert self._client is not None  # `_open` is vital and comes first
@@ -172,7 +184,7 @@ def _allowed(key: str) -> str:
 
 def _placed(client: MlflowClient, run_id: str, rows: list[Row]) -> list[Row]:
     """Give final results the step of their metric's last value, and a later time: step 0 would bend its curve."""
-    if rows[0].step is not None:  # the outbox does not mix the two
+    if rows[0].step is not None:  # the send queue does not mix the two
         return rows
     known = client.get_run(run_id).data.metrics
     placed = []
@@ -235,21 +247,21 @@ def start(config: TrackingConfig, *, stage: str, out: str, params: Mapping[str, 
         return str(run.info.run_id)
 
     tracker = Tracker(uri, out, find)
-    if tracker._outbox:
-        _check_first_try(tracker._outbox, uri)
+    if tracker._send_queue:
+        _check_first_try(tracker._send_queue, uri)
     settings = storage.join(out, "run.json")
     if storage.exists(settings):
         tracker.artifact(settings)
     return tracker
 
 
-def _check_first_try(outbox: Outbox, uri: str) -> None:
+def _check_first_try(send_queue: SendQueue, uri: str) -> None:
     """Wait for the run, and raise where it cannot come to be; a server may be away, a local database may not."""
     local = bool(database(uri))
-    outbox.tried.wait(None if local else START_S)
-    failure = outbox.failure
+    send_queue.tried.wait(None if local else START_S)
+    failure = send_queue.failure
     if isinstance(failure, RefusedError) or (failure and local):
-        outbox.flush(0)
+        send_queue.flush(0)
         if isinstance(failure.__cause__, UserError):
             raise failure.__cause__
         raise UserError(f"--tracking.uri is {uri!r}: {failure}; give another one, or --tracking.uri off") from failure
@@ -322,7 +334,7 @@ def reading(uri: str) -> Iterator[MlflowClient]:
     file = database(uri)
     if file and not os.path.exists(file):
         raise UserError(f"--tracking.uri is {uri!r}: there is no such database; run a stage first, or give another one")
-    _prepare(uri)
+    _create_database(uri)
     try:
         with _translated():
             with alone(uri):

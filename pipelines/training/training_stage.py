@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from pipelines.config import FinetuneConfig, PretrainConfig, to_json
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.protocols import listed
 from pipelines.running.progress import ProgressBar
@@ -35,7 +35,7 @@ class TrainingJob(Protocol):
         """The training videos, which the order's indices mean."""
 
     @property
-    def plan(self) -> ClipPlan:
+    def order(self) -> ClipOrder:
         """The order of training."""
 
     @property
@@ -86,7 +86,7 @@ def run_training(
     with stage_run(name, config, parent_run, job.inputs) as stage:
         for sentence in announce():
             stage.info(sentence)
-        with stage.progress_bar("trained", job.plan.total_steps, "steps") as bar:
+        with stage.progress_bar("trained", job.order.total_steps, "steps") as bar:
             outcome = launch(
                 stage,
                 build,
@@ -153,9 +153,9 @@ def training_loop(
         )
 
     inputs = TrainingInputs(
-        batches=lambda start: source.training(job.train, job.plan, config.loop.seed, start),
-        steps=job.plan.total_steps,
-        steps_per_epoch=job.plan.steps_per_epoch,
+        batches=lambda start: source.training(job.train, job.order, config.loop.seed, start),
+        steps=job.order.total_steps,
+        steps_per_epoch=job.order.steps_per_epoch,
         optim=config.optim,
         loop=config.loop,
         meta=meta,

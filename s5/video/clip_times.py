@@ -18,7 +18,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from s5.config import ClipConfig, Protocol
+from s5.config import ClipConfig, EvaluationProtocol
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -117,7 +117,7 @@ def whole(config: ClipConfig, start_s: float, end_s: float, place: float) -> Flo
 
 
 def training_times(
-    protocol: Protocol, config: ClipConfig, start_s: float, end_s: float, fps: float, seed: int
+    protocol: EvaluationProtocol, config: ClipConfig, start_s: float, end_s: float, fps: float, seed: int
 ) -> FloatArray:
     """Return the times (T,) of the clip that a protocol trains on: a random window, place in the parts or long clip.
 
@@ -135,7 +135,7 @@ def training_times(
 
 
 def protocol_times(
-    protocol: Protocol, config: ClipConfig, start_s: float, end_s: float, fps: float, clips: int
+    protocol: EvaluationProtocol, config: ClipConfig, start_s: float, end_s: float, fps: float, clips: int
 ) -> FloatArray:
     """Return the times (W, T) of the clips that a video's result is put together from.
 

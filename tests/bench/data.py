@@ -29,7 +29,7 @@ import torch
 
 from pipelines.config import DataConfig
 from pipelines.data.clip_batches import DecodedClips
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess
 from pipelines.data.video_requests import Clips
@@ -66,9 +66,9 @@ class Delivery:
         self.table = pa.Table.from_pylist(
             [row | {"video_id": f"{row['video_id']}-{copy}"} for copy in range(copies) for row in rows], SCHEMA
         )
-        self.plan = ClipPlan(len(self.table), BATCH, 0, seed=0, steps=rounds * (WARM_STEPS + STEPS))
+        self.plan = ClipOrder(len(self.table), BATCH, 0, seed=0, steps=rounds * (WARM_STEPS + STEPS))
 
-    def batches(self, start: int, plan: ClipPlan | None = None) -> Any:
+    def batches(self, start: int, plan: ClipOrder | None = None) -> Any:
         """Yield batches from a step on, as a training worker gets them."""
         source = DecodedClips(clips=CLIPS, frame_size=SIZE, data=DataConfig(), decode_tasks=self.processes, pairs=True)
         return source.training(self.table, plan or self.plan, 0, start)

@@ -26,7 +26,7 @@ import torch
 
 from pipelines import storage
 from pipelines.config import DataConfig
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.feature_batches import CachedClips
 from pipelines.data.feature_cache import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
 from pipelines.data.manifest import SCHEMA
@@ -116,7 +116,7 @@ def drop(paths: list[Path]) -> None:
 
 def read_windows(folder: str, manifest: pa.Table, batch: int, windows: int, passes: int) -> None:
     """Read windows as fine-tuning does, so many times as many bytes as the files have."""
-    plan = ClipPlan(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
+    plan = ClipOrder(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
     source = CachedClips(
         features=folder,
         clips=ClipConfig(frames=WINDOW, long_stride=1.0),

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.config import PretrainConfig, override
-from pipelines.data.clip_order import ClipPlan, plan_of
+from pipelines.data.clip_order import ClipOrder, order_of
 from pipelines.data.manifest import MANIFEST, SCHEMA
 from s5.video.reading import probe
 from tests.clusters.local_cluster import LocalCluster, client_environment
@@ -237,12 +237,12 @@ class Drill:
         for rows, end in zip(groups.values(), [*starts[1:], STEPS], strict=True):
             counted = sorted((row for row in rows if row.step < end), key=lambda row: (row.step, row.rank))
             trained += [(row.step, row.rank, row.epoch, video) for row in counted for video in row.videos]
-        plan = plan_of(self.config.loop, VIDEOS)
+        plan = order_of(self.config.loop, VIDEOS)
         assert [(step, epoch, video) for step, _, epoch, video in trained] == planned(plan)
         return starts
 
 
-def planned(plan: ClipPlan) -> list[tuple[int, int, str]]:
+def planned(plan: ClipOrder) -> list[tuple[int, int, str]]:
     """Return step, epoch and video of the whole clip order."""
     rows = plan.rows(0, plan.total_steps)
     columns = zip(rows.step, rows.epoch, rows.video, strict=True)

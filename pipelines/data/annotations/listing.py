@@ -10,7 +10,7 @@ from functools import cached_property
 
 from pipelines import storage
 from pipelines.config import unknown
-from pipelines.data.manifest import Protocol
+from pipelines.data.manifest import BenchmarkProtocol
 from pipelines.errors import UserError
 
 
@@ -46,7 +46,7 @@ class Listing:
     """Benchmark; empty for own data."""
     task: str = ""
     """Task of a benchmark that has several."""
-    protocol: Protocol = ""
+    protocol: BenchmarkProtocol = ""
     """How the benchmark is evaluated."""
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from pipelines.config import DataConfig
 from pipelines.data import clip_batches as clips_module
 from pipelines.data import decode_tasks
 from pipelines.data.clip_batches import DecodedClips
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
 from s5.config import ClipConfig
@@ -68,7 +68,7 @@ def _source(**changes: Any) -> DecodedClips:
     return DecodedClips(**(settings | changes))
 
 
-def _train(manifest: pa.Table, plan: ClipPlan, **changes: Any) -> Iterator[ClipBatch]:
+def _train(manifest: pa.Table, plan: ClipOrder, **changes: Any) -> Iterator[ClipBatch]:
     start = changes.pop("start_step", 0)
     return _source(**({"pairs": True} | changes)).training(manifest, plan, 7, start)
 
@@ -82,7 +82,7 @@ def _broken(manifest: pa.Table, indices: list[int], folder: Path) -> pa.Table:
 
 
 def test_batches_follow_the_plan(manifest: pa.Table) -> None:
-    plan = ClipPlan(VIDEOS, 4, epochs=2, seed=1)
+    plan = ClipOrder(VIDEOS, 4, epochs=2, seed=1)
     rows = plan.rows(0, plan.total_steps)
     batches = list(_train(manifest, plan))
     assert [batch.step for batch in batches] == [0, 1, 2, 3]
@@ -101,7 +101,7 @@ def test_batches_follow_the_plan(manifest: pa.Table) -> None:
 
 
 def test_a_pair_is_what_two_reads_give(manifest: pa.Table) -> None:
-    batch = next(_train(manifest, ClipPlan(VIDEOS, 4, 1, seed=1)))
+    batch = next(_train(manifest, ClipOrder(VIDEOS, 4, 1, seed=1)))
     assert batch.short is not None
     for row, name in enumerate(batch.video_ids):
         video = manifest.slice(int(name[1:]), 1).to_pylist()[0]
@@ -112,7 +112,7 @@ def test_a_pair_is_what_two_reads_give(manifest: pa.Table) -> None:
 
 
 def test_without_pairs_the_long_clips_are_the_same(manifest: pa.Table) -> None:
-    plan = ClipPlan(VIDEOS, 4, 1, seed=1)
+    plan = ClipOrder(VIDEOS, 4, 1, seed=1)
     for pair, single in zip(_train(manifest, plan), _train(manifest, plan, pairs=False), strict=True):
         assert single.short is None
         assert torch.equal(pair.long, single.long)
@@ -121,7 +121,7 @@ def test_without_pairs_the_long_clips_are_the_same(manifest: pa.Table) -> None:
 def test_two_workers_and_a_resumed_run_see_what_one_worker_sees(
     manifest: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = ClipPlan(VIDEOS, 4, epochs=2, seed=1)
+    plan = ClipOrder(VIDEOS, 4, epochs=2, seed=1)
     whole = list(_train(manifest, plan))
     # Executions of two steps each, so that one ends and the next is started ahead.
     monkeypatch.setattr(clips_module, "SEGMENT_ROWS", 4)
@@ -134,7 +134,7 @@ def test_two_workers_and_a_resumed_run_see_what_one_worker_sees(
 
 
 def test_a_broken_video_is_replaced_by_its_spare_and_listed(manifest: pa.Table, tmp_path: Path) -> None:
-    plan = ClipPlan(VIDEOS, 4, 1, seed=1)
+    plan = ClipOrder(VIDEOS, 4, 1, seed=1)
     rows = plan.rows(0, plan.total_steps)
     row = 2
     broken, spare = int(rows.video[row]), int(rows.spares[row, 0])
@@ -150,7 +150,7 @@ def test_a_broken_video_is_replaced_by_its_spare_and_listed(manifest: pa.Table, 
 
 
 def test_training_stops_where_all_spares_fail(manifest: pa.Table, tmp_path: Path) -> None:
-    plan = ClipPlan(VIDEOS, 4, 1, seed=1)
+    plan = ClipOrder(VIDEOS, 4, 1, seed=1)
     rows = plan.rows(0, plan.total_steps)
     table = _broken(manifest, [int(rows.video[0]), *map(int, rows.spares[0])], tmp_path)
     with pytest.raises(VideoError, match=rf"step 0: .*broken{rows.spares[0, 1]}.mp4"):
@@ -159,7 +159,7 @@ def test_training_stops_where_all_spares_fail(manifest: pa.Table, tmp_path: Path
 
 def test_a_video_shorter_than_its_clip_is_a_failure_not_a_crash(manifest: pa.Table) -> None:
     rows = manifest.to_pylist()
-    plan = ClipPlan(VIDEOS, 4, 1, seed=1)
+    plan = ClipOrder(VIDEOS, 4, 1, seed=1)
     rows[int(plan.order(0)[0])]["end_s"] = 1.0
     batch = next(_train(pa.Table.from_pylist(rows, SCHEMA), plan))
     assert "clips.long_stride" in batch.failures[0].reason
@@ -168,11 +168,11 @@ def test_a_video_shorter_than_its_clip_is_a_failure_not_a_crash(manifest: pa.Tab
 def test_closing_the_batches_early_frees_the_cluster(manifest: pa.Table) -> None:
     import ray
 
-    batches = _train(manifest, ClipPlan(VIDEOS, 4, 50, seed=1))
+    batches = _train(manifest, ClipOrder(VIDEOS, 4, 50, seed=1))
     assert len(list(islice(batches, 2))) == 2
     batches.close()  # type: ignore[attr-defined]
     # The next execution needs both CPUs: it would wait for ever.
-    assert len(list(_train(manifest, ClipPlan(VIDEOS, 4, 1, seed=1)))) == 2
+    assert len(list(_train(manifest, ClipOrder(VIDEOS, 4, 1, seed=1)))) == 2
     assert ray.is_initialized()
 
 
@@ -196,7 +196,7 @@ def test_no_more_tasks_run_than_the_user_allows(
     monkeypatch.setattr(clips_module, "decode_chunk", chunk)
     # The CPUs would allow more.
     data = DataConfig(clips_per_task=1, decode_tasks=bound, cpus_per_decode=0.25)
-    batches = list(_train(manifest, ClipPlan(VIDEOS, 4, 2, seed=1), data=data, decode_tasks=bound))
+    batches = list(_train(manifest, ClipOrder(VIDEOS, 4, 2, seed=1), data=data, decode_tasks=bound))
     assert len(batches) == 4
     assert {path.name for path in tmp_path.glob("seen-*")} == {f"seen-{count}" for count in range(1, bound + 1)}
 
@@ -260,7 +260,7 @@ def test_a_video_of_which_a_part_of_the_windows_fails_is_listed(
 
 def test_training_on_windows_takes_one_a_video(manifest: pa.Table) -> None:
     clips = ClipConfig(frames=3, long_stride=1.0, short_stride=1.0)
-    plan = ClipPlan(VIDEOS, 4, 2, seed=1)
+    plan = ClipOrder(VIDEOS, 4, 2, seed=1)
     for batch in _train(manifest, plan, clips=clips, pairs=False, protocol="windows"):
         for row, name in enumerate(batch.video_ids):
             end_s, seed = manifest["end_s"][int(name[1:])].as_py(), int(batch.seeds[row])
@@ -273,7 +273,7 @@ def test_evaluation_of_fewer_videos_than_workers(manifest: pa.Table) -> None:
 
 
 def test_a_replaced_clip_config_changes_the_frames(manifest: pa.Table) -> None:
-    plan = ClipPlan(VIDEOS, 4, 1, seed=1)
+    plan = ClipOrder(VIDEOS, 4, 1, seed=1)
     batch = next(_train(manifest, plan, clips=replace(CLIPS, unit="frames", long_stride=2, short_stride=1)))
     assert batch.short is not None
     assert set(np.diff(numbers(batch.long[0].numpy()))) == {2}

@@ -5,24 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.data.clip_order import SPARES, ClipPlan, PlanRows
+from pipelines.data.clip_order import SPARES, ClipOrder, OrderRows
 
 PLANS = [(48, 16, 3), (50, 16, 4), (33, 16, 2), (16, 16, 3), (17, 16, 3), (18, 16, 2), (100, 4, 2)]
 
 
-def _table(rows: PlanRows) -> np.ndarray:
+def _table(rows: OrderRows) -> np.ndarray:
     columns = [rows.step, rows.epoch, rows.position, rows.video]
     return np.concatenate([np.stack(columns, axis=1), rows.spares], axis=1)
 
 
-def _joined(parts: list[PlanRows]) -> np.ndarray:
+def _joined(parts: list[OrderRows]) -> np.ndarray:
     table = np.concatenate([_table(part) for part in parts])
     return table[np.lexsort((table[:, 2], table[:, 0]))]
 
 
 @pytest.mark.parametrize(("videos", "batch", "epochs"), PLANS)
 def test_every_epoch_has_each_video_at_most_once_and_whole_batches(videos: int, batch: int, epochs: int) -> None:
-    plan = ClipPlan(videos, batch, epochs, seed=1)
+    plan = ClipOrder(videos, batch, epochs, seed=1)
     rows = plan.rows(0, plan.total_steps)
     assert plan.total_steps == videos // batch * epochs
     for epoch in range(epochs):
@@ -35,7 +35,7 @@ def test_every_epoch_has_each_video_at_most_once_and_whole_batches(videos: int, 
 @pytest.mark.parametrize(("videos", "batch", "epochs"), PLANS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_workers_share_the_plan(videos: int, batch: int, epochs: int, world: int) -> None:
-    plan = ClipPlan(videos, batch, epochs, seed=2)
+    plan = ClipOrder(videos, batch, epochs, seed=2)
     whole = _table(plan.rows(0, plan.total_steps))
     parts = [plan.rows(0, plan.total_steps, rank, world) for rank in range(world)]
     np.testing.assert_array_equal(_joined(parts), whole)
@@ -44,7 +44,7 @@ def test_workers_share_the_plan(videos: int, batch: int, epochs: int, world: int
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5, 11])
 def test_a_run_resumes_at_any_step_on_another_number_of_workers(start: int) -> None:
-    plan = ClipPlan(50, 16, 4, seed=3)
+    plan = ClipOrder(50, 16, 4, seed=3)
     before = [plan.rows(0, start, rank, 2) for rank in range(2)]
     after = [plan.rows(start, plan.total_steps, rank, 5) for rank in range(5)]
     np.testing.assert_array_equal(_joined(before + after), _table(plan.rows(0, plan.total_steps)))
@@ -52,7 +52,7 @@ def test_a_run_resumes_at_any_step_on_another_number_of_workers(start: int) -> N
 
 @pytest.mark.parametrize(("videos", "batch", "epochs"), PLANS)
 def test_spares_are_never_of_the_same_batch_nor_twice(videos: int, batch: int, epochs: int) -> None:
-    plan = ClipPlan(videos, batch, epochs, seed=4)
+    plan = ClipOrder(videos, batch, epochs, seed=4)
     rows = plan.rows(0, plan.total_steps)
     expected = min(SPARES, videos - batch)
     for step in range(plan.total_steps):
@@ -65,7 +65,7 @@ def test_spares_are_never_of_the_same_batch_nor_twice(videos: int, batch: int, e
             assert len(np.unique(spares)) == spares.size
 
 
-def _slow_spares(plan: ClipPlan, order: np.ndarray, index: int) -> np.ndarray:
+def _slow_spares(plan: ClipOrder, order: np.ndarray, index: int) -> np.ndarray:
     """The whole pool of substitutes, turned to where the batch is: left-over videos, then the furthest batches."""
     size, used = plan.batch_size, plan.steps_per_epoch * plan.batch_size
     others = np.roll(order[:used], -(index + 1) * size)[: used - size]
@@ -81,13 +81,13 @@ def _slow_spares(plan: ClipPlan, order: np.ndarray, index: int) -> np.ndarray:
     ("videos", "batch"), [(videos, batch) for videos, batch, _ in PLANS] + [(1, 1), (2, 1), (7, 3)]
 )
 def test_spares_are_those_of_the_whole_pool(videos: int, batch: int) -> None:
-    plan = ClipPlan(videos, batch, 1, seed=7)
+    plan = ClipOrder(videos, batch, 1, seed=7)
     slow = [_slow_spares(plan, plan.order(0), index) for index in range(plan.total_steps)]
     np.testing.assert_array_equal(plan.rows(0, plan.total_steps).spares, np.concatenate(slow))
 
 
 def test_left_over_videos_are_the_first_spares() -> None:
-    plan = ClipPlan(50, 16, 1, seed=5)
+    plan = ClipOrder(50, 16, 1, seed=5)
     rows = plan.rows(0, plan.total_steps)
     left_over = set(range(50)) - set(rows.video)
     for step in range(plan.total_steps):
@@ -95,24 +95,24 @@ def test_left_over_videos_are_the_first_spares() -> None:
 
 
 def test_what_is_left_over_changes_from_epoch_to_epoch() -> None:
-    plan = ClipPlan(20, 16, 10, seed=6)
+    plan = ClipOrder(20, 16, 10, seed=6)
     rows = plan.rows(0, plan.total_steps)
     assert len(np.unique(rows.video)) == 20
     assert not np.array_equal(rows.video[:16], rows.video[16:32])
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    first, again, other = (ClipPlan(50, 10, 2, seed).rows(0, 10).video for seed in (-1, -1, 1))
+    first, again, other = (ClipOrder(50, 10, 2, seed).rows(0, 10).video for seed in (-1, -1, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     # Fixed values: a resumed run must find the order that it started with, whatever the version.
-    assert ClipPlan(10, 10, 1, 0).order(0).tolist() == [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
+    assert ClipOrder(10, 10, 1, 0).order(0).tolist() == [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 16: give 1 to 5"):
-        ClipPlan(5, 16, 1, 0)
-    plan = ClipPlan(32, 16, 1, 0)
+        ClipOrder(5, 16, 1, 0)
+    plan = ClipOrder(32, 16, 1, 0)
     with pytest.raises(ValueError, match="world_size is 17: give at most the batch size, 16"):
         plan.rows(0, 1, 0, 17)
     with pytest.raises(ValueError, match="steps 0 to 3"):

@@ -20,7 +20,7 @@ from pipelines.config import DataConfig
 from pipelines.data import clip_batches as clips_module
 from pipelines.data import decode_tasks
 from pipelines.data.clip_batches import DecodedClips
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.decode_tasks import CANDIDATE, PROBED, Reading, decode_chunk, probe_chunk
 from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
@@ -262,7 +262,7 @@ def test_a_password_in_a_name_stays_out_of_the_failures(tmp_path: Path) -> None:
 def test_training_goes_on_past_videos_that_hang_or_crash(
     tmp_path: Path, fake_decord: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = ClipPlan(8, 4, 1, seed=1)
+    plan = ClipOrder(8, 4, 1, seed=1)
     order = [int(video) for video in plan.order(0)]
     names = {order[0]: "hangs", order[3]: "crashes", order[5]: "segfaults"}
     facts = {"split": "train", "start_s": 0.0, "end_s": 5.0, "duration_s": 5.0, "fps": 8.0, "num_frames": 40}

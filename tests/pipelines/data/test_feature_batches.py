@@ -15,7 +15,7 @@ import torch
 
 from pipelines import storage
 from pipelines.config import DataConfig
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.feature_batches import BatchMemory, CachedClips
 from pipelines.data.feature_cache import (
     INDEX,
@@ -67,7 +67,7 @@ def source(folder: str, prefetch: int) -> CachedClips:
 
 
 def training(folder: str, manifest: pa.Table, prefetch: int, steps: int = 24) -> Generator[ClipBatch]:
-    return source(folder, prefetch).training(manifest, ClipPlan(VIDEOS, 2, epochs=1, seed=3, steps=steps), 5)
+    return source(folder, prefetch).training(manifest, ClipOrder(VIDEOS, 2, epochs=1, seed=3, steps=steps), 5)
 
 
 def test_any_frames_are_read_in_any_order(written: tuple[str, pa.Table, Float16Array]) -> None:

@@ -26,7 +26,7 @@ from pipelines.config import (
     TrackingConfig,
     override,
 )
-from pipelines.data.clip_order import ClipPlan
+from pipelines.data.clip_order import ClipOrder
 from pipelines.data.feature_batches import CachedClips
 from pipelines.data.feature_cache import FeatureReader, frame_times, shard_path
 from pipelines.data.manifest import read_manifest, split_of
@@ -163,7 +163,7 @@ def test_beyond_the_end_of_a_video_lies_black(cached: str, manifest: str, weight
 
 def test_batches_follow_the_plan(cached: str, manifest: str) -> None:
     train = split_of(read_manifest(manifest), "train")
-    plan = ClipPlan(len(train), 6, epochs=2, seed=1)
+    plan = ClipOrder(len(train), 6, epochs=2, seed=1)
 
     def batches(**changes: Any) -> list[Any]:
         start = changes.pop("start_step", 0)
@@ -280,7 +280,7 @@ def test_features_of_a_checkpoint_give_its_predictions(
     tuned = training(manifest, "", tmp_path / "tuned", **(changes | on_features))
     finetune.run(tuned)
     with pytest.raises(UserError, match="made by other weights of the backbone than this run's"):
-        finetune.prepare(replace(tuned, features=cached))
+        finetune.build_job(replace(tuned, features=cached))
     for config in (learnt, tuned):
         settings: dict[str, Any] = {"manifest": manifest, "checkpoint": config.out, "split": "val"}
         settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "data.cpus_per_decode": 0.5, "batch_size": 5}
@@ -329,20 +329,20 @@ def test_features_of_something_else_are_refused(
 ) -> None:
     config = training(manifest, weights, tmp_path, **({"features": cached} | changes))
     with pytest.raises(UserError, match=message):
-        finetune.prepare(config)
+        finetune.build_job(config)
 
 
 def test_other_weights_and_another_manifest_are_refused(
     cached: str, manifest: str, weights: str, tmp_path: Path
 ) -> None:
     config = training(manifest, weights, tmp_path, features=cached)
-    assert finetune.prepare(config).inputs["features"] == FeatureReader(cached).meta.digest
+    assert finetune.build_job(config).inputs["features"] == FeatureReader(cached).meta.digest
     other = write_weights(tmp_path / "other.safetensors", 2)
     with pytest.raises(UserError, match="made by other weights of the backbone than this run's"):
-        finetune.prepare(override(config, {"model.backbone.weights": other}))
+        finetune.build_job(override(config, {"model.backbone.weights": other}))
     storage.write_table(str(tmp_path / "less" / "manifest.parquet"), read_manifest(manifest).slice(1))
     with pytest.raises(UserError, match="made from another manifest"):
-        finetune.prepare(override(config, {"manifest": str(tmp_path / "less")}))
+        finetune.build_job(override(config, {"manifest": str(tmp_path / "less")}))
 
 
 def test_a_pretrained_encoder_is_not_evaluated_on_features(manifest: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.config import PretrainConfig, override
-from pipelines.data.clip_order import ClipPlan, plan_of
+from pipelines.data.clip_order import ClipOrder, order_of
 from pipelines.data.manifest import MANIFEST, SCHEMA
 from pipelines.running.run_folder import CHECKPOINTS, RESULT
 from s5.video.reading import probe
@@ -146,7 +146,7 @@ def train(folder: Path, start: int, ray_folder: str) -> None:
         assert not wait_gone(cluster, [], seconds=30)
 
 
-def planned(plan: ClipPlan) -> list[tuple[int, str]]:
+def planned(plan: ClipOrder) -> list[tuple[int, str]]:
     """Return epoch and video of the whole clip order."""
     rows = plan.rows(0, plan.total_steps)
     return [(int(epoch), f"v{video}") for epoch, video in zip(rows.epoch, rows.video, strict=True)]
@@ -167,5 +167,5 @@ def test_killed_runs_follow_the_clip_order_once(folder: Path, ray_folder: str) -
     # A checkpoint holds the steps before it: the next start repeats those after it.
     kept = [row for rows, end in zip(given, [*resumed[1:], 10**9], strict=True) for row in rows if row[0] < end]
     trained = [(epoch, video) for _, _, epoch, videos in kept for video in videos]
-    assert trained == planned(plan_of(configuration(str(folder), 1).loop, VIDEOS))
+    assert trained == planned(order_of(configuration(str(folder), 1).loop, VIDEOS))
     assert len(set(trained)) == len(trained) == EPOCHS * STEPS_PER_EPOCH * BATCH

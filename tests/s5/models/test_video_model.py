@@ -16,7 +16,7 @@ from s5.errors import CheckpointError
 from s5.models.video_model import VideoModel, check_model
 from s5.tasks.supervised import Supervised
 from s5.training.context import SoloContext
-from tests.s5.toys import MODEL, STEPS, batch, finetune_fit, lsmcl_fit, saved
+from tests.s5.toys import MODEL, STEPS, batch, finetune_loop, lsmcl_loop, saved
 
 
 def leaves(values: dict[str, object], prefix: str = "") -> dict[str, object]:
@@ -83,17 +83,17 @@ def test_a_model_without_head_says_so() -> None:
 
 
 def test_checkpoints_rebuild_their_model_alone(tmp_path: Path) -> None:
-    fit = finetune_fit(SoloContext(tmp_path))
-    fit.run()
+    loop = finetune_loop(SoloContext(tmp_path))
+    loop.run()
     model, meta = load_model(saved(tmp_path)[-1])
     assert (meta.kind, meta.step, meta.classes) == ("class", STEPS, ["a", "b"])
-    fit.task.eval()
+    loop.task.eval()
     frames = batch(0).long
-    assert torch.equal(model(frames).logits_BC, fit.task.model(frames).logits_BC)  # type: ignore[union-attr,operator]
+    assert torch.equal(model(frames).logits_BC, loop.task.model(frames).logits_BC)  # type: ignore[union-attr,operator]
 
 
 def test_fine_tuning_starts_from_the_pretrained_encoder(tmp_path: Path) -> None:
-    lsmcl_fit(SoloContext(tmp_path)).run()
+    lsmcl_loop(SoloContext(tmp_path)).run()
     folder = saved(tmp_path)[-1]
     weights = checkpoint.encoder_weights(folder)
     model = VideoModel(MODEL, 2)
@@ -118,7 +118,7 @@ def test_tokens_stand_in_for_frames() -> None:
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
-    lsmcl_fit(SoloContext(tmp_path)).run()
+    lsmcl_loop(SoloContext(tmp_path)).run()
     folder = saved(tmp_path)[-1]
     checkpoint.check_architecture(folder, leaves(asdict(MODEL)))
     with pytest.raises(CheckpointError, match=r"model.backbone.depth is 1 there and 2 here; give --model.backbone.dep"):
@@ -132,7 +132,7 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
 
 
 def test_damage_is_told(tmp_path: Path) -> None:
-    lsmcl_fit(SoloContext(tmp_path)).run()
+    lsmcl_loop(SoloContext(tmp_path)).run()
     folder = saved(tmp_path)[-1]
     assert checkpoint.verify(folder).step == STEPS
     (folder / "optimizer.safetensors").unlink()
