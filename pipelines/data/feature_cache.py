@@ -151,7 +151,7 @@ class ShardWriter:
 @contextmanager
 def shard_writer(folder: str, shard: int, meta: FeatureMeta) -> Iterator[ShardWriter]:
     """Give a writer for a shard's frames; the file is there once the block ends without an error."""
-    with storage.written(shard_path(folder, shard, "arrow")) as part:
+    with storage.atomic_write(shard_path(folder, shard, "arrow")) as part:
         writer = ShardWriter(part, meta)
         try:
             yield writer

@@ -50,7 +50,7 @@ def encode_chunk(videos: pa.Table, short_side: int, quality: int, speed: str, ti
             facts = _earlier(video["path"], timeout_s)
             kept = facts is not None
             if facts is None:
-                with storage.written(video["path"]) as part:
+                with storage.atomic_write(video["path"]) as part:
                     numbers = video["gop_s"], quality, speed, video["fps"], video["num_frames"]
                     encoding = Encoding(part, short_side, *numbers)
                     facts = _process.encode(storage.absolute(video["uri"]), encoding, timeout_s)

@@ -201,7 +201,7 @@ def _encoded(source: Source, encoding: Encoding) -> VideoReply:
 
 @contextmanager
 def opened(uri: str, whole: bool) -> Iterator[Source]:
-    """Give what a decoder can read of a name; see `storage.opened`."""
+    """Give what a decoder can read of a name; see `storage.open_video`."""
     if "://" not in uri:
         yield uri
         return
@@ -210,7 +210,7 @@ def opened(uri: str, whole: bool) -> Iterator[Source]:
     from pipelines.errors import UserError
 
     try:
-        with storage.opened(uri, whole) as source:
+        with storage.open_video(uri, whole) as source:
             yield source
     except UserError as error:
         raise VideoError(str(error)) from None

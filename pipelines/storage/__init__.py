@@ -1,23 +1,56 @@
-"""Files, folders and checkpoints on local disks and object stores."""
+"""Files, folders and checkpoints on local disks and object stores, under one kind of name: a path or a URI.
 
-from pipelines.storage.files import absolute as absolute
-from pipelines.storage.files import check_plain as check_plain
-from pipelines.storage.files import check_writable as check_writable
-from pipelines.storage.files import download as download
-from pipelines.storage.files import exists as exists
-from pipelines.storage.files import filesystem as filesystem
-from pipelines.storage.files import is_folder as is_folder
-from pipelines.storage.files import is_uri as is_uri
-from pipelines.storage.files import join as join
-from pipelines.storage.files import make_folder as make_folder
-from pipelines.storage.files import opened as opened
-from pipelines.storage.files import read_bytes as read_bytes
-from pipelines.storage.files import read_json as read_json
-from pipelines.storage.files import read_table as read_table
-from pipelines.storage.files import redacted as redacted
-from pipelines.storage.files import remove as remove
-from pipelines.storage.files import size as size
-from pipelines.storage.files import write_bytes as write_bytes
-from pipelines.storage.files import write_json as write_json
-from pipelines.storage.files import write_table as write_table
-from pipelines.storage.files import written as written
+The rest of the program says `storage.read_json(path)` and never asks where `path` is. Read in this order:
+
+    names               what a name is: absolute, joined, redacted
+    filesystems, web    what is behind it: pyarrow's file systems, or a web server, which can only be read
+    files               reading and atomic writing, from bytes to tables and videos
+    checkpoint_backend  where a run stores its checkpoints: `s5.checkpoints` calls it
+    weights             weights read back from a checkpoint of any place
+    provenance          versions and commit that made a result
+
+The last three are imported by name, since not every reader of a file needs them.
+"""
+
+from pipelines.storage.files import (
+    atomic_write,
+    check_writable,
+    download,
+    exists,
+    is_folder,
+    open_video,
+    read_bytes,
+    read_json,
+    read_table,
+    remove,
+    size,
+    write_bytes,
+    write_json,
+    write_table,
+)
+from pipelines.storage.filesystems import filesystem, make_folder
+from pipelines.storage.names import absolute, check_no_credentials, is_uri, join, redacted
+
+__all__ = [
+    "absolute",
+    "atomic_write",
+    "check_no_credentials",
+    "check_writable",
+    "download",
+    "exists",
+    "filesystem",
+    "is_folder",
+    "is_uri",
+    "join",
+    "make_folder",
+    "open_video",
+    "read_bytes",
+    "read_json",
+    "read_table",
+    "redacted",
+    "remove",
+    "size",
+    "write_bytes",
+    "write_json",
+    "write_table",
+]

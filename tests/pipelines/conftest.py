@@ -10,7 +10,7 @@ import pytest
 from pyarrow import fs
 
 from pipelines.data import decode_tasks
-from pipelines.storage import files
+from pipelines.storage import filesystems
 
 SECRET = "wJalrXUtnFEMI"
 
@@ -40,7 +40,7 @@ def bucket(s3_service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    files._bucket.cache_clear()
+    filesystems._object_store.cache_clear()
     # The child that reads videos has the environment of its start.
     decode_tasks._process.close()
     name = f"bucket-{zlib.crc32(request.node.name.encode())}"
@@ -48,4 +48,4 @@ def bucket(s3_service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fix
     fs.FileSystem.from_uri(f"s3://{name}?allow_bucket_creation=true")[0].create_dir(name)
     yield f"s3://{name}"
     decode_tasks._process.close()
-    files._bucket.cache_clear()
+    filesystems._object_store.cache_clear()

@@ -23,7 +23,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.data.decode_tasks import CANDIDATE, Reading, decode_chunk, probe_chunk
 from pipelines.errors import UserError
-from pipelines.storage import files
+from pipelines.storage import filesystems
 from pipelines.storage.weights import local_checkpoint
 from s5.config import ClipConfig
 from s5.video.reading import probe, read_frames
@@ -69,7 +69,7 @@ def test_an_unknown_scheme_is_a_users_mistake() -> None:
 
 def test_a_web_address_cannot_be_listed_or_written() -> None:
     for use in (storage.filesystem, lambda name: storage.write_bytes(name, b"")):
-        with pytest.raises(UserError, match="not folders or written"):
+        with pytest.raises(UserError, match="neither list folders nor write"):
             use("https://host/a")
 
 
@@ -98,14 +98,14 @@ def test_a_file_written_in_parts_is_there_whole_or_not_at_all(
     path = storage.join(folder, "below", "a.mp4")
 
     def fail() -> None:
-        with storage.written(path) as part:
+        with storage.atomic_write(path) as part:
             Path(part).write_bytes(b"half")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert not storage.exists(path)
-    with storage.written(path) as part:
+    with storage.atomic_write(path) as part:
         Path(part).write_bytes(b"whole")
         assert not storage.exists(path)
     assert storage.read_bytes(path) == b"whole"
@@ -156,10 +156,10 @@ def gs_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 break
             time.sleep(0.05)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"127.0.0.1:{port}")
-        files._bucket.cache_clear()
+        filesystems._object_store.cache_clear()
         yield "gs://bucket"
     finally:
-        files._bucket.cache_clear()
+        filesystems._object_store.cache_clear()
         server.kill()
         server.wait()
 
@@ -168,13 +168,13 @@ def test_files_in_googles_store(gs_bucket: str, tmp_path: Path, monkeypatch: pyt
     uri = f"{gs_bucket}/out/a b%20ü.mp4"
     path = write_coded(tmp_path / "a.mp4", frames=90, noise=60)
     storage.check_writable(f"{gs_bucket}/out")
-    with storage.written(uri) as part:
+    with storage.atomic_write(uri) as part:
         Path(part).write_bytes(Path(path).read_bytes())
     assert storage.exists(uri)
     assert storage.is_folder(f"{gs_bucket}/out")
     assert storage.size(uri) == Path(path).stat().st_size
-    monkeypatch.setattr(files, "WHOLE_BYTES", 0)
-    with storage.opened(uri) as source:
+    monkeypatch.setattr("pipelines.storage.files.WHOLE_BYTES", 0)
+    with storage.open_video(uri) as source:
         assert isinstance(source, pa.NativeFile)
         assert code(read_frames(source, np.array([2.0]), 64)[0]) == 50
     storage.write_json(f"{gs_bucket}/out/deep/er/b.json", [1])
@@ -190,11 +190,11 @@ def test_files_in_googles_store(gs_bucket: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_googles_store_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
-    monkeypatch.setattr(files, "GCS_RETRY", timedelta(seconds=1))
-    files._bucket.cache_clear()
+    monkeypatch.setattr(filesystems, "GCS_RETRY", timedelta(seconds=1))
+    filesystems._object_store.cache_clear()
     with pytest.raises(UserError, match=r"'gs://bucket/a' cannot be reached: .*UNAVAILABLE") as raised:
         storage.exists("gs://bucket/a")
-    files._bucket.cache_clear()
+    filesystems._object_store.cache_clear()
     assert "error_info" not in str(raised.value)
 
 
@@ -226,14 +226,14 @@ def test_a_video_on_s3_is_read_like_a_local_one(bucket: str, tmp_path: Path, nam
 def test_of_a_long_video_only_ranges_are_fetched(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_coded(tmp_path / "a.mp4", frames=250, fps=2, noise=100)
     uri = _upload(path, f"{bucket}/a.mp4")
-    monkeypatch.setattr(files, "WHOLE_BYTES", 0)
-    with storage.opened(uri) as source:
+    monkeypatch.setattr("pipelines.storage.files.WHOLE_BYTES", 0)
+    with storage.open_video(uri) as source:
         assert isinstance(source, pa.NativeFile)
         assert code(read_frames(source, np.array([100.0]), 64)[0]) == 200
-    with storage.opened(uri, whole=True) as source:
+    with storage.open_video(uri, whole=True) as source:
         assert probe(source) == replace(probe(path), decoder="pyav")
-    monkeypatch.setattr(files, "WHOLE_BYTES", 100 << 20)
-    with storage.opened(uri) as source:
+    monkeypatch.setattr("pipelines.storage.files.WHOLE_BYTES", 100 << 20)
+    with storage.open_video(uri) as source:
         assert not isinstance(source, (str, pa.NativeFile))
         assert source.read() == Path(path).read_bytes()
 
@@ -247,7 +247,7 @@ def test_a_video_that_vanished_from_s3_is_a_failure(bucket: str) -> None:
 
 def test_a_local_name_is_given_as_it_is(tmp_path: Path) -> None:
     for name in (str(tmp_path / "a b.mp4"), f"file://{tmp_path}/a b.mp4"):
-        with storage.opened(name) as source:
+        with storage.open_video(name) as source:
             assert source == str(tmp_path / "a b.mp4")
 
 
@@ -280,7 +280,7 @@ class _Web(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr("pipelines.storage.web.time.sleep", lambda _: None)
     _Web.failures = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Web(*args, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -301,7 +301,7 @@ def test_files_on_the_web_are_read(web: str, tmp_path: Path) -> None:
 
 def test_a_video_on_the_web_is_copied_and_the_copy_deleted(web: str, tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 24)
-    with storage.opened(f"{web}/a.mp4") as copy:
+    with storage.open_video(f"{web}/a.mp4") as copy:
         assert isinstance(copy, str)
         assert Path(copy).read_bytes() == Path(path).read_bytes()
     assert not Path(copy).exists()
@@ -309,7 +309,7 @@ def test_a_video_on_the_web_is_copied_and_the_copy_deleted(web: str, tmp_path: P
     assert (facts["num_frames"], facts["decoder"]) == (24, "decord")
 
 
-def test_passing_errors_of_a_server_are_tried_again(web: str, tmp_path: Path) -> None:
+def test_passing_errors_of_a_server_are_retried(web: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     _Web.failures = [503, 500]
     assert storage.read_bytes(f"{web}/a") == b"content"
@@ -325,7 +325,7 @@ def test_passing_errors_of_a_server_are_tried_again(web: str, tmp_path: Path) ->
 def test_a_file_that_breaks_off_is_fetched_again(web: str, tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 24)
     _Web.failures = [CUT, CUT]
-    with storage.opened(f"{web}/a.mp4") as copy:
+    with storage.open_video(f"{web}/a.mp4") as copy:
         assert isinstance(copy, str)
         assert Path(copy).read_bytes() == Path(path).read_bytes()
     (tmp_path / "a").write_bytes(b"content")
@@ -337,7 +337,7 @@ def test_a_file_that_breaks_off_is_fetched_again(web: str, tmp_path: Path) -> No
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr("pipelines.storage.web.time.sleep", lambda _: None)
     with pytest.raises(OSError, match="cannot be reached"):
         storage.read_bytes("http://127.0.0.1:9/a")
     with pytest.raises(UserError, match="cannot be reached"):
@@ -348,7 +348,7 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_s3_service_that_is_not_there(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """pyarrow's client tries for 6 s."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    files._bucket.cache_clear()
+    filesystems._object_store.cache_clear()
     with pytest.raises(UserError, match=r"cannot be reached: .*NETWORK_CONNECTION") as raised:
         storage.exists(f"{bucket}/a")
     assert SECRET not in str(raised.value)
