@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from pipelines import storage, tracking
+from pipelines import storage
 from pipelines.config import unknown
 from pipelines.errors import UserError
+from pipelines.tracking.client import reading
+from pipelines.tracking.runs import PARENT_TAG
 
 RUNS_A_PAGE = 1000
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as MLflow has it."""
+    """A run that was logged."""
 
     run_id: str
     stage: str
@@ -40,7 +42,7 @@ def read_runs(uri: str, experiment: str, below: str = "") -> list[Run]:
         UserError: there is no such experiment (names the closest), or MLflow does not answer.
     """
     runs: list[Run] = []
-    with tracking.reading(uri) as client:
+    with reading(uri) as client:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             names = tuple(other.name for other in client.search_experiments() if other.name != "Default")
@@ -62,7 +64,7 @@ def read_runs(uri: str, experiment: str, below: str = "") -> list[Run]:
                         name=info.run_name or "",
                         out=tags.get("out", ""),
                         status=info.status,
-                        parent_run=tags.get(tracking.PARENT_TAG, ""),
+                        parent_run=tags.get(PARENT_TAG, ""),
                         params=dict(run.data.params),
                         metrics=dict(run.data.metrics),
                         start=info.start_time / 1000,
@@ -76,6 +78,6 @@ def read_runs(uri: str, experiment: str, below: str = "") -> list[Run]:
 
 def metric_history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     """Return (step, value) of a run's metric in order of the step; of a step logged twice, the later value."""
-    with tracking.reading(uri) as client:
+    with reading(uri) as client:
         rows = sorted(client.get_metric_history(run_id, key), key=lambda row: (row.step, row.timestamp))
         return list({row.step: row.value for row in rows}.items())

@@ -19,14 +19,14 @@ def resolve_uri(config: TrackingConfig, out: str) -> str:
     """Return the tracking URI of a stage that writes to `out`, valid in any working directory; `off` for none.
 
     Raises:
-        UserError: a `file:` store, which MLflow has given up, or no URI at all where `out` is on an object store.
+        UserError: a `file:` store, which MLflow no longer supports, or no URI at all where `out` is on an object store.
     """
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     out = storage.absolute(out)
     if not uri:
         if storage.is_uri(out):
             remedy = "give --tracking.uri http://... of an MLflow server, or --tracking.uri off"
-            raise UserError(f"--tracking.uri is empty and --out is {out!r}, where no database can lie: {remedy}")
+            raise UserError(f"--tracking.uri is empty and --out is {out!r}, where no database can be: {remedy}")
         return f"sqlite:///{os.path.dirname(out)}/mlflow.db"
     if uri.startswith("sqlite:"):
         path, mark, query = uri.removeprefix("sqlite:///").partition("?")
@@ -34,7 +34,9 @@ def resolve_uri(config: TrackingConfig, out: str) -> str:
             raise UserError(f"--tracking.uri is {uri!r}: give sqlite:///FOLDER/mlflow.db")
         return f"sqlite:///{storage.absolute(path)}{mark}{query}"
     if uri.startswith("file:"):
-        raise UserError(f"--tracking.uri is {uri!r}: MLflow has no file stores now; give sqlite:///FOLDER/mlflow.db")
+        raise UserError(
+            f"--tracking.uri is {uri!r}: MLflow no longer supports file stores; give sqlite:///FOLDER/mlflow.db"
+        )
     if uri in (OFF, "databricks") or ":" in uri:
         return uri.rstrip("/")
     path = storage.absolute(uri)
@@ -42,13 +44,13 @@ def resolve_uri(config: TrackingConfig, out: str) -> str:
 
 
 def database(uri: str) -> str:
-    """Return the file of a sqlite URI, or nothing."""
+    """Return the file of a sqlite URI; empty for other URIs."""
     return uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:") else ""
 
 
 @contextmanager
-def alone(uri: str) -> Iterator[None]:
-    """Hold a database's lock: processes that open a new one at once would ruin it."""
+def database_lock(uri: str) -> Iterator[None]:
+    """Hold the lock of a database file: processes that create its tables at the same time would corrupt it."""
     path = database(uri)
     if not path:
         yield

@@ -71,7 +71,7 @@ def test_uri_of_a_relative_database_becomes_absolute(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "file:mlruns", "sqlite:///", "sqlite://", "sqlite:///:memory:"])
-def test_uri_of_no_use_is_a_users_mistake(uri: str) -> None:
+def test_an_unusable_uri_is_a_users_mistake(uri: str) -> None:
     with pytest.raises(UserError, match=r"--tracking\.uri is .*give"):
         tracking.resolve_uri(TrackingConfig(uri=uri), "/o")
 
@@ -113,7 +113,7 @@ def test_a_run_in_the_default_database(tmp_path: Path) -> None:
     assert not storage.exists(f"{out}/{tracking.UNSENT_FILE}")
 
 
-def test_a_second_start_goes_on_with_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_start_resumes_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "o")
     first = tracking.start(TrackingConfig(), stage="finetune", out=out, params={"a": 1, "scale.num_workers": 1})
     first.log({"m": 1.0}, 1)
@@ -151,7 +151,7 @@ def test_what_mlflow_refuses_is_left_out(tmp_path: Path, capfd: pytest.CaptureFi
     assert "refused 2 entries" in err
 
 
-def test_a_store_of_no_use_is_a_users_mistake(tmp_path: Path) -> None:
+def test_an_unusable_store_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(UserError, match=r"--tracking\.uri is .*give another one"):
@@ -305,7 +305,7 @@ def test_a_server_that_comes_late_and_leaves_early(
     tracker.finish("FINISHED")
     assert len(send_queue.read_rows(f"{out}/{tracking.UNSENT_FILE}")) == 2
     err = capfd.readouterr().err
-    assert f"2 values are kept in {out}/{tracking.UNSENT_FILE}" in err
+    assert f"2 values are saved in {out}/{tracking.UNSENT_FILE}" in err
     assert err.count("answers again") == 1
 
     monkeypatch.setattr("pipelines.tracking.tracker.FLUSH_S", DEADLINE_S)
