@@ -25,7 +25,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipOrder, OrderRows
-from pipelines.data.decode_tasks import CANDIDATE, Reading, decode_chunk
+from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk
 from s5.batch import ClipBatch
 from s5.config import ClipConfig, EvaluationProtocol
 from s5.distributed import share_of
@@ -66,12 +66,12 @@ class DecodedClips:
     def training(self, videos: pa.Table, order: ClipOrder, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
         """Yield this worker's batches of the order's steps; see `ClipSource.training`."""
         share = len(share_of(order.batch_size, self.rank, self.world_size))
-        reading = Reading(self.clips, self.frame_size, self.pairs, self.data.decode_timeout_s, self.protocol)
+        spec = ClipSpec(self.clips, self.frame_size, self.pairs, self.data.decode_timeout_s, self.protocol)
         segment_steps = max(1, SEGMENT_ROWS // share)
 
         def segment(first: int) -> Generator[ClipBatch]:
             rows = order.rows(first, min(first + segment_steps, order.total_steps), self.rank, self.world_size)
-            return _decoded(_training_rows(videos, rows, seed), reading, self.data, self.decode_tasks, share)
+            return _decoded(_training_rows(videos, rows, seed), spec, self.data, self.decode_tasks, share)
 
         starts = range(start_step, order.total_steps, segment_steps)
         batches = _chained([partial(segment, first) for first in starts], max(2, segment_steps // 8), segment_steps)
@@ -91,11 +91,11 @@ class DecodedClips:
         if len(mine) == 0:
             return
         timeout_s = self.data.decode_timeout_s
-        reading = Reading(self.clips, self.frame_size, False, timeout_s, self.protocol, clips_per_video)
-        rows, largest = _evaluation_rows(mine, reading)
-        fit = max(1, PART_BYTES // (largest * reading.bytes_per_clip))
+        spec = ClipSpec(self.clips, self.frame_size, False, timeout_s, self.protocol, clips_per_video)
+        rows, largest = _evaluation_rows(mine, spec)
+        fit = max(1, PART_BYTES // (largest * spec.bytes_per_clip))
         data = replace(self.data, clips_per_task=min(self.data.clips_per_task, fit))
-        for number, batch in enumerate(_decoded(rows, reading, data, self.decode_tasks, batch_size, largest)):
+        for number, batch in enumerate(_decoded(rows, spec, data, self.decode_tasks, batch_size, largest)):
             yield replace(_without_failed(batch), step=number)
 
 
@@ -162,13 +162,13 @@ def _close(iterator: Any) -> None:
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def _evaluation_rows(videos: pa.Table, reading: Reading) -> tuple[pa.Table, int]:
+def _evaluation_rows(videos: pa.Table, spec: ClipSpec) -> tuple[pa.Table, int]:
     """Return rows of one candidate for each part of a video, and the clips of the largest part."""
-    most = max(1, PART_BYTES // reading.bytes_per_clip)
+    most = max(1, PART_BYTES // spec.bytes_per_clip)
     parts: list[tuple[int, int, int]] = []
     for index, video in enumerate(videos.to_pylist()):
         try:
-            clips = len(reading.times(video | {"first_clip": None, "end_clip": None}))
+            clips = len(spec.times(video | {"first_clip": None, "end_clip": None}))
         except VideoError:
             # Too short for the clip: the task that reads it says so.
             clips = 1
@@ -197,7 +197,7 @@ def _without_failed(batch: ClipBatch) -> ClipBatch:
 
 
 def _decoded(
-    rows: pa.Table, reading: Reading, data: DataConfig, decode_tasks: int, batch_size: int, clips_per_row: int = 1
+    rows: pa.Table, spec: ClipSpec, data: DataConfig, decode_tasks: int, batch_size: int, clips_per_row: int = 1
 ) -> Generator[ClipBatch]:
     """Run one Ray Data execution over rows of candidates and yield its batches in order."""
     chunk = data.clips_per_task
@@ -208,9 +208,9 @@ def _decoded(
     # What is decoded ahead of the training stays in the object store: enough for these tasks and the batches that are
     # kept ready, twice, rather than the share of the store that Ray Data would claim for each worker.
     ahead = tasks * chunk * clips_per_row + (data.prefetch_batches + 1) * batch_size
-    limit(dataset, tasks * data.cpus_per_decode, max(256e6, 2 * ahead * reading.bytes_per_clip))
+    limit(dataset, tasks * data.cpus_per_decode, max(256e6, 2 * ahead * spec.bytes_per_clip))
     decoded = dataset.map_batches(
-        partial(decode_chunk, reading=reading),
+        partial(decode_chunk, spec=spec),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=data.cpus_per_decode,

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
-from pipelines.data.video_requests import Clips
+from pipelines.data.video_requests import ClipRequest
 from s5.config import ClipConfig, EvaluationProtocol
 from s5.errors import VideoError
 from s5.video.clip_times import beyond, long_short_times, protocol_times, training_times
@@ -30,7 +30,7 @@ from s5.video.reading import FrameArray
 
 Frames = TypeVar("Frames")
 
-AGAIN = 0.1
+RETRY_TIMEOUT_SHARE = 0.1
 """Share of its time limit that a video is given where it took too long before, in the same process."""
 NO_LABEL = -1
 """Label of a clip whose video has none."""
@@ -69,7 +69,7 @@ PROBED = pa.schema(
 # Started by the first video that a task's process reads, and kept for its later tasks.
 _process = VideoProcess()
 # Why, by uri, videos took too long in this process. They are tried again in later epochs: it may have been the storage.
-_slow: dict[str, str] = {}
+_timed_out: dict[str, str] = {}
 # Columns of `decode_chunk` beside the frames.
 LINE_TYPES: dict[str, Any] = {
     "video_id": np.str_,
@@ -81,7 +81,7 @@ LINE_TYPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Reading:
+class ClipSpec:
     """What is read of each video."""
 
     clips: ClipConfig
@@ -116,7 +116,7 @@ class Reading:
             raise VideoError(str(error)) from None
 
 
-def decode_chunk(rows: pa.Table, reading: Reading) -> dict[str, npt.NDArray[Any]]:
+def decode_chunk(rows: pa.Table, spec: ClipSpec) -> dict[str, npt.NDArray[Any]]:
     """Read the clips of a chunk of rows, each with the column `candidates`: a list of CANDIDATE, the first to be read.
 
     What a window of a video shorter than it shows beyond the end is black: zeros, before the model normalises colours.
@@ -127,17 +127,17 @@ def decode_chunk(rows: pa.Table, reading: Reading) -> dict[str, npt.NDArray[Any]
     """
     lines: list[dict[str, Any]] = []
     frames: list[FrameArray] = []
-    views = 1 + reading.pairs
-    blank = np.zeros((reading.clips.frames, reading.frame_size, reading.frame_size, 3), dtype=np.uint8)
+    views = 1 + spec.pairs
+    blank = np.zeros((spec.clips.frames, spec.frame_size, spec.frame_size, 3), dtype=np.uint8)
     for candidates in rows["candidates"].to_pylist():
-        video, clips, failures = _first_readable(candidates, reading)
+        video, clips, failures = _first_readable(candidates, spec)
         clips = clips or [blank] * views
         frames += clips
         for first in range(0, len(clips), views):
             lines.append(_line(video, failures if first == 0 else []))
     columns = {name: np.array([line[name] for line in lines], dtype) for name, dtype in LINE_TYPES.items()}
     columns["long"] = np.stack(frames[::views])
-    if reading.pairs:
+    if spec.pairs:
         columns["short"] = np.stack(frames[1::views])
     return columns
 
@@ -161,15 +161,15 @@ def _line(video: dict[str, Any] | None, failures: list[dict[str, str]]) -> dict[
 
 
 def _first_readable(
-    candidates: list[dict[str, Any]], reading: Reading
+    candidates: list[dict[str, Any]], spec: ClipSpec
 ) -> tuple[dict[str, Any] | None, list[FrameArray], list[dict[str, str]]]:
     """Return the first candidate that can be read, its clips, and the failures before it."""
     failures: list[dict[str, str]] = []
     for video in candidates:
         try:
-            return video, attempted(partial(_read, video, reading)), failures
+            return video, retried_once(partial(_read, video, spec)), failures
         except VideoTimeoutError as error:
-            reason = _slow.setdefault(video["uri"], str(error))
+            reason = _timed_out.setdefault(video["uri"], str(error))
         except VideoError as error:
             reason = str(error)
         failure = {"video_id": video["video_id"], "uri": video["uri"], "reason": reason}
@@ -177,7 +177,7 @@ def _first_readable(
     return None, [], failures
 
 
-def attempted(read: Callable[[], Frames]) -> Frames:
+def retried_once(read: Callable[[], Frames]) -> Frames:
     """Return what `read` returns, which is tried again where a video fails otherwise than by taking too long."""
     try:
         return read()
@@ -187,13 +187,13 @@ def attempted(read: Callable[[], Frames]) -> Frames:
         return read()
 
 
-def _read(video: dict[str, Any], reading: Reading) -> list[FrameArray]:
-    times = reading.times(video)
-    clips = Clips(times, reading.frame_size, (video["width"], video["height"]), video["decoder"])
-    timeout_s = reading.timeout_s * (AGAIN if video["uri"] in _slow else 1.0)
+def _read(video: dict[str, Any], spec: ClipSpec) -> list[FrameArray]:
+    times = spec.times(video)
+    clips = ClipRequest(times, spec.frame_size, (video["width"], video["height"]), video["decoder"])
+    timeout_s = spec.timeout_s * (RETRY_TIMEOUT_SHARE if video["uri"] in _timed_out else 1.0)
     frames = _process.read(storage.absolute(video["uri"]), clips, timeout_s)
-    _slow.pop(video["uri"], None)
-    if reading.protocol == "windows":
+    _timed_out.pop(video["uri"], None)
+    if spec.protocol == "windows":
         for clip, times_T in zip(frames, times, strict=True):
             clip[beyond(times_T, video["end_s"])] = 0
     return frames

@@ -13,7 +13,7 @@ from typing import Any
 
 import av
 
-from pipelines.data.video_requests import Encoding
+from pipelines.data.video_requests import EncodeRequest
 from s5.errors import VideoError
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import Source
@@ -28,7 +28,7 @@ LOST_SHARE = 0.01
 """A video is refused where more than this share of its frames cannot be decoded."""
 
 
-def encode(source: Source, encoding: Encoding) -> VideoFacts:
+def encode(source: Source, encoding: EncodeRequest) -> VideoFacts:
     """Write a video's pictures as H.264 in mp4, without sound, and return the facts of the new file.
 
     Raises:
@@ -86,5 +86,5 @@ def _rate(fps: float) -> Fraction:
     return max(Fraction(1, 1000), Fraction(fps).limit_denominator(1001))
 
 
-def _options(encoding: Encoding) -> dict[str, str]:
+def _options(encoding: EncodeRequest) -> dict[str, str]:
     return ENCODER | {"crf": str(encoding.quality), "preset": encoding.speed}

@@ -23,8 +23,9 @@ from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_batches import CANDIDATE_COLUMNS
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.decode_tasks import NO_LABEL, Reading
-from pipelines.data.feature_cache import FeatureMeta, FeatureReader, TokenArray, check_fresh, read_meta
+from pipelines.data.decode_tasks import NO_LABEL, ClipSpec
+from pipelines.data.feature_cache import FeatureMeta, TokenArray, check_fresh, read_meta
+from pipelines.data.feature_reader import FeatureReader
 from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest
@@ -37,7 +38,7 @@ THREADS = 4
 """Threads that read at most; as many as there are batches ahead, and one."""
 
 
-class BatchMemory:
+class BufferPool:
     """Memory of batches: that of a batch is used again once nothing refers to it any more, no view of it either.
 
     To be given new memory, zeroed page by page, takes the system longer than to copy tokens there.
@@ -60,11 +61,11 @@ class BatchMemory:
             whole = np.empty(size, np.float16)
         # The tensor's storage, which all its views share, holds this one array, and nothing else does.
         held = whole[:size].reshape(shape)
-        weakref.finalize(held, _give_back, weakref.ref(self._free), whole).atexit = False
+        weakref.finalize(held, _return_to_pool, weakref.ref(self._free), whole).atexit = False
         return torch.from_numpy(held)
 
 
-def _give_back(free: weakref.ref[deque[TokenArray]], whole: TokenArray) -> None:
+def _return_to_pool(free: weakref.ref[deque[TokenArray]], whole: TokenArray) -> None:
     """Keep memory for the next batch, if there is to be one."""
     if (kept := free()) is not None:
         kept.append(whole)
@@ -115,12 +116,12 @@ def check_features(
 class FeatureClips:
     """Reads the clips of a manifest's videos."""
 
-    def __init__(self, features: str, manifest: pa.Table, reading: Reading, prefetch: int) -> None:
+    def __init__(self, features: str, manifest: pa.Table, spec: ClipSpec, prefetch: int) -> None:
         self._reader = FeatureReader(features)
         # Besides those ahead, one that is being read and one that is trained on.
-        self._memory = BatchMemory(prefetch + 2)
+        self._memory = BufferPool(prefetch + 2)
         self._videos = manifest.select(CANDIDATE_COLUMNS)
-        self._reading = reading
+        self._spec = spec
 
     def videos(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return rows of the manifest."""
@@ -133,16 +134,16 @@ class FeatureClips:
             VideoError: it is too short for them, or has no features; says why.
         """
         found = []
-        for times_T in self._reading.times(video | {"seed": seed, "first_clip": None, "end_clip": None}):
+        for times_T in self._spec.times(video | {"seed": seed, "first_clip": None, "end_clip": None}):
             frames_T = self._reader.frames(video["video_id"], times_T)
-            if self._reading.protocol == "windows":
+            if self._spec.protocol == "windows":
                 frames_T[beyond(times_T, video["end_s"])] = -1
             found.append(_Clip(video, seed, frames_T))
         return found
 
     def batch(self, clips: list[_Clip], failures: list[Failure], step: int, epoch: int) -> ClipBatch:
         """Read clips."""
-        meta, count = self._reader.meta, self._reading.clips.frames
+        meta, count = self._reader.meta, self._spec.clips.frames
         long = self._memory.take((len(clips), count, meta.tokens, meta.width))
         for clip, out_TND in zip(clips, long.numpy(), strict=True):
             self._reader.read(clip.video["video_id"], clip.frames_T, out_TND)
@@ -222,8 +223,8 @@ class CachedClips:
         yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), self.data.prefetch_batches)
 
     def _opened(self, videos: pa.Table, clips_per_video: int = 0) -> FeatureClips:
-        reading = Reading(self.clips, self.frame_size, protocol=self.protocol, evaluated=clips_per_video)
-        return FeatureClips(self.features, videos, reading, self.data.prefetch_batches)
+        spec = ClipSpec(self.clips, self.frame_size, protocol=self.protocol, evaluated=clips_per_video)
+        return FeatureClips(self.features, videos, spec, self.data.prefetch_batches)
 
 
 def _failure(video: dict[str, Any], error: VideoError) -> Failure:

@@ -21,8 +21,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -34,7 +32,6 @@ from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.running.run_folder import SHARDS
 from s5.config import BackboneConfig
-from s5.errors import VideoError
 from s5.video.clip_times import TOLERANCE_S
 
 TokenArray = npt.NDArray[np.float16]
@@ -55,8 +52,6 @@ INDEX = pa.schema(
 )
 """Where a video's frames are: shard, first record batch, their number and the first one's time; `reason` says why there
 are none."""
-OPEN_SHARDS = 64
-"""Shards that a reader keeps open."""
 # Settings of the backbone that do not change its tokens, or that the digest of its weights stands for.
 FREE = ("weights", "frozen")
 
@@ -219,85 +214,3 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
         )
     if meta.manifest != manifest:
         raise UserError(f"{stale} from another manifest, or it has changed since; make them anew")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A video's row of the index."""
-
-    shard: int
-    batch: int
-    frames: int
-    start_s: float
-    reason: str
-
-
-class FeatureReader:
-    """Reads the tokens of clips, for several threads at once. What it has opened is closed with its last reference."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = storage.absolute(folder)
-        self.meta = read_meta(folder)
-        index = storage.read_table(storage.join(self.folder, INDEX_FILE))
-        names = index["video_id"].to_pylist()
-        columns = [index[name].to_pylist() for name in ("shard", "batch", "frames", "start_s", "reason")]
-        self._places = {name: Place(*row) for name, *row in zip(names, *columns, strict=True)}
-        self._padding: TokenArray = np.load(io.BytesIO(storage.read_bytes(storage.join(self.folder, PADDING))))
-        # Not a method, whose cache would hold the reader and its files for ever.
-        self._shard = lru_cache(OPEN_SHARDS)(partial(_opened, self.folder))
-
-    def frames(self, video_id: str, times_T: FloatArray) -> npt.NDArray[np.int64]:
-        """Return which frames (T,) of a video are on screen at the given times; beyond its end the last one.
-
-        Raises:
-            VideoError: the video has no features; says why.
-        """
-        place = self._place(video_id)
-        count_T = np.floor((times_T - place.start_s + TOLERANCE_S) * self.meta.frames_per_second)
-        return np.clip(count_T, 0, place.frames - 1).astype(np.int64)
-
-    def read(self, video_id: str, frames_T: npt.NDArray[np.int64], out_TND: TokenArray) -> None:
-        """Copy the tokens of a video's frames to `out_TND`; a frame -1 is black.
-
-        Raises:
-            VideoError: the video has no features; says why.
-            UserError: its shard is missing or damaged.
-        """
-        place = self._place(video_id)
-        batch_T, row_T = np.divmod(frames_T, self.meta.chunk_frames)
-        for batch in np.unique(batch_T):
-            here = np.flatnonzero(batch_T == batch)
-            if batch < 0:
-                out_TND[here] = self._padding
-                continue
-            tokens_TND = self._tokens(place.shard, place.batch + int(batch))
-            # Runs of frames: numpy copies a slice without Python's lock, but has to get it back after each one.
-            breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(row_T[here]) != 1)) + 1
-            for target_R in np.split(here, breaks):
-                first, row, count = target_R[0], row_T[target_R[0]], len(target_R)
-                out_TND[first : first + count] = tokens_TND[row : row + count]
-
-    def _place(self, video_id: str) -> Place:
-        place = self._places.get(video_id)
-        if place is None or place.reason:
-            raise VideoError(f"no cached features: {place.reason if place else 'not in their index'}")
-        return place
-
-    def _tokens(self, shard: int, batch: int) -> TokenArray:
-        """Return the tokens (T, N, D) of a record batch: a view of the memory map where there is one."""
-        content, lock = self._shard(shard)
-        # Arrow does not say that a file may be asked by several threads.
-        with lock:
-            column = content.get_batch(batch).column("tokens")
-        flat: TokenArray = column.values.to_numpy(zero_copy_only=True)
-        return flat.reshape(-1, self.meta.tokens, self.meta.width)
-
-
-def _opened(folder: str, shard: int) -> tuple[Any, Lock]:
-    path = shard_path(folder, shard, "arrow")
-    system, inner = storage.filesystem(path)
-    try:
-        local = isinstance(system, fs.LocalFileSystem)
-        return pa.ipc.open_file(pa.memory_map(inner) if local else system.open_input_file(inner)), Lock()
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise UserError(f"features is {folder!r}: {path} is missing or damaged ({error}); make them anew") from None

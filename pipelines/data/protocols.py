@@ -37,7 +37,7 @@ def checked_clips(clips: ClipConfig, protocol: EvaluationProtocol) -> ClipConfig
     return replace(clips, too_short="shrink") if protocol in ("windows", "whole") else clips
 
 
-def words(protocol: EvaluationProtocol, clips: ClipConfig, per_video: int) -> str:
+def clips_in_words(protocol: EvaluationProtocol, clips: ClipConfig, per_video: int) -> str:
     """Return what is read of each video, in words, with a warning where windows are not LVU's."""
     if protocol == "whole":
         return f"clips of {clips.frames} frames over the whole video, {per_video} of each"
@@ -50,7 +50,7 @@ def words(protocol: EvaluationProtocol, clips: ClipConfig, per_video: int) -> st
     return f"{every} (LVU's are {LVU_WINDOW_S:g} s: clips.frames 60 at clips.long_stride 1)"
 
 
-def listed(videos: pa.Table, split: str) -> int:
+def listed_count(videos: pa.Table, split: str) -> int:
     """Return how many videos of a split were listed; those that there are where the manifest does not say."""
     return max(description(videos).listed.get(split, 0), len(split_of(videos, split)))
 

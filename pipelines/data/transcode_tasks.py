@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import Clips, Encoding
+from pipelines.data.video_requests import ClipRequest, EncodeRequest
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.video.clip_times import long_short_times
@@ -52,7 +52,7 @@ def encode_chunk(videos: pa.Table, short_side: int, quality: int, speed: str, ti
             if facts is None:
                 with storage.atomic_write(video["path"]) as part:
                     numbers = video["gop_s"], quality, speed, video["fps"], video["num_frames"]
-                    encoding = Encoding(part, short_side, *numbers)
+                    encoding = EncodeRequest(part, short_side, *numbers)
                     facts = _process.encode(storage.absolute(video["uri"]), encoding, timeout_s)
             sizes = {"bytes_before": storage.size(video["uri"]), "bytes_after": storage.size(video["path"])}
             return asdict(facts) | sizes | {"kept": kept}
@@ -98,7 +98,7 @@ def pair_seconds(
     def seconds(row: dict[str, Any], seed: int) -> float:
         times = list(long_short_times(clips, row["start_s"], row["end_s"], row["fps"], seed))
         start = time.perf_counter()
-        asked = Clips(times, frame_size, (row["width"], row["height"]), row["decoder"])
+        asked = ClipRequest(times, frame_size, (row["width"], row["height"]), row["decoder"])
         _process.read(storage.absolute(row["uri"]), asked, timeout_s)
         return time.perf_counter() - start
 

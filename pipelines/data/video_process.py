@@ -27,7 +27,7 @@ from typing import IO
 
 import numpy as np
 
-from pipelines.data.video_requests import Clips, Encoding, VideoReply, VideoRequest
+from pipelines.data.video_requests import ClipRequest, EncodeRequest, VideoReply, VideoRequest
 from s5.errors import VideoError
 from s5.video.reader import FrameArray, Source
 from s5.video.reading import VideoFacts, probe, read_clips
@@ -57,13 +57,13 @@ class VideoProcess:
             VideoError: it cannot be read, or the decoder crashed.
             VideoTimeoutError: there are no facts after `timeout_s` seconds.
         """
-        facts = self._ask(VideoRequest(uri, None, timeout_s)).facts
+        facts = self._send(VideoRequest(uri, None, timeout_s)).facts
         assert facts is not None
         return facts
 
-    def read(self, uri: str, clips: Clips, timeout_s: float) -> list[FrameArray]:
+    def read(self, uri: str, clips: ClipRequest, timeout_s: float) -> list[FrameArray]:
         """Return the clips of a video, each (T, S, S, 3); see `reading.read_clips`, and `probe` for the errors."""
-        shapes = self._ask(VideoRequest(uri, clips, timeout_s)).shapes
+        shapes = self._send(VideoRequest(uri, clips, timeout_s)).shapes
         frames = [np.empty(shape, np.uint8) for shape in shapes]
         with open(self._memory, "rb", closefd=False) as memory:
             memory.seek(0)
@@ -71,9 +71,9 @@ class VideoProcess:
                 memory.readinto(clip.data)
         return frames
 
-    def encode(self, uri: str, encoding: Encoding, timeout_s: float) -> VideoFacts:
+    def encode(self, uri: str, encoding: EncodeRequest, timeout_s: float) -> VideoFacts:
         """Encode a video anew and return the new facts; see `encoding.encode`, and `probe` for the other errors."""
-        facts = self._ask(VideoRequest(uri, encoding, timeout_s)).facts
+        facts = self._send(VideoRequest(uri, encoding, timeout_s)).facts
         assert facts is not None
         return facts
 
@@ -86,27 +86,27 @@ class VideoProcess:
             self._child.wait()
         self._child = self._connection = None
 
-    def _ask(self, question: VideoRequest) -> VideoReply:
-        connection = self._started()
-        answer: VideoReply | None = None
+    def _send(self, request: VideoRequest) -> VideoReply:
+        connection = self._connected()
+        reply: VideoReply | None = None
         try:
-            connection.send(question)
-            if not connection.poll(question.timeout_s):
-                raise VideoTimeoutError(f"not read within data.decode_timeout_s, {question.timeout_s:g} s")
-            answer = connection.recv()
+            connection.send(request)
+            if not connection.poll(request.timeout_s):
+                raise VideoTimeoutError(f"not read within data.decode_timeout_s, {request.timeout_s:g} s")
+            reply = connection.recv()
         except (EOFError, ConnectionError):
-            raise VideoError(f"the decoder crashed ({self._end()})") from None
+            raise VideoError(f"the decoder crashed ({self._exit_reason()})") from None
         finally:
-            # Also where this task is interrupted: the child's answer must not be taken for that of the next video.
-            if answer is None:
+            # Also where this task is interrupted: the child's reply must not be taken for that of the next video.
+            if reply is None:
                 self.close()
-        if answer.unwritable:
-            raise OSError(answer.unwritable)
-        if answer.reason:
-            raise VideoError(answer.reason)
-        return answer
+        if reply.unwritable:
+            raise OSError(reply.unwritable)
+        if reply.reason:
+            raise VideoError(reply.reason)
+        return reply
 
-    def _started(self) -> Connection:
+    def _connected(self) -> Connection:
         if self._connection is None:
             ours, theirs = socket.socketpair()
             handles = theirs.fileno(), self._memory, self._parent_gone
@@ -120,7 +120,7 @@ class VideoProcess:
             self._connection = Connection(ours.detach())
         return self._connection
 
-    def _end(self) -> str:
+    def _exit_reason(self) -> str:
         """Return how the child ended, in words."""
         assert self._child is not None
         try:
@@ -145,21 +145,21 @@ def _memory_file() -> int:
 
 def serve(connection_handle: int, memory_handle: int, parent_gone: int) -> None:
     """VideoReply until the parent has gone, which ends this process also in the middle of a video."""
-    _end_with(parent_gone)
+    _exit_with(parent_gone)
     connection = Connection(connection_handle)
     with open(memory_handle, "wb") as memory:
         while True:
             try:
-                question: VideoRequest = connection.recv()
+                request: VideoRequest = connection.recv()
             except EOFError:
                 return
             # For systems whose pipes send no signal; works while a decoder holds Python's lock.
-            faulthandler.dump_traceback_later(question.timeout_s + GRACE_S, exit=True)
-            connection.send(answered(question, memory))
+            faulthandler.dump_traceback_later(request.timeout_s + GRACE_S, exit=True)
+            connection.send(handle(request, memory))
             faulthandler.cancel_dump_traceback_later()
 
 
-def _end_with(pipe: int) -> None:
+def _exit_with(pipe: int) -> None:
     """End this process once the pipe's writing ends are closed, by SIGIO, which does not wait for Python's lock.
 
     Unlike Linux' signal at the parent's death, it does not come when the thread ends that started this process.
@@ -170,14 +170,14 @@ def _end_with(pipe: int) -> None:
         os._exit(1)
 
 
-def answered(question: VideoRequest, memory: IO[bytes]) -> VideoReply:
+def handle(request: VideoRequest, memory: IO[bytes]) -> VideoReply:
     """Probe, read or encode one video; frames that are read go to the start of `memory`."""
-    work = question.work
+    work = request.work
     try:
-        with opened(question.uri, whole=not isinstance(work, Clips)) as source:
+        with open_source(request.uri, whole=not isinstance(work, ClipRequest)) as source:
             if work is None:
                 return VideoReply(facts=probe(source))
-            if not isinstance(work, Clips):
+            if not isinstance(work, ClipRequest):
                 return _encoded(source, work)
             clips = read_clips(source, work.clips, work.size, work.display_size, work.decoder)
     except (VideoError, OSError) as error:
@@ -189,7 +189,7 @@ def answered(question: VideoRequest, memory: IO[bytes]) -> VideoReply:
     return VideoReply(shapes=[clip.shape for clip in clips])
 
 
-def _encoded(source: Source, encoding: Encoding) -> VideoReply:
+def _encoded(source: Source, encoding: EncodeRequest) -> VideoReply:
     # Only here: PyAV's import is not needed to read by decord.
     from pipelines.data.encoding import encode
 
@@ -200,7 +200,7 @@ def _encoded(source: Source, encoding: Encoding) -> VideoReply:
 
 
 @contextmanager
-def opened(uri: str, whole: bool) -> Iterator[Source]:
+def open_source(uri: str, whole: bool) -> Iterator[Source]:
     """Give what a decoder can read of a name; see `storage.open_video`."""
     if "://" not in uri:
         yield uri

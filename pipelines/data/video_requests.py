@@ -9,7 +9,7 @@ from s5.video.reading import Decoder, VideoFacts
 
 
 @dataclass(frozen=True)
-class Clips:
+class ClipRequest:
     """What is read of a video: the arguments of `s5.video.reading.read_clips`."""
 
     clips: list[FloatArray]
@@ -19,7 +19,7 @@ class Clips:
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodeRequest:
     """How and where to a video is encoded."""
 
     path: str
@@ -43,7 +43,7 @@ class VideoRequest:
     """A video, and what is done with it: its clips are read, it is encoded anew, or None for its facts."""
 
     uri: str
-    work: Clips | Encoding | None
+    work: ClipRequest | EncodeRequest | None
     timeout_s: float
 
 

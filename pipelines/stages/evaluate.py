@@ -23,7 +23,7 @@ from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
-from pipelines.data.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
+from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import StageError, UserError
 from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.running.resources import check_cluster, decode_tasks
@@ -74,10 +74,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         with stage_run("evaluate", config, inputs=inputs) as stage:
             stage.info(
                 f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
-                f"{protocol}: {words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
+                f"{protocol}: {clips_in_words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
             )
             found = outputs(stage, config, folder, clips, videos, protocol)
-            used, all_listed = len(videos) - len(found.failures), listed(manifest, config.split)
+            used, all_listed = len(videos) - len(found.failures), listed_count(manifest, config.split)
             stage.details["protocol"] = protocol
             stage.metrics |= {f"{config.split}/videos": used, f"{config.split}/listed": all_listed}
             stage.metrics |= {f"{config.split}/clips": len(found.video_ids)}

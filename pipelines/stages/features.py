@@ -25,7 +25,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.config import FeaturesConfig
 from pipelines.data.clip_batches import in_chunks, limit
-from pipelines.data.decode_tasks import attempted
+from pipelines.data.decode_tasks import retried_once
 from pipelines.data.feature_cache import (
     INDEX,
     FeatureMeta,
@@ -40,7 +40,7 @@ from pipelines.data.feature_cache import (
 )
 from pipelines.data.manifest import digest, read_manifest
 from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import Clips
+from pipelines.data.video_requests import ClipRequest
 from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run
@@ -267,9 +267,9 @@ class Encoder:
 
     def _read(self, video: dict[str, Any], times_T: FloatArray) -> FrameArray:
         size = self.config.model.backbone.frame_size
-        clips = Clips([times_T], size, (video["width"], video["height"]), video["decoder"])
+        clips = ClipRequest([times_T], size, (video["width"], video["height"]), video["decoder"])
         process, timeout_s = self.processes.get(), self.config.data.decode_timeout_s
         try:
-            return attempted(partial(process.read, storage.absolute(video["uri"]), clips, timeout_s))[0]
+            return retried_once(partial(process.read, storage.absolute(video["uri"]), clips, timeout_s))[0]
         finally:
             self.processes.put(process)

@@ -19,7 +19,7 @@ from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
-from pipelines.data.protocols import checked_clips, clips_per_video, listed, protocol_of, words
+from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
 from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
@@ -71,7 +71,7 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
     """
     job = build_job(config)
     best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
-    counts = {"val_videos": len(job.val), "val_listed": listed(job.val, "val"), "classes": len(job.classes)}
+    counts = {"val_videos": len(job.val), "val_listed": listed_count(job.val, "val"), "classes": len(job.classes)}
     return run_training(
         "finetune",
         job,
@@ -91,10 +91,11 @@ def announcement(job: FinetuneJob) -> list[str]:
     config = job.config
     origin = f"from {config.checkpoint}" if job.weights else "from scratch"
     said = [
-        f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {len(job.val)} of "
-        f"{listed(job.val, 'val')} for validation, {origin}, {config.clips.frames} frames a clip, "
+        f"{len(job.train)} of {listed_count(job.train, 'train')} listed videos, {len(job.val)} of "
+        f"{listed_count(job.val, 'val')} for validation, {origin}, {config.clips.frames} frames a clip, "
         f"{config.model.decoder.name}, {job.order.total_steps} steps of {config.loop.batch_size} videos",
-        f"protocol {job.protocol}; validation: {words(job.protocol, config.clips, clips_per_video(job.protocol))}",
+        f"protocol {job.protocol}; validation: "
+        f"{clips_in_words(job.protocol, config.clips, clips_per_video(job.protocol))}",
     ]
     if len(job.val) == 0:
         said.append("no video in split 'val': the last epoch is retained, not the best; index --val-share makes one")
@@ -209,7 +210,7 @@ def row_printer(stage: Stage, bar: ProgressBar, job: FinetuneJob) -> OnRow:
     def report(step: int, row: dict[str, float]) -> None:
         if "val/loss" in row:
             main = "val/accuracy" if "val/accuracy" in row else "val/mse"
-            read = f"{row['val/videos']:.0f} of {listed(job.val, 'val')} listed videos"
+            read = f"{row['val/videos']:.0f} of {listed_count(job.val, 'val')} listed videos"
             stage.info(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f} on {read}")
         if "train/loss" not in row:
             return

@@ -23,7 +23,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.config import DecodeConfig, IndexConfig
 from pipelines.data.annotations import breakfast, coin, kinetics, lvu, own
-from pipelines.data.annotations.listing import Listed, Listing
+from pipelines.data.annotations.shared import AnnotatedVideo, Annotations
 from pipelines.data.clip_batches import in_chunks, limit
 from pipelines.data.decode_tasks import probe_chunk
 from pipelines.data.manifest import MANIFEST, SCHEMA, SPLITS, Description, lone_classes, metadata, splits
@@ -52,31 +52,31 @@ def run(config: IndexConfig) -> dict[str, Any]:
     Raises:
         UserError: there are no videos, none can be read, or the annotations are wrong.
     """
-    listing, ignored = list_videos(config)
-    held = hold_out(listing.videos, shares(listing, config), config.seed)
+    annotations, ignored = list_videos(config)
+    held = hold_out(annotations.videos, shares(annotations, config), config.seed)
     ensure_ray()
     with stage_run("index", config) as stage:
-        found = sum(not video.reason for video in listing.videos)
-        what = " ".join(filter(None, (listing.dataset, listing.task, f"{len(listing.videos)} videos")))
-        what += f" in {len(listing.classes)} classes" if listing.classes else ""
+        found = sum(not video.reason for video in annotations.videos)
+        what = " ".join(filter(None, (annotations.dataset, annotations.task, f"{len(annotations.videos)} videos")))
+        what += f" in {len(annotations.classes)} classes" if annotations.classes else ""
         stage.info(f"{what}, {found} found below {config.videos}; {ignored} other files")
-        rows, rejects = probe_all(listing.videos, config.data, stage)
+        rows, rejects = probe_all(annotations.videos, config.data, stage)
         stage.replace_rejects(rejects)
         if not rows:
             stage.folder.remove(MANIFEST)
             raise stage.none_readable()
         keep_learnable(rows, held)
-        table = manifest_of(rows, listing, held, config)
+        table = manifest_of(rows, annotations, held, config)
         stage.folder.write_table(MANIFEST, table)
-        summarise(stage, table, listing, held, ignored)
+        summarise(stage, table, annotations, held, ignored)
     return stage.result
 
 
-def summarise(stage: Stage, table: pa.Table, listing: Listing, held: dict[str, str], ignored: int) -> None:
+def summarise(stage: Stage, table: pa.Table, annotations: Annotations, held: dict[str, str], ignored: int) -> None:
     """Set the counts of the result, and print them with warnings of classes that cannot be learned."""
-    found = [video for video in listing.videos if not video.reason]
-    readable, listed, found_counts = splits(table), listed_counts(listing.videos, held), listed_counts(found, held)
-    total, rejects = len(listing.videos), len(listing.videos) - len(table)
+    found = [video for video in annotations.videos if not video.reason]
+    readable, listed, found_counts = splits(table), listed_counts(annotations.videos, held), listed_counts(found, held)
+    total, rejects = len(annotations.videos), len(annotations.videos) - len(table)
     hours = sum(table["duration_s"].to_pylist()) / 3600
     stage.counts |= {"listed": total, "videos": len(table), "rejects": rejects, "ignored": ignored, **readable}
     stage.metrics |= {"index/videos": float(len(table)), "index/rejects": float(rejects), "index/hours": hours}
@@ -106,7 +106,7 @@ def _warn(stage: Stage, names: list[str], fault: str) -> None:
 # --- listing --------------------------------------------------------------------------------------------------------
 
 
-def list_videos(config: IndexConfig) -> tuple[Listing, int]:
+def list_videos(config: IndexConfig) -> tuple[Annotations, int]:
     """Return what the annotations or the folder list, videos by id, and the number of files that are none of them.
 
     Raises:
@@ -115,9 +115,9 @@ def list_videos(config: IndexConfig) -> tuple[Listing, int]:
     source = config.source if config.source != "auto" else "csv" if config.annotations else "folder"
     if source in BENCHMARKS:
         # Before the folder, whose listing may take minutes.
-        listing = BENCHMARKS[source](config.annotations)
+        annotations = BENCHMARKS[source](config.annotations)
         files, ignored = _video_files(config.videos)
-        videos = by_id(listing.videos, files, config.videos)
+        videos = by_id(annotations.videos, files, config.videos)
         if all(video.reason for video in videos):
             raise UserError(
                 f"videos is {config.videos!r}: none of the {len(videos)} videos that the annotations list is in it or "
@@ -125,14 +125,14 @@ def list_videos(config: IndexConfig) -> tuple[Listing, int]:
             )
     else:
         files, ignored = _video_files(config.videos)
-        listing = own.from_csv(config.annotations, files) if source == "csv" else own.from_folder(files)
-        videos = by_name(listing.videos, files, config.videos)
+        annotations = own.from_csv(config.annotations, files) if source == "csv" else own.from_folder(files)
+        videos = by_name(annotations.videos, files, config.videos)
     if not videos:
         where = f"annotations is {config.annotations!r}: it lists no videos"
         where = where if config.annotations else f"videos is {config.videos!r}: no videos below it"
         raise UserError(f"{where}; looked for files that end in {', '.join(EXTENSIONS)}")
     ignored += len(files) - len({video.name for video in videos if not video.reason})
-    return replace(listing, videos=sorted(videos, key=lambda video: video.video_id)), ignored
+    return replace(annotations, videos=sorted(videos, key=lambda video: video.video_id)), ignored
 
 
 def _video_files(folder: str) -> tuple[list[str], int]:
@@ -147,20 +147,20 @@ def _video_files(folder: str) -> tuple[list[str], int]:
     return videos, len(visible) - len(videos)
 
 
-def by_name(videos: list[Listed], files: list[str], folder: str) -> list[Listed]:
+def by_name(videos: list[AnnotatedVideo], files: list[str], folder: str) -> list[AnnotatedVideo]:
     """Return videos with their files, or the reason why they have none; their names are paths below the folder."""
     root, known = storage.absolute(folder).rstrip("/"), set(files)
     return [
         replace(
             video,
             uri=f"{root}/{video.name}",
-            reason="" if video.name in known else f"listed in {video.place}, not found as {video.name}",
+            reason="" if video.name in known else f"listed in {video.location}, not found as {video.name}",
         )
         for video in videos
     ]
 
 
-def by_id(videos: list[Listed], files: list[str], folder: str) -> list[Listed]:
+def by_id(videos: list[AnnotatedVideo], files: list[str], folder: str) -> list[AnnotatedVideo]:
     """Return videos with their files; their names are paths without ending, in the folder or in any below it."""
     root = storage.absolute(folder).rstrip("/")
     depth = 1 + videos[0].name.count("/")
@@ -171,10 +171,10 @@ def by_id(videos: list[Listed], files: list[str], folder: str) -> list[Listed]:
         if first.setdefault(ending, file) != file:
             second[ending] = file
 
-    def located(video: Listed) -> Listed:
+    def located(video: AnnotatedVideo) -> AnnotatedVideo:
         file = first.get(video.name)
         if file is None:
-            reason = f"listed in {video.place}, not found as {video.name}.* in the folder or below it"
+            reason = f"listed in {video.location}, not found as {video.name}.* in the folder or below it"
             return replace(video, uri=f"{root}/{video.name}", reason=video.reason or reason)
         both = f"found as {file} and as {second[video.name]}: leave one" if video.name in second else ""
         return replace(video, name=file, uri=f"{root}/{file}", reason=video.reason or both)
@@ -185,7 +185,9 @@ def by_id(videos: list[Listed], files: list[str], folder: str) -> list[Listed]:
 # --- probing --------------------------------------------------------------------------------------------------------
 
 
-def probe_all(listed: list[Listed], data: DecodeConfig, stage: Stage) -> tuple[list[dict[str, Any]], list[Failure]]:
+def probe_all(
+    listed: list[AnnotatedVideo], data: DecodeConfig, stage: Stage
+) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Return a row for each video that can be read, with its facts and what was listed, and the others.
 
     Of these, the damaged ones come before those that are listed but not found.
@@ -205,14 +207,14 @@ def probe_all(listed: list[Listed], data: DecodeConfig, stage: Stage) -> tuple[l
     return rows, rejects + missing
 
 
-def _stretch_fault(video: Listed, duration_s: float) -> str:
+def _stretch_fault(video: AnnotatedVideo, duration_s: float) -> str:
     start_s, end_s = video.start_s or 0.0, duration_s if video.end_s is None else video.end_s
     if start_s >= duration_s:
         return f"start_s {start_s:g} lies beyond the end of the video ({duration_s:.2f} s)"
     return f"end_s {end_s:g} is not after start_s {start_s:g}" if end_s <= start_s else ""
 
 
-def _probed(videos: list[Listed], data: DecodeConfig) -> Iterator[dict[str, Any]]:
+def _probed(videos: list[AnnotatedVideo], data: DecodeConfig) -> Iterator[dict[str, Any]]:
     """Return the facts of each video in order, or the reason why there are none."""
     table = pa.table({"uri": pa.array([video.uri for video in videos], pa.string())})
     return in_tasks(table, partial(probe_chunk, timeout_s=data.decode_timeout_s), data)
@@ -240,15 +242,15 @@ def in_tasks(rows: pa.Table, work: Callable[[pa.Table], pa.Table], data: DecodeC
 # --- splits ---------------------------------------------------------------------------------------------------------
 
 
-def shares(listing: Listing, config: IndexConfig) -> dict[str, float]:
+def shares(annotations: Annotations, config: IndexConfig) -> dict[str, float]:
     """Return the shares of the training videos that are held out for the splits that the annotations do not have."""
-    default = BENCHMARK_VAL_SHARE if listing.dataset else 0.0
+    default = BENCHMARK_VAL_SHARE if annotations.dataset else 0.0
     wanted = {"val": default if config.val_share is None else config.val_share, "test": config.test_share}
-    present = {video.split for video in listing.videos}
+    present = {video.split for video in annotations.videos}
     return {split: share for split, share in wanted.items() if split not in present}
 
 
-def hold_out(videos: list[Listed], shares: dict[str, float], seed: int) -> dict[str, str]:
+def hold_out(videos: list[AnnotatedVideo], shares: dict[str, float], seed: int) -> dict[str, str]:
     """Choose shares of each class's training videos for other splits, by hash; one stays for training.
 
     What is chosen depends on what is listed, not on what is found: a video that vanishes moves no other.
@@ -257,10 +259,10 @@ def hold_out(videos: list[Listed], shares: dict[str, float], seed: int) -> dict[
         The new split of each video held out, by id.
     """
 
-    def place(video: Listed) -> bytes:
+    def place(video: AnnotatedVideo) -> bytes:
         return hashlib.blake2b(f"{seed}/{video.video_id}".encode()).digest()
 
-    by_class: dict[str | None, list[Listed]] = {}
+    by_class: dict[str | None, list[AnnotatedVideo]] = {}
     for video in videos:
         if video.split in ("", "train"):
             by_class.setdefault(video.class_name, []).append(video)
@@ -281,7 +283,7 @@ def keep_learnable(rows: list[dict[str, Any]], held: dict[str, str]) -> None:
             learned.add(row["class_name"])
 
 
-def listed_counts(videos: list[Listed], held: dict[str, str]) -> dict[str, int]:
+def listed_counts(videos: list[AnnotatedVideo], held: dict[str, str]) -> dict[str, int]:
     """Return the number of videos of each split that has any."""
     counts = Counter(held.get(video.video_id) or video.split or "train" for video in videos)
     return {split: counts[split] for split in SPLITS if split in counts}
@@ -290,16 +292,18 @@ def listed_counts(videos: list[Listed], held: dict[str, str]) -> dict[str, int]:
 # --- the manifest ---------------------------------------------------------------------------------------------------
 
 
-def manifest_of(rows: list[dict[str, Any]], listing: Listing, held: dict[str, str], config: IndexConfig) -> pa.Table:
+def manifest_of(
+    rows: list[dict[str, Any]], annotations: Annotations, held: dict[str, str], config: IndexConfig
+) -> pa.Table:
     """Return the manifest's table: stretches cut to the video, videos held out."""
-    dataset = config.dataset or listing.dataset or storage.absolute(config.videos).rstrip("/").rpartition("/")[2]
+    dataset = config.dataset or annotations.dataset or storage.absolute(config.videos).rstrip("/").rpartition("/")[2]
     for row in rows:
         row |= {"dataset": dataset, "split": held.get(row["video_id"]) or row["split"] or "train"}
         row |= {"start_s": row["start_s"] or 0.0, "end_s": min(row["end_s"] or row["duration_s"], row["duration_s"])}
     about = Description(
-        dataset=listing.dataset,
-        task=listing.task,
-        protocol=listing.protocol,
-        listed=listed_counts(listing.videos, held),
+        dataset=annotations.dataset,
+        task=annotations.task,
+        protocol=annotations.protocol,
+        listed=listed_counts(annotations.videos, held),
     )
-    return pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata(listing.classes, about)))
+    return pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata(annotations.classes, about)))

@@ -16,7 +16,7 @@ from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
-from pipelines.data.protocols import listed
+from pipelines.data.protocols import listed_count
 from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
@@ -62,8 +62,9 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
     def announce() -> list[str]:
         settings = job.config
         return [
-            f"{len(job.train)} of {listed(job.train, 'train')} listed videos, {settings.clips.frames} frames a clip, "
-            f"masking ratio {settings.lsmcl.mask_ratio:g}, {job.order.total_steps} steps of {settings.loop.batch_size}"
+            f"{len(job.train)} of {listed_count(job.train, 'train')} listed videos, "
+            f"{settings.clips.frames} frames a clip, masking ratio {settings.lsmcl.mask_ratio:g}, "
+            f"{job.order.total_steps} steps of {settings.loop.batch_size}"
         ]
 
     printer = partial(row_printer, job=job)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.config import FinetuneConfig, PretrainConfig, to_json
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.protocols import listed
+from pipelines.data.protocols import listed_count
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, stage_run
@@ -100,7 +100,11 @@ def run_training(
         stage.metrics |= outcome.fit.metrics
         if best is not None and outcome.best_score is not None:
             stage.metrics |= {f"best/{best[0]}": outcome.best_score}
-        stage.counts |= {"videos": len(job.train), "listed": listed(job.train, "train"), "steps": outcome.fit.step}
+        stage.counts |= {
+            "videos": len(job.train),
+            "listed": listed_count(job.train, "train"),
+            "steps": outcome.fit.step,
+        }
         stage.counts |= {"resumed_at": outcome.fit.started_at} | (counts or {})
         stage.details["checkpoint"] = outcome.best
         stage.info(f"checkpoint: {outcome.best}")

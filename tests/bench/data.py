@@ -32,7 +32,7 @@ from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import Clips
+from pipelines.data.video_requests import ClipRequest
 from pipelines.running.resources import ENVIRONMENT
 from s5.video.clip_times import clip_seed
 from s5.video.reading import scaled
@@ -191,7 +191,7 @@ def child(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any
 
     def cases(row: Video, number: int) -> dict[str, Callable[[], object]]:
         times = times_of(row, CLIPS, number)
-        asked = Clips(times, SIZE, (row["width"], row["height"]), row["decoder"])
+        asked = ClipRequest(times, SIZE, (row["width"], row["height"]), row["decoder"])
         return {"child": lambda: process.read(row["uri"], asked, TIMEOUT_S), "here": partial(read, row, times)}
 
     try:

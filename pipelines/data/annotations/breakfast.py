@@ -5,36 +5,36 @@ The video `P03-cam01-P03_cereals` is the file P03/cam01/P03_cereals.avi. There i
 
 from __future__ import annotations
 
-from pipelines.data.annotations.listing import Listed, Listing, Row, class_list, files_of
+from pipelines.data.annotations.shared import AnnotatedVideo, Annotations, Row, annotation_files, class_list
 
 COLUMNS = ("file_name", "duration", "action", "class_id")
 CLASSES = 10
 SPLITS = ("train", "test")
 
 
-def read(given: str) -> Listing:
+def read(given: str) -> Annotations:
     """Return what the folder of train.csv and test.csv lists.
 
     Raises:
         UserError: a file is missing or wrong.
     """
     names: dict[int, str] = {}
-    videos: list[Listed] = []
+    videos: list[AnnotatedVideo] = []
     what = "the folder with Breakfast's train.csv and test.csv"
-    for split, file in zip(SPLITS, files_of(given, [f"{split}.csv" for split in SPLITS], what), strict=True):
+    for split, file in zip(SPLITS, annotation_files(given, [f"{split}.csv" for split in SPLITS], what), strict=True):
         listed = [_video(row, split, names) for row in file.rows(COLUMNS)]
         if not listed:
             raise file.error(f"{file.short} lists no videos")
         videos += listed
-    return Listing(videos, class_list(names, CLASSES), "breakfast", "", "whole")
+    return Annotations(videos, class_list(names, CLASSES), "breakfast", "", "whole")
 
 
-def _video(row: Row, split: str, names: dict[int, str]) -> Listed:
+def _video(row: Row, split: str, names: dict[int, str]) -> AnnotatedVideo:
     video_id = row.text["file_name"]
     parts = video_id.split("-")
     if len(parts) != 3 or not all(parts) or "/" in video_id:
-        raise row.wrong("file_name", "give PERSON-CAMERA-NAME, such as P03-cam01-P03_cereals")
-    label, name = row.whole("class_id", 0, CLASSES - 1), row.given("action")
+        raise row.error("file_name", "give PERSON-CAMERA-NAME, such as P03-cam01-P03_cereals")
+    label, name = row.integer("class_id", 0, CLASSES - 1), row.required("action")
     if names.setdefault(label, name) != name:
-        raise row.wrong("action", f"class {label} is {names[label]!r} elsewhere")
-    return Listed(video_id, "/".join(parts), row.place, split, name, label)
+        raise row.error("action", f"class {label} is {names[label]!r} elsewhere")
+    return AnnotatedVideo(video_id, "/".join(parts), row.location, split, name, label)

@@ -11,13 +11,13 @@ import json
 import math
 from typing import Any
 
-from pipelines.data.annotations.listing import AnnotationFile, Listed, Listing, class_list
+from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations, class_list
 
 CLASSES = 180
 SUBSETS = {"training": "train", "testing": "test"}
 
 
-def read(given: str) -> Listing:
+def read(given: str) -> Annotations:
     """Return what COIN.json lists.
 
     Raises:
@@ -35,7 +35,7 @@ def read(given: str) -> Listing:
         raise file.error(f'{file.short} has no "database" of videos by their ids; give COIN.json')
     names: dict[int, str] = {}
     videos = [_video(file, video_id, entry, names) for video_id, entry in database.items()]
-    return Listing(videos, class_list(names, CLASSES), "coin", "", "whole")
+    return Annotations(videos, class_list(names, CLASSES), "coin", "", "whole")
 
 
 def _object(pairs: list[tuple[str, Any]], file: AnnotationFile) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _object(pairs: list[tuple[str, Any]], file: AnnotationFile) -> dict[str, Any
     return found
 
 
-def _video(file: AnnotationFile, video_id: str, entry: Any, names: dict[int, str]) -> Listed:
+def _video(file: AnnotationFile, video_id: str, entry: Any, names: dict[int, str]) -> AnnotatedVideo:
     place = f"{file.short} entry {video_id}"
     if not isinstance(entry, dict):
         raise file.error(f"{place} is {entry!r}; give an object with class, recipe_type, subset, start and end")
@@ -69,4 +69,4 @@ def _video(file: AnnotationFile, video_id: str, entry: Any, names: dict[int, str
         raise file.error(f"{place} has start {start_s:g} and end {end_s:g}; give 0 <= start < end, in seconds")
     if names.setdefault(label, name) != name:
         raise file.error(f"{place} has class {name!r}; recipe_type {label} is {names[label]!r} elsewhere")
-    return Listed(video_id, video_id, place, SUBSETS[subset], name, label, start_s=start_s, end_s=end_s)
+    return AnnotatedVideo(video_id, video_id, place, SUBSETS[subset], name, label, start_s=start_s, end_s=end_s)

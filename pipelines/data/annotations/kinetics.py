@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.data.annotations.listing import AnnotationFile, Listed, Listing, Row
+from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations, Row
 from pipelines.errors import UserError
 
 COLUMNS = ("youtube_id", "time_start", "time_end", "split")
@@ -19,18 +19,18 @@ FILES = ("train.csv", "val.csv", "validate.csv", "test.csv")
 SPLITS = {"train": "train", "val": "val", "validate": "val", "test": "test"}
 
 
-def read(given: str) -> Listing:
+def read(given: str) -> Annotations:
     """Return what a csv file, or those in a folder, list; the column `split` tells the split.
 
     Raises:
         UserError: a file is missing or wrong, or a label is not among those of train.
     """
     rows = [(row, SPLITS[_split(row)]) for file in _files(given) for row in file.rows(COLUMNS, OPTIONAL)]
-    names = sorted({row.given("label") for row, split in rows if split == "train" and "label" in row.text})
+    names = sorted({row.required("label") for row, split in rows if split == "train" and "label" in row.text})
     if not names:
         raise UserError(f"annotations is {given!r}: no clip of split train has a label, and those define the classes")
     labels = {name: label for label, name in enumerate(names)}
-    return Listing(list(_videos(rows, labels)), names, "kinetics", "", "multi-clip")
+    return Annotations(list(_videos(rows, labels)), names, "kinetics", "", "multi-clip")
 
 
 def _files(given: str) -> list[AnnotationFile]:
@@ -46,27 +46,27 @@ def _files(given: str) -> list[AnnotationFile]:
 def _split(row: Row) -> str:
     split = row.text["split"]
     if split not in SPLITS:
-        raise row.wrong("split", f"give {', '.join(SPLITS)}")
+        raise row.error("split", f"give {', '.join(SPLITS)}")
     return split
 
 
-def _videos(rows: list[tuple[Row, str]], labels: dict[str, int]) -> Iterator[Listed]:
+def _videos(rows: list[tuple[Row, str]], labels: dict[str, int]) -> Iterator[AnnotatedVideo]:
     first: dict[tuple[str, str], str] = {}
     for row, split in rows:
-        start_s, end_s = row.whole("time_start"), row.whole("time_end")
+        start_s, end_s = row.integer("time_start"), row.integer("time_end")
         if end_s <= start_s:
-            raise row.wrong("time_end", f"give a time after time_start, {start_s}")
+            raise row.error("time_end", f"give a time after time_start, {start_s}")
         name = row.text.get("label") or None
         if name not in labels and (name or split != "test"):
-            raise row.wrong("label", "give a class of split train") if "label" in row.text else _unlabelled(row)
-        video_id = f"{row.given('youtube_id')}_{start_s:06d}_{end_s:06d}"
-        place = row.place
+            raise row.error("label", "give a class of split train") if "label" in row.text else _unlabelled(row)
+        video_id = f"{row.required('youtube_id')}_{start_s:06d}_{end_s:06d}"
+        place = row.location
         earlier = first.setdefault((video_id, split), place)
         # The same seconds may have been annotated with two of the classes: the first counts.
         reason = "" if earlier == place else f"listed again in {place}, after {earlier}"
         label = labels[name] if name else None
-        yield Listed(video_id, video_id, place, split, name, label, reason=reason)
+        yield AnnotatedVideo(video_id, video_id, place, split, name, label, reason=reason)
 
 
 def _unlabelled(row: Row) -> UserError:
-    return row.file.error(f"{row.place} is of split {row.text['split']} and has no label, which only test may lack")
+    return row.file.error(f"{row.location} is of split {row.text['split']} and has no label, which only test may lack")

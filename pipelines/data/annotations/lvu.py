@@ -10,7 +10,14 @@ import math
 from collections.abc import Iterator
 
 from pipelines import storage
-from pipelines.data.annotations.listing import AnnotationFile, Listed, Listing, Row, class_list, files_of
+from pipelines.data.annotations.shared import (
+    AnnotatedVideo,
+    AnnotationFile,
+    Annotations,
+    Row,
+    annotation_files,
+    class_list,
+)
 from pipelines.data.manifest import SPLITS
 from pipelines.errors import UserError
 
@@ -24,7 +31,7 @@ TASKS = (*CLASSES, *COUNTS)
 MEAN_LOG_VIEWS, MEAN_LIKES = 11.76425435683139, 9.138220535629456
 
 
-def read(given: str) -> Listing:
+def read(given: str) -> Annotations:
     """Return what a task's folder lists; the folder's name is the task.
 
     Raises:
@@ -37,12 +44,11 @@ def read(given: str) -> Listing:
             f"lvu_1.0/TASK with {', '.join(TASKS)}"
         )
     names: dict[int, str] = {}
+    files = annotation_files(given, [f"{split}.csv" for split in SPLITS], _WHAT)
     videos = [
-        _video(row, task, split, names)
-        for split, file in zip(SPLITS, files_of(given, [f"{split}.csv" for split in SPLITS], _WHAT), strict=True)
-        for row in _rows(file, task)
+        _video(row, task, split, names) for split, file in zip(SPLITS, files, strict=True) for row in _rows(file, task)
     ]
-    return Listing(videos, class_list(names, CLASSES.get(task, 0)), "lvu", task, "windows")
+    return Annotations(videos, class_list(names, CLASSES.get(task, 0)), "lvu", task, "windows")
 
 
 _WHAT = "the folder of a task, such as lvu_1.0/genre, with train.csv, val.csv and test.csv"
@@ -70,20 +76,20 @@ def _rows(file: AnnotationFile, task: str) -> Iterator[Row]:
         raise file.error(f"{file.short} lists no videos")
 
 
-def _video(row: Row, task: str, split: str, names: dict[int, str]) -> Listed:
+def _video(row: Row, task: str, split: str, names: dict[int, str]) -> AnnotatedVideo:
     video_id = row.text["youtube_id"]
     if task in COUNTS:
-        return Listed(video_id, video_id, row.place, split, target=_target(row, task))
-    label, name = row.whole("class_id", 0, CLASSES[task] - 1), row.text["class_name"]
+        return AnnotatedVideo(video_id, video_id, row.location, split, target=_target(row, task))
+    label, name = row.integer("class_id", 0, CLASSES[task] - 1), row.text["class_name"]
     if names.setdefault(label, name) != name:
-        raise row.wrong("class_name", f"class {label} is {names[label]!r} elsewhere")
-    return Listed(video_id, video_id, row.place, split, name, label)
+        raise row.error("class_name", f"class {label} is {names[label]!r} elsewhere")
+    return AnnotatedVideo(video_id, video_id, row.location, split, name, label)
 
 
 def _target(row: Row, task: str) -> float:
     if task == "view_count":
-        return math.log(row.whole("view_count", 1)) - MEAN_LOG_VIEWS
-    likes, dislikes = row.whole("like_count"), row.whole("dislike_count")
+        return math.log(row.integer("view_count", 1)) - MEAN_LOG_VIEWS
+    likes, dislikes = row.integer("like_count"), row.integer("dislike_count")
     if likes + dislikes == 0:
-        raise row.wrong("like_count", "there must be at least one like or dislike")
+        raise row.error("like_count", "there must be at least one like or dislike")
     return 10 * likes / (likes + dislikes) - MEAN_LIKES

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from pipelines.data.annotations.listing import AnnotationFile, Listed, Listing, Row
+from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations, Row
 from pipelines.data.manifest import SPLITS
 
 COLUMNS = ("label", "target", "split", "start_s", "end_s")
@@ -18,12 +18,12 @@ MAX_LABEL = 1000
 """Numbers in a csv from here on, such as years, are names of classes rather than labels."""
 
 
-def from_folder(files: list[str]) -> Listing:
+def from_folder(files: list[str]) -> Annotations:
     """Return a folder's videos, given as paths below it; a split or class is a folder's name."""
     return _with_labels([_from_path(name, video_id) for name, video_id in _ids(files).items()], numbered=False)
 
 
-def from_csv(given: str, files: list[str]) -> Listing:
+def from_csv(given: str, files: list[str]) -> Annotations:
     """Return what a csv lists of a folder's videos; one may be listed several times with different stretches.
 
     Raises:
@@ -39,24 +39,24 @@ def _ids(files: list[str]) -> dict[str, str]:
     return {name: stem if stems[stem := name.rpartition(".")[0]] == 1 else name for name in files}
 
 
-def _from_path(name: str, video_id: str) -> Listed:
+def _from_path(name: str, video_id: str) -> AnnotatedVideo:
     split, _, rest = name.partition("/")
     if split not in SPLITS or not rest:
         split, rest = "", name
     class_name, _, below = rest.partition("/")
-    return Listed(video_id, name, f"the folder as {name}", split, class_name if below else None)
+    return AnnotatedVideo(video_id, name, f"the folder as {name}", split, class_name if below else None)
 
 
-def _from_row(row: Row, ids: dict[str, str]) -> Listed:
-    name, split = row.given("video"), row.text.get("split", "")
+def _from_row(row: Row, ids: dict[str, str]) -> AnnotatedVideo:
+    name, split = row.required("video"), row.text.get("split", "")
     if split and split not in SPLITS:
-        raise row.wrong("split", f"give {', '.join(SPLITS)} or nothing")
+        raise row.error("split", f"give {', '.join(SPLITS)} or nothing")
     target, start_s, end_s = (_number(row, column) for column in ("target", "start_s", "end_s"))
     video_id = ids.get(name, name)
     if start_s is not None or end_s is not None:
         video_id += f"@{start_s or 0:g}-{'' if end_s is None else f'{end_s:g}'}"
     class_name = row.text.get("label") or None
-    return Listed(video_id, name, row.place, split, class_name, None, target, start_s, end_s)
+    return AnnotatedVideo(video_id, name, row.location, split, class_name, None, target, start_s, end_s)
 
 
 def _number(row: Row, column: str) -> float | None:
@@ -67,18 +67,18 @@ def _number(row: Row, column: str) -> float | None:
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or (column != "target" and value < 0):
-        raise row.wrong(column, f"give a number{'' if column == 'target' else ' >= 0'}")
+        raise row.error(column, f"give a number{'' if column == 'target' else ' >= 0'}")
     return value
 
 
-def _with_labels(videos: list[Listed], numbered: bool) -> Listing:
+def _with_labels(videos: list[AnnotatedVideo], numbered: bool) -> Annotations:
     names = class_names(videos, numbered)
     labels = {name: label for label, name in enumerate(names)}
     found = [video if video.class_name is None else replace(video, label=labels[video.class_name]) for video in videos]
-    return Listing(found, names)
+    return Annotations(found, names)
 
 
-def class_names(videos: list[Listed], numbered: bool) -> list[str]:
+def class_names(videos: list[AnnotatedVideo], numbered: bool) -> list[str]:
     """Return the names of the classes in the order of their labels, over all splits: sorted.
 
     A csv whose labels are all numbers below MAX_LABEL gives the labels themselves (`numbered`): they stay what they

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.data.annotations import breakfast, coin, kinetics, lvu
-from pipelines.data.annotations.listing import Listed, Listing
+from pipelines.data.annotations.shared import AnnotatedVideo, Annotations
 from pipelines.errors import UserError
 
 GENRE = "class_id class_name youtube_id imdb_id\n"
@@ -37,8 +37,8 @@ def _views(tmp_path: Path, **texts: str) -> str:
     return _lvu(tmp_path, "view_count", **(files | texts))
 
 
-def _by_id(listing: Listing) -> dict[str, Listed]:
-    return {video.video_id: video for video in listing.videos}
+def _by_id(annotations: Annotations) -> dict[str, AnnotatedVideo]:
+    return {video.video_id: video for video in annotations.videos}
 
 
 # --- LVU ------------------------------------------------------------------------------------------------------------
@@ -47,10 +47,10 @@ def _by_id(listing: Listing) -> dict[str, Listed]:
 def test_lvu_classes_keep_their_ids_and_the_head_its_size(tmp_path: Path) -> None:
     train = GENRE + "0 nm1 -wX6_qCCnPc tt1\n9 nm 9 --hendERqm0 tt2\n"
     given = _lvu(tmp_path, "director", train, GENRE + "0 nm1 b tt1\n", GENRE + "4 \\N c tt1\n\n")
-    listing = lvu.read(given)
-    assert listing.classes == ["nm1", "1", "2", "3", "\\N", "5", "6", "7", "8", "nm 9"]
-    assert (listing.dataset, listing.task, listing.protocol) == ("lvu", "director", "windows")
-    videos = _by_id(listing)
+    annotations = lvu.read(given)
+    assert annotations.classes == ["nm1", "1", "2", "3", "\\N", "5", "6", "7", "8", "nm 9"]
+    assert (annotations.dataset, annotations.task, annotations.protocol) == ("lvu", "director", "windows")
+    videos = _by_id(annotations)
     assert [(video.split, video.label) for video in videos.values()] == [
         ("train", 0),
         ("train", 9),
@@ -58,15 +58,15 @@ def test_lvu_classes_keep_their_ids_and_the_head_its_size(tmp_path: Path) -> Non
         ("test", 4),
     ]
     assert videos["--hendERqm0"].class_name == "nm 9"
-    assert videos["--hendERqm0"].place == "train.csv line 3"
-    assert lvu.read(f"{given}/") == listing
+    assert videos["--hendERqm0"].location == "train.csv line 3"
+    assert lvu.read(f"{given}/") == annotations
 
 
 @pytest.mark.parametrize("task", lvu.CLASSES)
 def test_lvu_heads_have_the_sizes_of_the_benchmark(tmp_path: Path, task: str) -> None:
     sizes = {"relationship": 4, "way_speaking": 5, "scene": 6, "director": 10, "genre": 4, "writer": 10, "year": 9}
-    listing = lvu.read(_lvu(tmp_path, task, *(f"{GENRE}0 x {split} tt\n" for split in "abc")))
-    assert len(listing.classes) == sizes[task]
+    annotations = lvu.read(_lvu(tmp_path, task, *(f"{GENRE}0 x {split} tt\n" for split in "abc")))
+    assert len(annotations.classes) == sizes[task]
 
 
 def test_lvu_targets_are_centred_logarithms_and_ratios(tmp_path: Path) -> None:
@@ -134,15 +134,15 @@ def test_folders_that_are_no_lvu_task_are_named(tmp_path: Path) -> None:
 
 def test_breakfast_files_lie_by_person_and_camera(tmp_path: Path) -> None:
     train = DISHES + "P03-cam01-P03_cereals,56,cereals,0\nP04-stereo-P04_milk_ch0,10,milk,8\n"
-    listing = breakfast.read(_files(tmp_path, {"train": train, "test": DISHES + "P47-webcam02-P47_tea,5,tea,2\n"}))
-    assert [video.name for video in listing.videos] == [
+    annotations = breakfast.read(_files(tmp_path, {"train": train, "test": DISHES + "P47-webcam02-P47_tea,5,tea,2\n"}))
+    assert [video.name for video in annotations.videos] == [
         "P03/cam01/P03_cereals",
         "P04/stereo/P04_milk_ch0",
         "P47/webcam02/P47_tea",
     ]
-    assert [(video.split, video.label) for video in listing.videos] == [("train", 0), ("train", 8), ("test", 2)]
-    assert listing.classes == ["cereals", "1", "tea", "3", "4", "5", "6", "7", "milk", "9"]
-    assert (listing.dataset, listing.protocol) == ("breakfast", "whole")
+    assert [(video.split, video.label) for video in annotations.videos] == [("train", 0), ("train", 8), ("test", 2)]
+    assert annotations.classes == ["cereals", "1", "tea", "3", "4", "5", "6", "7", "milk", "9"]
+    assert (annotations.dataset, annotations.protocol) == ("breakfast", "whole")
 
 
 @pytest.mark.parametrize(
@@ -192,14 +192,14 @@ def _coin(tmp_path: Path, database: Any) -> str:
 
 def test_coin_uses_a_stretch_of_each_video(tmp_path: Path) -> None:
     database = {"-a_": _entry(), "b": _entry(subset="testing", recipe_type=179, **{"class": "Zip"})}
-    listing = coin.read(_coin(tmp_path, database))
-    video = _by_id(listing)["-a_"]
+    annotations = coin.read(_coin(tmp_path, database))
+    video = _by_id(annotations)["-a_"]
     assert (video.name, video.split, video.label, video.class_name) == ("-a_", "train", 3, "MakeTea")
     assert (video.start_s, video.end_s) == (4, 20.5)
-    assert [video.split for video in listing.videos] == ["train", "test"]
-    assert len(listing.classes) == 180
-    assert (listing.classes[3], listing.classes[4], listing.classes[179]) == ("MakeTea", "4", "Zip")
-    assert (listing.dataset, listing.protocol) == ("coin", "whole")
+    assert [video.split for video in annotations.videos] == ["train", "test"]
+    assert len(annotations.classes) == 180
+    assert (annotations.classes[3], annotations.classes[4], annotations.classes[179]) == ("MakeTea", "4", "Zip")
+    assert (annotations.dataset, annotations.protocol) == ("coin", "whole")
 
 
 @pytest.mark.parametrize(
@@ -245,15 +245,15 @@ def _kinetics(tmp_path: Path, **texts: str) -> str:
 def test_kinetics_classes_are_the_sorted_names_of_train(tmp_path: Path) -> None:
     validate = CLIPS.replace("split", "split,is_cc") + "zumba,c,1234567,1234577,validate,1\n"
     test = "youtube_id,time_start,time_end,split\nd,1,2,test\n"
-    listing = kinetics.read(_kinetics(tmp_path, validate=validate, test=test))
-    assert listing.classes == ["abseiling, fast", "zumba"]
-    assert [(video.video_id, video.split, video.label) for video in listing.videos] == [
+    annotations = kinetics.read(_kinetics(tmp_path, validate=validate, test=test))
+    assert annotations.classes == ["abseiling, fast", "zumba"]
+    assert [(video.video_id, video.split, video.label) for video in annotations.videos] == [
         ("a_-_000005_000015", "train", 1),
         ("b_000000_000010", "train", 0),
         ("c_1234567_1234577", "val", 1),
         ("d_000001_000002", "test", None),
     ]
-    assert (listing.dataset, listing.protocol) == ("kinetics", "multi-clip")
+    assert (annotations.dataset, annotations.protocol) == ("kinetics", "multi-clip")
 
 
 def test_kinetics_may_be_one_file(tmp_path: Path) -> None:
@@ -264,10 +264,10 @@ def test_kinetics_may_be_one_file(tmp_path: Path) -> None:
 
 def test_seconds_with_a_second_label_are_rejected(tmp_path: Path) -> None:
     test = CLIPS + "zumba,a,0,10,test\nzumba,a,10,20,test\n"
-    listing = kinetics.read(
+    annotations = kinetics.read(
         _kinetics(tmp_path, val=CLIPS + 'zumba,c,1,9,val\n"abseiling, fast",c,1,9,val\n', test=test)
     )
-    reasons = [video.reason for video in listing.videos]
+    reasons = [video.reason for video in annotations.videos]
     assert reasons == ["", "", "", "listed again in val.csv line 3, after val.csv line 2", "", ""]
 
 
@@ -300,6 +300,6 @@ def test_kinetics_needs_labelled_training_clips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("read", [breakfast.read, coin.read, kinetics.read])
-def test_annotations_that_are_not_there_are_named(tmp_path: Path, read: Callable[[str], Listing]) -> None:
+def test_annotations_that_are_not_there_are_named(tmp_path: Path, read: Callable[[str], Annotations]) -> None:
     with pytest.raises(UserError, match=r"annotations is '.*nowhere': there is no such"):
         read(str(tmp_path / "nowhere"))

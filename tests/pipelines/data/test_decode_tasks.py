@@ -21,16 +21,16 @@ from pipelines.data import clip_batches as clips_module
 from pipelines.data import decode_tasks
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.decode_tasks import CANDIDATE, PROBED, Reading, decode_chunk, probe_chunk
+from pipelines.data.decode_tasks import CANDIDATE, PROBED, ClipSpec, decode_chunk, probe_chunk
 from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
-from pipelines.data.video_requests import Clips
+from pipelines.data.video_requests import ClipRequest
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.video.reading import probe, read_clips
 from tests.s5.videos import numbers, truncate, write_audio, write_coded, write_video
 
-READING = Reading(ClipConfig(frames=4, long_stride=1.0, short_stride=0.25), frame_size=32, pairs=True, timeout_s=2.0)
+SPEC = ClipSpec(ClipConfig(frames=4, long_stride=1.0, short_stride=0.25), frame_size=32, pairs=True, timeout_s=2.0)
 TIMES = [np.array([0.0, 1.0, 2.0]), np.array([0.5, 0.75])]
 # Does what decord has been seen to do: spin without letting go of Python's lock, or take its process along.
 FAKE_DECORD = """
@@ -70,8 +70,8 @@ def fake_decord(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(folder)
 
 
-def _clips(decoder: Any = "decord") -> Clips:
-    return Clips(TIMES, 32, (64, 64), decoder)
+def _clips(decoder: Any = "decord") -> ClipRequest:
+    return ClipRequest(TIMES, 32, (64, 64), decoder)
 
 
 def _candidate(path: str, **changes: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_the_child_gives_what_is_read_here(tmp_path: Path, process: VideoProcess
             for ours, theirs in zip(here, process.read(path, _clips(decoder), 10), strict=True):
                 np.testing.assert_array_equal(ours, theirs)
     # Fewer and smaller frames than before, over the same memory.
-    (clip,) = process.read(path, Clips(TIMES[1:], 16, (64, 64), "decord"), 10)
+    (clip,) = process.read(path, ClipRequest(TIMES[1:], 16, (64, 64), "decord"), 10)
     assert clip.shape == (2, 16, 16, 3)
     assert numbers(clip) == [4, 6]
 
@@ -146,7 +146,7 @@ import sys, time
 sys.path[:] = {sys.path!r}
 from pipelines.data.video_process import *
 process = VideoProcess()
-process._started().send(VideoRequest({path!r}, Clips([np.zeros(1)], 8, (64, 64), "decord"), 3600))
+process._connected().send(VideoRequest({path!r}, ClipRequest([np.zeros(1)], 8, (64, 64), "decord"), 3600))
 print(process._child.pid, flush=True)
 time.sleep(1000)
 """
@@ -207,7 +207,7 @@ def test_what_cannot_be_probed_has_its_reason(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_a_listed_failure(tmp_path: Path) -> None:
     spare = _candidate(write_video(tmp_path / "spare.mp4", 40))
     broken = [_candidate(_broken(kind, tmp_path)) for kind in KINDS]
-    columns = decode_chunk(_rows(*([video, spare] for video in broken), broken[:2]), READING)
+    columns = decode_chunk(_rows(*([video, spare] for video in broken), broken[:2]), SPEC)
     assert columns["video_id"].tolist() == ["spare"] * len(KINDS) + [""]
     for kind, failures in zip(KINDS, columns["failures"], strict=False):
         assert f'"video_id": "{kind} video"' in failures
@@ -221,17 +221,17 @@ def test_a_video_that_hangs_again_costs_less(tmp_path: Path, monkeypatch: pytest
     process = VideoProcess()
     limits: list[float] = []
 
-    def read(uri: str, clips: Clips, timeout_s: float) -> Any:
+    def read(uri: str, clips: ClipRequest, timeout_s: float) -> Any:
         if uri == path:
             limits.append(timeout_s)
         return VideoProcess.read(process, uri, clips, timeout_s)
 
     monkeypatch.setattr(process, "read", read)
     monkeypatch.setattr(decode_tasks, "_process", process)
-    monkeypatch.setattr(decode_tasks, "_slow", {})
+    monkeypatch.setattr(decode_tasks, "_timed_out", {})
     rows = _rows([_candidate(path), _candidate(write_video(tmp_path / "spare.mp4", 40))])
     try:
-        epochs = [decode_chunk(rows, READING) for _ in range(3)]
+        epochs = [decode_chunk(rows, SPEC) for _ in range(3)]
         assert limits == [2.0, 0.2, 0.2]
         for columns in epochs:
             assert columns["video_id"].tolist() == ["spare"]
@@ -240,17 +240,17 @@ def test_a_video_that_hangs_again_costs_less(tmp_path: Path, monkeypatch: pytest
 
         # It was the storage: once it is read, it is given its whole time again.
         Path(path).rename(tmp_path / "h.mp4")
-        monkeypatch.setitem(decode_tasks._slow, str(tmp_path / "h.mp4"), "slow")
+        monkeypatch.setitem(decode_tasks._timed_out, str(tmp_path / "h.mp4"), "slow")
         good = _rows([_candidate(str(tmp_path / "h.mp4"))])
-        assert decode_chunk(good, replace(READING, timeout_s=100.0))["video_id"].tolist() == ["h"]
-        assert list(decode_tasks._slow) == [path]
+        assert decode_chunk(good, replace(SPEC, timeout_s=100.0))["video_id"].tolist() == ["h"]
+        assert list(decode_tasks._timed_out) == [path]
     finally:
         process.close()
 
 
 def test_a_password_in_a_name_stays_out_of_the_failures(tmp_path: Path) -> None:
     secrets = [_candidate("https://user:secret@host/a.mp4"), _candidate("s3://bucket/a.mp4?X-Amz-Signature=secret")]
-    (failures,) = decode_chunk(_rows(secrets), READING)["failures"]
+    (failures,) = decode_chunk(_rows(secrets), SPEC)["failures"]
     assert "secret" not in failures
     assert failures.count("holds credentials") == 2
     rows = probe_chunk(pa.table({"uri": [video["uri"] for video in secrets]}), timeout_s=5)
@@ -272,15 +272,15 @@ def test_training_goes_on_past_videos_that_hang_or_crash(
         path = write_video(tmp_path / f"{names.get(index, 'good')}{index}.mp4", 40)
         rows.append({"video_id": f"v{index}", "uri": path, **facts})
 
-    def chunk(table: pa.Table, reading: Reading) -> Any:
+    def chunk(table: pa.Table, spec: ClipSpec) -> Any:
         sys.path.insert(0, fake_decord)
         os.environ["PYTHONPATH"] = fake_decord
         decode_tasks._process.close()  # The worker may have read videos before, with the real decord.
-        return decode_tasks.decode_chunk(table, reading)
+        return decode_tasks.decode_chunk(table, spec)
 
     monkeypatch.setattr(clips_module, "decode_chunk", chunk)
     source = DecodedClips(
-        clips=READING.clips,
+        clips=SPEC.clips,
         frame_size=32,
         data=DataConfig(clips_per_task=2, decode_timeout_s=10.0),
         decode_tasks=2,

@@ -16,16 +16,16 @@ import torch
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.feature_batches import BatchMemory, CachedClips
+from pipelines.data.feature_batches import BufferPool, CachedClips
 from pipelines.data.feature_cache import (
     INDEX,
     FeatureMeta,
-    FeatureReader,
     finish,
     frame_times,
     shard_path,
     shard_writer,
 )
+from pipelines.data.feature_reader import FeatureReader
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
 from s5.config import ClipConfig
@@ -130,7 +130,7 @@ def test_memory_of_dropped_batches_is_used_again(written: tuple[str, pa.Table, F
 
 
 def test_memory_is_that_of_a_batch_that_is_gone() -> None:
-    memory = BatchMemory(keep=1)
+    memory = BufferPool(keep=1)
     first, second = memory.take((4, 5)), memory.take((4, 5))
     places = first.data_ptr(), second.data_ptr()
     assert places[0] != places[1]

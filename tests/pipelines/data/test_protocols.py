@@ -17,7 +17,7 @@ from pipelines import storage
 from pipelines.command_line import main
 from pipelines.config import EvaluateConfig, FinetuneConfig, IndexConfig, override
 from pipelines.data.manifest import MANIFEST, SCHEMA, Description, classes, metadata, read_manifest, split_of
-from pipelines.data.protocols import checked_clips, clips_per_video, coverage, listed, protocol_of, words
+from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, finetune, index
 from pipelines.storage.weights import local_checkpoint
@@ -53,9 +53,9 @@ def test_no_video_is_too_short_for_a_window_or_for_the_whole_of_it() -> None:
 
 def test_windows_that_are_not_those_of_lvu_are_told() -> None:
     lvu = ClipConfig(frames=60, long_stride=1.0, short_stride=1.0)
-    assert "LVU's are 60 s" not in words("windows", lvu, 1)
-    assert "LVU's are 60 s" not in words("windows", ClipConfig(frames=16, long_stride=3.75), 1)
-    assert "windows of 32 seconds" in (told := words("windows", ClipConfig(), 1))
+    assert "LVU's are 60 s" not in clips_in_words("windows", lvu, 1)
+    assert "LVU's are 60 s" not in clips_in_words("windows", ClipConfig(frames=16, long_stride=3.75), 1)
+    assert "windows of 32 seconds" in (told := clips_in_words("windows", ClipConfig(), 1))
     assert "LVU's are 60 s" in told
 
 
@@ -274,8 +274,8 @@ def test_a_benchmark_from_its_annotations_to_its_figures(tmp_path: Path, source:
 def test_a_manifest_that_does_not_say_what_was_listed() -> None:
     row = {"video_id": "v", "uri": "v.mp4", "split": "val", "start_s": 0.0, "end_s": 1.0, "duration_s": 1.0}
     table = pa.Table.from_pylist([row | {"fps": 8.0, "num_frames": 8, "width": 32, "height": 32}], SCHEMA)
-    assert (listed(table, "val"), listed(table, "test")) == (1, 0)
-    assert listed(_manifest(Description(listed={"val": 5})), "val") == 5
+    assert (listed_count(table, "val"), listed_count(table, "test")) == (1, 0)
+    assert listed_count(_manifest(Description(listed={"val": 5})), "val") == 5
 
 
 def test_a_pretrained_encoder_is_not_asked_for_windows() -> None:

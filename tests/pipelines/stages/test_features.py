@@ -28,7 +28,8 @@ from pipelines.config import (
 )
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.feature_batches import CachedClips
-from pipelines.data.feature_cache import FeatureReader, frame_times, shard_path
+from pipelines.data.feature_cache import frame_times, shard_path
+from pipelines.data.feature_reader import FeatureReader
 from pipelines.data.manifest import read_manifest, split_of
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, features, finetune, index, sample

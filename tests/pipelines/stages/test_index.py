@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DecodeConfig, IndexConfig, TrackingConfig
-from pipelines.data.annotations.listing import Listed
+from pipelines.data.annotations.shared import AnnotatedVideo
 from pipelines.data.manifest import check_for_training, classes, description, read_manifest
 from pipelines.errors import UserError
 from pipelines.stages import index
@@ -217,8 +217,8 @@ def test_a_folder_without_any_of_the_listed_videos_is_refused(tmp_path: Path) ->
 def test_a_benchmark_without_a_validation_split_gets_one(tmp_path: Path) -> None:
     _touch(tmp_path / "videos", "P00/cam01/P00_tea.mp4")
     config = _config(tmp_path, source="breakfast", annotations=_breakfast(tmp_path))
-    listing, _ = index.list_videos(config)
-    assert index.shares(listing, config) == {"val": index.BENCHMARK_VAL_SHARE}
+    annotations, _ = index.list_videos(config)
+    assert index.shares(annotations, config) == {"val": index.BENCHMARK_VAL_SHARE}
     own, _ = index.list_videos(_config(tmp_path))
     assert index.shares(own, _config(tmp_path)) == {"val": 0, "test": 0}
     assert index.shares(own, _config(tmp_path, val_share=0.3)) == {"val": 0.3, "test": 0}
@@ -272,8 +272,8 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
 # --- holding out ----------------------------------------------------------------------------------------------------
 
 
-def _listed(count: int, classes: str = "a", split: str = "") -> list[Listed]:
-    return [Listed(f"{name}{i}", "", class_name=name, split=split) for name in classes for i in range(count)]
+def _listed(count: int, classes: str = "a", split: str = "") -> list[AnnotatedVideo]:
+    return [AnnotatedVideo(f"{name}{i}", "", class_name=name, split=split) for name in classes for i in range(count)]
 
 
 def test_hold_out_takes_the_share_of_each_class_by_seed() -> None:

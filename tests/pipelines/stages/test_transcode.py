@@ -17,7 +17,7 @@ from pipelines.config import DecodeConfig, TrackingConfig, TranscodeConfig
 from pipelines.data.encoding import encode, fitted
 from pipelines.data.manifest import SCHEMA, Description, classes, description, metadata, read_manifest
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
-from pipelines.data.video_requests import Encoding
+from pipelines.data.video_requests import EncodeRequest
 from pipelines.errors import UserError
 from pipelines.stages import transcode
 from s5.config import ClipConfig
@@ -30,10 +30,10 @@ CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.5)
 in_ray = pytest.mark.usefixtures("ray_local")
 
 
-def _encoding(source: str, path: Path, **changes: Any) -> Encoding:
+def _encoding(source: str, path: Path, **changes: Any) -> EncodeRequest:
     facts = probe(source)
     settings: dict[str, Any] = {"short_side": 48, "gop_s": 0.5, "quality": 20, "speed": "veryfast"}
-    return Encoding(path=str(path), fps=facts.fps, num_frames=facts.num_frames, **(settings | changes))
+    return EncodeRequest(path=str(path), fps=facts.fps, num_frames=facts.num_frames, **(settings | changes))
 
 
 def _packets(path: str) -> list[tuple[float, bool]]:

@@ -21,7 +21,7 @@ import pytest
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.data.decode_tasks import CANDIDATE, Reading, decode_chunk, probe_chunk
+from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk, probe_chunk
 from pipelines.errors import UserError
 from pipelines.storage import filesystems
 from pipelines.storage.weights import local_checkpoint
@@ -206,7 +206,7 @@ def _rows(uri: str) -> pa.Table:
     return pa.table({"candidates": pa.array([[video | {"height": 64, "decoder": "pyav"}]], pa.list_(CANDIDATE))})
 
 
-READING = Reading(ClipConfig(frames=4, long_stride=0.5, short_stride=0.1), frame_size=64, timeout_s=30.0)
+SPEC = ClipSpec(ClipConfig(frames=4, long_stride=0.5, short_stride=0.1), frame_size=64, timeout_s=30.0)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a b ü.mkv"])
@@ -218,7 +218,7 @@ def test_a_video_on_s3_is_read_like_a_local_one(bucket: str, tmp_path: Path, nam
     assert facts["reason"] is None
     assert (facts["num_frames"], facts["duration_s"]) == (here.num_frames, here.duration_s)
     assert facts["decoder"] == "pyav"
-    remote, local = decode_chunk(_rows(uri), READING), decode_chunk(_rows(path), READING)
+    remote, local = decode_chunk(_rows(uri), SPEC), decode_chunk(_rows(path), SPEC)
     assert remote["failures"].tolist() == ["[]"]
     np.testing.assert_array_equal(remote["long"], local["long"])
 
@@ -239,7 +239,7 @@ def test_of_a_long_video_only_ranges_are_fetched(bucket: str, tmp_path: Path, mo
 
 
 def test_a_video_that_vanished_from_s3_is_a_failure(bucket: str) -> None:
-    columns = decode_chunk(_rows(f"{bucket}/videos/gone.mp4"), READING)
+    columns = decode_chunk(_rows(f"{bucket}/videos/gone.mp4"), SPEC)
     assert columns["video_id"].tolist() == [""]
     assert "gone.mp4" in columns["failures"][0]
     assert SECRET not in columns["failures"][0]

@@ -15,13 +15,13 @@ from pipelines.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class AnnotatedVideo:
     """A video as annotations or a folder have it; empty or None where they say nothing."""
 
     video_id: str
     name: str
     """Path below the folder of videos; of a benchmark without its ending, until the file is found."""
-    place: str = ""
+    location: str = ""
     """Where it is listed, such as `test.csv line 12`."""
     split: str = ""
     class_name: str | None = None
@@ -35,10 +35,10 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Listing:
+class Annotations:
     """All that annotations say."""
 
-    videos: list[Listed]
+    videos: list[AnnotatedVideo]
     """Videos of all splits, each id once but for rejected ones."""
     classes: list[str]
     """Names of all classes in the order of their labels, those without videos too."""
@@ -51,12 +51,12 @@ class Listing:
 
     def __post_init__(self) -> None:
         places: dict[str, str] = {}
-        again = [v for v in self.videos if not v.reason and places.setdefault(v.video_id, v.place) != v.place]
+        again = [v for v in self.videos if not v.reason and places.setdefault(v.video_id, v.location) != v.location]
         if again:
             video = again[0]
             raise UserError(
-                f"annotations list {len(again)} videos more than once, such as {video.video_id!r} ({video.place} lists "
-                f"it again after {places[video.video_id]}): leave each only once, in one split"
+                f"annotations list {len(again)} videos more than once, such as {video.video_id!r} ({video.location} "
+                f"lists it again after {places[video.video_id]}): leave each only once, in one split"
             )
 
 
@@ -69,26 +69,26 @@ class Row:
     text: dict[str, str]
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it is, such as `test.csv line 12`."""
         return f"{self.file.short} line {self.line}"
 
-    def wrong(self, column: str, remedy: str) -> UserError:
+    def error(self, column: str, remedy: str) -> UserError:
         """Return the error for a value."""
-        return self.file.error(f"{self.place} has {column} {self.text[column]!r}; {remedy}")
+        return self.file.error(f"{self.location} has {column} {self.text[column]!r}; {remedy}")
 
-    def given(self, column: str) -> str:
+    def required(self, column: str) -> str:
         """Return a text that must not be empty."""
         if not self.text[column]:
-            raise self.wrong(column, "it must not be empty")
+            raise self.error(column, "it must not be empty")
         return self.text[column]
 
-    def whole(self, column: str, low: int = 0, high: int | None = None) -> int:
+    def integer(self, column: str, low: int = 0, high: int | None = None) -> int:
         """Return a whole number from `low` to `high`."""
         text = self.text[column]
         value = int(text) if text.isdecimal() else -1
         if value < low or (high is not None and value > high):
-            raise self.wrong(column, f"give a whole number {f'>= {low}' if high is None else f'from {low} to {high}'}")
+            raise self.error(column, f"give a whole number {f'>= {low}' if high is None else f'from {low} to {high}'}")
         return value
 
 
@@ -166,7 +166,7 @@ class AnnotationFile:
             raise self.error(f"{self.short} names a column twice; {expected}")
 
 
-def files_of(given: str, names: Sequence[str], what: str) -> list[AnnotationFile]:
+def annotation_files(given: str, names: Sequence[str], what: str) -> list[AnnotationFile]:
     """Return the files of a folder of annotations.
 
     Raises:
