@@ -1,8 +1,8 @@
-"""Clips for training and evaluation: plan rows in, decoded batches out. The only Ray Data of training.
+"""Batches of clips decoded by Ray Data: rows of the clip order in, `ClipBatch`es out, for training and evaluation.
 
 Each training worker runs its own Ray Data execution: one decode task reads a chunk of `clips_per_task` videos, tasks
-run anywhere in the cluster, and batches come back in the plan's order. A video that fails is tried twice, then replaced
-by its spares; the batch says which and why.
+run anywhere in the cluster, and batches come back in the clip order. A video that fails is retried once, then replaced
+by its spares; the batch lists the failures with their reasons.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from s5.errors import Failure, VideoError
 from s5.video.clip_times import clip_seed
 
 SEGMENT_ROWS = 4096
-"""Videos of one Ray Data execution: its first batch takes a second or two, and its rows are all built beforehand."""
+"""Videos of one Ray Data execution: its first batch takes a second or two, and all its rows are built in advance."""
 PART_BYTES = 128_000_000
 """Bytes of frames that a decode task of an evaluation returns, or one clip: a video may have hundreds of windows."""
 CANDIDATE_COLUMNS = [field.name for field in CANDIDATE if field.name not in ("seed", "first_clip", "end_clip")]
@@ -100,7 +100,7 @@ class DecodedClips:
 
 
 def _training_rows(manifest: pa.Table, rows: OrderRows, seed: int) -> pa.Table:
-    """Return a table with one column, `candidates`: a list of the planned video and its spares for each row."""
+    """Return a table with one column, `candidates`: for each row, a list of its video and that video's spares."""
     video_RC = np.concatenate([rows.video[:, None], rows.spares], axis=1)
     counts_R = (video_RC >= 0).sum(axis=1)
     epochs = np.repeat(rows.epoch, counts_R)
@@ -170,7 +170,7 @@ def _evaluation_rows(videos: pa.Table, spec: ClipSpec) -> tuple[pa.Table, int]:
         try:
             clips = len(spec.times(video | {"first_clip": None, "end_clip": None}))
         except VideoError:
-            # Too short for the clip: the task that reads it says so.
+            # Too short for the clip: the task that reads it reports it.
             clips = 1
         parts += [(index, first, min(first + most, clips)) for first in range(0, clips, most)]
     indices, first_clips, end_clips = zip(*parts, strict=True)
@@ -202,11 +202,11 @@ def _decoded(
     """Run one Ray Data execution over rows of candidates and yield its batches in order."""
     chunk = data.clips_per_task
     dataset = in_chunks(rows, chunk)
-    # Ray Data learns of a task's end a tenth of a second late or two. Where the CPUs are the bound, rather than the
-    # user's own, some more tasks wait inside Ray, which starts them at once.
+    # Ray Data notices the end of a task 0.1 to 0.2 s late. Unless the user set the number, a quarter more tasks wait
+    # inside Ray, which starts them at once.
     tasks = decode_tasks if data.decode_tasks else decode_tasks + -(-decode_tasks // 4)
-    # What is decoded ahead of the training stays in the object store: enough for these tasks and the batches that are
-    # kept ready, twice, rather than the share of the store that Ray Data would claim for each worker.
+    # Clips decoded ahead of training wait in the object store: room for twice these tasks and the prefetched batches,
+    # rather than the share of the store that Ray Data would claim for each worker.
     ahead = tasks * chunk * clips_per_row + (data.prefetch_batches + 1) * batch_size
     limit(dataset, tasks * data.cpus_per_decode, max(256e6, 2 * ahead * spec.bytes_per_clip))
     decoded = dataset.map_batches(
@@ -214,7 +214,7 @@ def _decoded(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=data.cpus_per_decode,
-        # Also bounds tasks that hold no CPU.
+        # Also limits tasks that request no CPU.
         compute=TaskPoolStrategy(min(tasks, -(-len(rows) // chunk))),
     )
     batches: Any = decoded.iter_torch_batches(
@@ -234,15 +234,15 @@ def in_chunks(rows: pa.Table, chunk: int) -> ray.data.Dataset:
 
 
 def limit(dataset: ray.data.Dataset, cpus: float, store_bytes: float | None = None) -> None:
-    """Bound what the execution of a data set uses, keep its order, and keep it off the screen."""
+    """Limit the resources of a data set's execution, preserve its order, and silence its progress output."""
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources(cpu=cpus, object_store_memory=store_bytes)
     )
     if store_bytes is not None:
-        # The limit is the bound: another would stop decoding when half of it is in use.
+        # Otherwise Ray Data would stop decoding when half of the limit is in use.
         dataset.context.downstream_capacity_backpressure_ratio = None
     dataset.context.enable_progress_bars = False
-    # Two lines on each execution, and one to say that there are no progress bars.
+    # Each execution logs two lines, and one that there are no progress bars.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 

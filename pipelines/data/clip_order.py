@@ -1,8 +1,8 @@
 """The clip order: which video is trained on at which step, by seed alone and independent of the number of workers.
 
 An epoch is a permutation of the videos, cut to whole global batches; which videos are left over changes from epoch to
-epoch. A step's batch is shared among the workers in contiguous parts, as even as they can be, so a run may resume at
-any step on any number of workers with nothing trained twice and nothing left out.
+epoch. Each worker takes a contiguous part of a step's batch, as even as possible, so a run can resume at any step on
+any number of workers with nothing trained twice and nothing left out.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from s5.distributed import share_of
 IntArray = npt.NDArray[np.int64]
 
 AUTOMATIC_BATCH = 32
-"""Largest global batch where none is given."""
+"""Largest global batch that is chosen automatically."""
 SPARES = 2
-"""Substitutes planned for each video."""
+"""Substitutes that the order holds for each video."""
 
 
 @dataclass(frozen=True)
 class OrderRows:
-    """A stretch of the order, one entry (R,) a video: steps in order, positions within the global batch in order."""
+    """Part of the order: one entry (R,) per video, sorted by step and position in the global batch."""
 
     step: IntArray
     """Step, counted from 0 over the whole run."""
     epoch: IntArray
     """Epoch of the step."""
     position: IntArray
-    """Place in the global batch."""
+    """Position in the global batch."""
     video: IntArray
     """Index of the video."""
     spares: IntArray
-    """(R, SPARES) indices of the videos that stand in for it, in order; -1 for none."""
+    """(R, SPARES) indices of its substitutes, in order of use; -1 for none."""
 
 
 @dataclass(frozen=True)
 class ClipOrder:
-    """The order of training. Raises `ValueError` where there are fewer videos than a global batch takes."""
+    """The order of training. Raises `ValueError` if there are fewer videos than a global batch needs."""
 
     num_videos: int
     """Videos of the training split."""
@@ -77,7 +77,7 @@ class ClipOrder:
         """Return one worker's part of the steps `start_step` to `stop_step` (exclusive).
 
         Raises:
-            ValueError: there are more workers than a global batch has videos, or the steps lie outside the plan.
+            ValueError: there are more workers than a global batch has videos, or the steps lie outside the run.
         """
         if not 0 <= rank < world_size <= self.batch_size:
             raise ValueError(f"world_size is {world_size}: give at most the batch size, {self.batch_size}")
@@ -106,7 +106,7 @@ class ClipOrder:
     def _spares(self, order: IntArray, index: int) -> IntArray:
         """Return the substitutes (batch_size, SPARES) of a batch: videos outside it, distinct within it where possible.
 
-        First come the videos that this epoch leaves over, then those furthest away in its order.
+        First the videos that this epoch leaves over, then those furthest away in its order.
         """
         size, used = self.batch_size, self.steps_per_epoch * self.batch_size
         others = used - size
@@ -114,19 +114,19 @@ class ClipOrder:
         spares = np.full((size, SPARES), -1, dtype=np.int64)
         row = np.arange(size)
         for column in range(min(SPARES, pool)):
-            # With fewer than SPARES * size others, a video stands in for several, but never twice for the same one.
+            # With fewer than SPARES * size others, a video substitutes several, but never the same one twice.
             shift = column * (size if pool >= SPARES * size else pool // SPARES)
             place = (row + shift) % pool
             left_over = place < len(order) - used
             spares[left_over, column] = order[used + (place[left_over] + index * size) % (len(order) - used or 1)]
-            # The pool goes on with the other batches, from half-way between the next one and this one again.
+            # The pool continues with the other batches, starting half an epoch away from this one.
             away = (place[~left_over] - (len(order) - used) + others // 2) % (others or 1)
             spares[~left_over, column] = order[((index + 1) * size + away) % used]
         return spares
 
 
 def with_batch_size(loop: LoopConfig, num_videos: int, num_workers: int) -> LoopConfig:
-    """Return the settings with a global batch in place of 0: as many videos as there are up to 32, evenly shared."""
+    """Return the settings with an automatic batch size filled in: all videos up to 32, shared evenly by the workers."""
     if loop.batch_size:
         return loop
     fit = min(num_videos, AUTOMATIC_BATCH) // num_workers * num_workers
@@ -134,5 +134,5 @@ def with_batch_size(loop: LoopConfig, num_videos: int, num_workers: int) -> Loop
 
 
 def order_of(loop: LoopConfig, num_videos: int) -> ClipOrder:
-    """Return the plan of a run over so many videos."""
+    """Return the clip order of a run over `num_videos` videos."""
     return ClipOrder(num_videos, loop.batch_size, loop.epochs, loop.seed, loop.steps)

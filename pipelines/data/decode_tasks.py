@@ -1,8 +1,8 @@
 """What the decode tasks of Ray Data run: probe or read the videos of a chunk.
 
-A video that fails is a row with its reason, never an exception, also where its decoder hangs or crashes: a child of the
-task's process reads it (`video_process`). This module imports neither torch nor mlflow, so that
-a task's process starts 2 s earlier and holds half a GB less.
+A video that fails becomes a row with its reason, never an exception, even if its decoder hangs or crashes: a child
+process reads it (`video_process`). This module imports neither torch nor mlflow, so that a task's process starts 2 s
+earlier and needs half a GB less.
 
 Shapes: R rows of the output, T frames of a clip, S height and width of a frame in pixels.
 """
@@ -31,7 +31,7 @@ from s5.video.reading import FrameArray
 Frames = TypeVar("Frames")
 
 RETRY_TIMEOUT_SHARE = 0.1
-"""Share of its time limit that a video is given where it took too long before, in the same process."""
+"""Share of the time limit that a video gets after it timed out once in the same process."""
 NO_LABEL = -1
 """Label of a clip whose video has none."""
 CANDIDATE = pa.struct(
@@ -51,8 +51,8 @@ CANDIDATE = pa.struct(
         ("end_clip", pa.int64()),
     ]
 )
-"""A video that a clip may be read from: its columns of the manifest, the seed of its clip, and in evaluation which part
-of its clips is read; null for all."""
+"""A video that a clip can be read from: its manifest columns, the seed of its clip, and in evaluation the range of
+clips to read (null for all)."""
 PROBED = pa.schema(
     [
         ("reason", pa.string()),
@@ -66,9 +66,9 @@ PROBED = pa.schema(
     ]
 )
 """What `probe_chunk` returns: the facts of a video, or the reason why there are none."""
-# Started by the first video that a task's process reads, and kept for its later tasks.
+# Started by the first video that a worker process reads, and reused by its later tasks.
 _process = VideoProcess()
-# Why, by uri, videos took too long in this process. They are tried again in later epochs: it may have been the storage.
+# Why videos, by URI, timed out in this process. Later epochs retry them: the storage may have been slow.
 _timed_out: dict[str, str] = {}
 # Columns of `decode_chunk` beside the frames.
 LINE_TYPES: dict[str, Any] = {
@@ -82,20 +82,20 @@ LINE_TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """What is read of each video."""
+    """Which clips are read of each video, and at what size."""
 
     clips: ClipConfig
     """Frames and strides."""
     frame_size: int
     """S in pixels."""
     pairs: bool = False
-    """A short clip beside each long one."""
+    """Read a short clip beside each long one."""
     timeout_s: float = 120.0
-    """Seconds that one video may take."""
+    """Time limit for one video, in seconds."""
     protocol: EvaluationProtocol = "uniform"
-    """Which clips, but for pairs."""
+    """Which clips are read; pairs ignore it."""
     evaluated: int = 0
-    """0 for a random clip or pair; otherwise the clips of a video that the protocol evaluates (`protocol_times`)."""
+    """Number of clips of a video to evaluate (`protocol_times`); 0 for one random clip or pair, as in training."""
 
     @property
     def bytes_per_clip(self) -> int:
@@ -104,22 +104,22 @@ class ClipSpec:
 
     def times(self, video: dict[str, Any]) -> list[npt.NDArray[np.float64]]:
         """Return the times (T,) of each clip of a candidate; raise `VideoError` where it is too short."""
-        stretch = video["start_s"], video["end_s"], video["fps"]
+        segment = video["start_s"], video["end_s"], video["fps"]
         try:
             if self.evaluated:
-                times_WT = protocol_times(self.protocol, self.clips, *stretch, self.evaluated)
+                times_WT = protocol_times(self.protocol, self.clips, *segment, self.evaluated)
                 return list(times_WT[video["first_clip"] : video["end_clip"]])
             if self.pairs:
-                return list(long_short_times(self.clips, *stretch, video["seed"]))
-            return [training_times(self.protocol, self.clips, *stretch, video["seed"])]
+                return list(long_short_times(self.clips, *segment, video["seed"]))
+            return [training_times(self.protocol, self.clips, *segment, video["seed"])]
         except ValueError as error:
             raise VideoError(str(error)) from None
 
 
 def decode_chunk(rows: pa.Table, spec: ClipSpec) -> dict[str, npt.NDArray[Any]]:
-    """Read the clips of a chunk of rows, each with the column `candidates`: a list of CANDIDATE, the first to be read.
+    """Read the clips of a chunk of rows, each with a column `candidates`: a list of CANDIDATE in order of preference.
 
-    What a window of a video shorter than it shows beyond the end is black: zeros, before the model normalises colours.
+    Frames of a window beyond the end of its video are black: zeros, before the model normalises colours.
 
     Returns:
         Columns `video_id` (empty where no candidate can be read; its frames are black), `seed`, `label`, `target`,
@@ -178,7 +178,7 @@ def _first_readable(
 
 
 def retried_once(read: Callable[[], Frames]) -> Frames:
-    """Return what `read` returns, which is tried again where a video fails otherwise than by taking too long."""
+    """Return what `read` returns, retrying once if the video fails, but not if it times out."""
     try:
         return read()
     except VideoTimeoutError:

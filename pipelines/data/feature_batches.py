@@ -1,6 +1,6 @@
-"""Batches of clips from cached features: what `clips.py` does with videos.
+"""Batches of clips from cached features; the counterpart of `clip_batches`, which decodes videos.
 
-Threads beside the training copy the tokens of coming batches from the shards, `data.prefetch_batches` of them ahead.
+While the model trains, threads copy the tokens of the next `data.prefetch_batches` batches from the shards.
 
 Shapes: B clips of this worker, T frames, N tokens a frame, D width.
 """
@@ -35,21 +35,21 @@ from s5.errors import Failure, VideoError
 from s5.video.clip_times import beyond, clip_seed, stride_s
 
 THREADS = 4
-"""Threads that read at most; as many as there are batches ahead, and one."""
+"""Most threads that read; otherwise one more than `prefetch_batches`."""
 
 
 class BufferPool:
-    """Memory of batches: that of a batch is used again once nothing refers to it any more, no view of it either.
+    """Reuses the memory of batches once nothing refers to them any more, not even a view.
 
-    To be given new memory, zeroed page by page, takes the system longer than to copy tokens there.
+    Allocating new memory, which the system zeroes page by page, takes longer than copying tokens into it.
     """
 
     def __init__(self, keep: int) -> None:
-        """Keep the memory of at most `keep` batches that are gone."""
+        """Hold the memory of at most `keep` unused batches."""
         self._free: deque[TokenArray] = deque(maxlen=keep)
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return an fp16 tensor of any content: pinned where there is a GPU, from torch, which uses it again itself."""
+        """Return an uninitialised fp16 tensor; with a GPU a pinned one of torch, which has its own pool."""
         if torch.cuda.is_available():
             return torch.empty(shape, dtype=torch.float16, pin_memory=True)
         size = math.prod(shape)
@@ -66,7 +66,7 @@ class BufferPool:
 
 
 def _return_to_pool(free: weakref.ref[deque[TokenArray]], whole: TokenArray) -> None:
-    """Keep memory for the next batch, if there is to be one."""
+    """Return memory to the pool, if the pool still exists."""
     if (kept := free()) is not None:
         kept.append(whole)
 
@@ -88,7 +88,7 @@ def check_stride(meta: FeatureMeta, clips: ClipConfig, protocol: EvaluationProto
     if shortest_s * meta.frames_per_second < 1 - 1e-6:
         raise UserError(
             f"clips.long_stride is {clips.long_stride:g} {clips.unit}, {shortest_s:g} s: the cached features are "
-            f"{1 / meta.frames_per_second:g} s apart; raise it, or make features with more --frames-per-second"
+            f"{1 / meta.frames_per_second:g} s apart; raise it, or compute features with more --frames-per-second"
         )
 
 
@@ -100,13 +100,15 @@ def check_features(
     backbone: BackboneConfig,
     weights: dict[str, torch.Tensor] | None,
 ) -> str:
-    """Return the digest of cached features, after checking that clips of a manifest and a backbone can be read of them.
+    """Return the digest of cached features after checking that they match a manifest, its clips and a backbone.
 
     Raises:
-        UserError: they cannot; says why.
+        UserError: they do not; gives the reason.
     """
     if weights is None:
-        raise UserError("features are of a trained backbone: give the checkpoint or model.backbone.weights they are of")
+        raise UserError(
+            "features come from a trained backbone: give the checkpoint or model.backbone.weights that computed them"
+        )
     meta = read_meta(folder)
     check_fresh(folder, meta, backbone, weights_digest(weights), digest(manifest))
     check_stride(meta, clips, protocol, manifest)
@@ -118,7 +120,7 @@ class FeatureClips:
 
     def __init__(self, features: str, manifest: pa.Table, spec: ClipSpec, prefetch: int) -> None:
         self._reader = FeatureReader(features)
-        # Besides those ahead, one that is being read and one that is trained on.
+        # Beside the prefetched ones, one that is being read and one that is trained on.
         self._memory = BufferPool(prefetch + 2)
         self._videos = manifest.select(CANDIDATE_COLUMNS)
         self._spec = spec
@@ -131,7 +133,7 @@ class FeatureClips:
         """Return the clips of a video.
 
         Raises:
-            VideoError: it is too short for them, or has no features; says why.
+            VideoError: it is too short for them, or has no features; gives the reason.
         """
         found = []
         for times_T in self._spec.times(video | {"seed": seed, "first_clip": None, "end_clip": None}):
@@ -232,7 +234,7 @@ def _failure(video: dict[str, Any], error: VideoError) -> Failure:
 
 
 def _ahead(read: Callable[[int], ClipBatch], numbers: range, prefetch: int) -> Generator[ClipBatch]:
-    """Yield what is read of each number, in order; threads read ahead."""
+    """Yield `read(number)` for each number, in order; threads read `prefetch` batches ahead."""
     coming: deque[Future[ClipBatch]] = deque()
     with ThreadPoolExecutor(min(THREADS, prefetch + 1), thread_name_prefix="features") as pool:
         try:

@@ -1,13 +1,13 @@
-"""Cached features: tokens of a frozen backbone in Arrow files, beside what made them.
+"""Cached features: tokens of a frozen backbone in Arrow files, with a record of what produced them.
 
-FEATURES/features.json         `FeatureMeta`; it comes last, so that features without it are known to be unfinished
-FEATURES/index.parquet         a row of INDEX for each video of the manifest, in its order
-FEATURES/padding.npy           tokens (N, D) of a black frame, for what lies beyond the end of a video
+FEATURES/features.json         `FeatureMeta`; written last, so that features without it are known to be unfinished
+FEATURES/index.parquet         a row of INDEX per video of the manifest, in its order
+FEATURES/padding.npy           tokens (N, D) of a black frame, used beyond the end of a video
 FEATURES/shards/00012.arrow    frames of some videos: `time_s` and `tokens`; a record batch is a chunk of one video
-FEATURES/shards/00012.parquet  their rows of the index; it comes last, so that a shard without it is made anew
+FEATURES/shards/00012.parquet  their rows of the index; written last, so that a shard without it is recomputed
 
-Arrow's file format is not compressed: a local shard is a memory map, of which only the frames of the clips are read. Of
-a shard in an object store the chunks that hold them are fetched, each time anew. Features are never all in memory.
+Arrow's file format is not compressed: a local shard is memory-mapped, and only the frames of the clips are read. From a
+shard in an object store, the chunks with these frames are fetched each time. Features are never all in memory.
 
 Shapes: T frames, N tokens a frame, D width.
 """
@@ -50,15 +50,15 @@ INDEX = pa.schema(
         ("reason", pa.string()),
     ]
 )
-"""Where a video's frames are: shard, first record batch, their number and the first one's time; `reason` says why there
-are none."""
-# Settings of the backbone that do not change its tokens, or that the digest of its weights stands for.
-FREE = ("weights", "frozen")
+"""Where the frames of a video are: shard, first record batch, number of frames, time of the first; or why there are
+none (`reason`)."""
+# Settings of the backbone that do not change its tokens, or that the digest of its weights covers.
+NOT_COMPARED = ("weights", "frozen")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMeta:
-    """What cached features were made from."""
+    """What produced cached features."""
 
     backbone: dict[str, Any]
     """Settings of the backbone (BackboneConfig), `weights` and `frozen` apart."""
@@ -71,7 +71,7 @@ class FeatureMeta:
     precision: str
     """Precision of the computation."""
     frames_per_second: float
-    """Frames of a second: frame k of a video is the one on screen k / frames_per_second after its `start_s`."""
+    """Frames per second: frame k of a video is the one on screen k / frames_per_second after its `start_s`."""
     manifest: str
     """Digest of the manifest."""
     tokens: int
@@ -79,7 +79,7 @@ class FeatureMeta:
     width: int
     """Width D of a token."""
     chunk_frames: int
-    """Frames of a record batch, the last one of each video apart."""
+    """Frames of a record batch; the last one of a video may have fewer."""
     dtype: str = "float16"
     """Type of the tokens."""
     format: int = FORMAT
@@ -87,17 +87,17 @@ class FeatureMeta:
 
     @property
     def digest(self) -> str:
-        """What identifies the features."""
+        """Digest that identifies the features."""
         return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def backbone_settings(config: BackboneConfig) -> dict[str, Any]:
-    """Return the settings of a backbone that its tokens depend on, its weights apart."""
-    return {name: value for name, value in asdict(config).items() if name not in FREE}
+    """Return the settings of a backbone that its tokens depend on, without its weights."""
+    return {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
 
 
 def frame_times(start_s: float, end_s: float, frames_per_second: float) -> FloatArray:
-    """Return the times (T,) of the frames of a stretch at a constant rate: those before its end, at least one."""
+    """Return the times (T,) of a segment's frames at a constant rate: those before its end, at least one."""
     count = max(1, math.ceil((end_s - start_s - TOLERANCE_S) * frames_per_second))
     return start_s + np.arange(count, dtype=np.float64) / frames_per_second
 
@@ -111,7 +111,7 @@ def shard_path(folder: str, shard: int, suffix: str) -> str:
 
 
 def finished_shards(folder: str) -> set[int]:
-    """Return the shards that are complete, after deleting what an ended run has left of others on a local disk."""
+    """Return the complete shards, after deleting partial files that an earlier run left on a local disk."""
     system, inner = storage.filesystem(storage.join(folder, SHARDS))
     infos = system.get_file_info(fs.FileSelector(inner, allow_not_found=True))
     for info in infos:
@@ -132,20 +132,20 @@ class ShardWriter:
         self.batches = 0
 
     def add(self, times_T: FloatArray, tokens_TND: TokenArray) -> None:
-        """Append frames of one video: a record batch."""
+        """Append frames of one video as a record batch."""
         flat = pa.array(np.ascontiguousarray(tokens_TND).reshape(-1))
         columns = [pa.array(times_T), pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("tokens").type)]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self.batches += 1
 
     def close(self) -> None:
-        """Write what makes the file whole."""
+        """Write the end of the file."""
         self._writer.close()
 
 
 @contextmanager
 def shard_writer(folder: str, shard: int, meta: FeatureMeta) -> Iterator[ShardWriter]:
-    """Give a writer for a shard's frames; the file is there once the block ends without an error."""
+    """Yield a writer for a shard's frames; the file appears when the block ends without an error."""
     with storage.atomic_write(shard_path(folder, shard, "arrow")) as part:
         writer = ShardWriter(part, meta)
         try:
@@ -155,7 +155,7 @@ def shard_writer(folder: str, shard: int, meta: FeatureMeta) -> Iterator[ShardWr
 
 
 def finish(folder: str, meta: FeatureMeta, shards: int, padding_ND: TokenArray) -> pa.Table:
-    """Write what makes the features whole, and return the index."""
+    """Write the files that complete the features, and return the index."""
     index = pa.concat_tables([storage.read_table(shard_path(folder, shard, "parquet")) for shard in range(shards)])
     storage.write_table(storage.join(folder, INDEX_FILE), index)
     buffer = io.BytesIO()
@@ -169,7 +169,7 @@ def finish(folder: str, meta: FeatureMeta, shards: int, padding_ND: TokenArray) 
 
 
 def read_meta(folder: str) -> FeatureMeta:
-    """Return what cached features were made from.
+    """Return what produced cached features.
 
     Raises:
         UserError: there are none, they are unfinished or damaged, or their layout is of another version.
@@ -180,37 +180,37 @@ def read_meta(folder: str) -> FeatureMeta:
     try:
         meta = FeatureMeta(**storage.read_json(path))
     except (ValueError, TypeError) as error:
-        raise UserError(f"features is {folder!r}: {META} is damaged ({error}); make them anew") from None
+        raise UserError(f"features is {folder!r}: {META} is damaged ({error}); recompute them") from None
     if meta.format != FORMAT:
-        raise UserError(f"features is {folder!r}: layout {meta.format}, this version reads {FORMAT}; make them anew")
+        raise UserError(f"features is {folder!r}: layout {meta.format}, this version reads {FORMAT}; recompute them")
     return meta
 
 
 def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weights: str, manifest: str) -> None:
-    """Compare what features were made from with what is to be trained.
+    """Check that features were produced by the backbone and manifest of this run.
 
     Args:
         folder: the features.
-        meta: what they were made from.
+        meta: what produced them.
         backbone: settings of the backbone.
         weights: digest of its weights.
         manifest: digest of the manifest.
 
     Raises:
-        UserError: they differ; says in what.
+        UserError: they differ; names the difference.
     """
-    stale = f"features is {folder!r}: made"
+    stale = f"features is {folder!r}: computed"
     for name, value in backbone_settings(backbone).items():
         if meta.backbone.get(name) != value:
             there = meta.backbone.get(name)
             raise UserError(
-                f"{stale} with model.backbone.{name} {there!r}, not {value!r}; make them anew or give "
+                f"{stale} with model.backbone.{name} {there!r}, not {value!r}; recompute them or give "
                 f"--model.backbone.{name} {there}"
             )
     if meta.weights != weights:
         raise UserError(
-            f"{stale} by other weights of the backbone than this run's; make them anew, or give the checkpoint or "
-            "model.backbone.weights that they were made with"
+            f"{stale} with other weights of the backbone than this run's; recompute them, or give the checkpoint or "
+            "model.backbone.weights that they were computed with"
         )
     if meta.manifest != manifest:
-        raise UserError(f"{stale} from another manifest, or it has changed since; make them anew")
+        raise UserError(f"{stale} from another manifest, or it has changed since; recompute them")

@@ -28,7 +28,7 @@ OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """A video's row of the index."""
+    """The row of the index for one video; see `feature_cache.INDEX`."""
 
     shard: int
     batch: int
@@ -38,7 +38,7 @@ class IndexEntry:
 
 
 class FeatureReader:
-    """Reads the tokens of clips, for several threads at once. What it has opened is closed with its last reference."""
+    """Reads the tokens of clips; safe for several threads. Files are closed with the last reference to the reader."""
 
     def __init__(self, folder: str) -> None:
         self.folder = storage.absolute(folder)
@@ -48,14 +48,14 @@ class FeatureReader:
         columns = [index[name].to_pylist() for name in ("shard", "batch", "frames", "start_s", "reason")]
         self._entries = {name: IndexEntry(*row) for name, *row in zip(names, *columns, strict=True)}
         self._padding: TokenArray = np.load(io.BytesIO(storage.read_bytes(storage.join(self.folder, PADDING))))
-        # Not a method, whose cache would hold the reader and its files for ever.
+        # Not a cached method: its cache would keep the reader and its files alive for ever.
         self._shard = lru_cache(OPEN_SHARDS)(partial(_open_shard, self.folder))
 
     def frames(self, video_id: str, times_T: FloatArray) -> npt.NDArray[np.int64]:
-        """Return which frames (T,) of a video are on screen at the given times; beyond its end the last one.
+        """Return which frames (T,) of a video are on screen at the given times; beyond its end, the last one.
 
         Raises:
-            VideoError: the video has no features; says why.
+            VideoError: the video has no features; gives the reason.
         """
         entry = self._entry(video_id)
         count_T = np.floor((times_T - entry.start_s + TOLERANCE_S) * self.meta.frames_per_second)
@@ -65,7 +65,7 @@ class FeatureReader:
         """Copy the tokens of a video's frames to `out_TND`; a frame -1 is black.
 
         Raises:
-            VideoError: the video has no features; says why.
+            VideoError: the video has no features; gives the reason.
             UserError: its shard is missing or damaged.
         """
         entry = self._entry(video_id)
@@ -76,7 +76,7 @@ class FeatureReader:
                 out_TND[here] = self._padding
                 continue
             tokens_TND = self._tokens(entry.shard, entry.batch + int(batch))
-            # Runs of frames: numpy copies a slice without Python's lock, but has to get it back after each one.
+            # Copy runs of frames: numpy copies a slice without the GIL, but must reacquire it after each.
             breaks = np.flatnonzero((np.diff(here) != 1) | (np.diff(row_T[here]) != 1)) + 1
             for target_R in np.split(here, breaks):
                 first, row, count = target_R[0], row_T[target_R[0]], len(target_R)
@@ -89,9 +89,9 @@ class FeatureReader:
         return entry
 
     def _tokens(self, shard: int, batch: int) -> TokenArray:
-        """Return the tokens (T, N, D) of a record batch: a view of the memory map where there is one."""
+        """Return the tokens (T, N, D) of a record batch: a view of the memory map for local files."""
         content, lock = self._shard(shard)
-        # Arrow does not say that a file may be asked by several threads.
+        # Arrow does not document that a file may be read by several threads at once.
         with lock:
             column = content.get_batch(batch).column("tokens")
         flat: TokenArray = column.values.to_numpy(zero_copy_only=True)
@@ -105,4 +105,4 @@ def _open_shard(folder: str, shard: int) -> tuple[Any, Lock]:
         local = isinstance(system, fs.LocalFileSystem)
         return pa.ipc.open_file(pa.memory_map(inner) if local else system.open_input_file(inner)), Lock()
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise UserError(f"features is {folder!r}: {path} is missing or damaged ({error}); make them anew") from None
+        raise UserError(f"features is {folder!r}: {path} is missing or damaged ({error}); recompute them") from None

@@ -1,4 +1,4 @@
-"""The manifest: one row a video, in parquet; what `index` writes and every later stage reads, and its checks."""
+"""The manifest: a Parquet file with one row per video, which `index` writes and every later stage reads and checks."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ SCHEMA = pa.schema(
         pa.field("decoder", pa.string()),
     ]
 )
-"""Columns: `start_s` and `end_s` bound what is used of a video of `duration_s`; sizes are in pixels as displayed;
-`decoder` reads it rightly (`s5.video.reading.choose`)."""
+"""Columns: `start_s` and `end_s` bound the segment that is used of a video of `duration_s`; sizes are in pixels as
+displayed; `decoder` is the one that reads the right frames (`s5.video.reading.choose`)."""
 CLASSES = b"classes"
 """Key of the schema's metadata that holds the names of all classes, as JSON, in the order of their labels."""
 DESCRIPTION = b"description"
@@ -55,7 +55,7 @@ DESCRIPTION = b"description"
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a manifest is made from."""
+    """Where the videos of a manifest come from."""
 
     dataset: str = ""
     """Benchmark, such as `lvu`; empty for own data."""
@@ -64,7 +64,7 @@ class Description:
     protocol: BenchmarkProtocol = ""
     """How the benchmark is evaluated; empty where the settings decide."""
     listed: dict[str, int] = field(default_factory=dict)
-    """Videos that the annotations list, by split: the manifest has those of them that can be read."""
+    """Number of videos that the annotations list, by split; the manifest has those that can be read."""
 
 
 def read_manifest(path: str) -> pa.Table:
@@ -94,7 +94,7 @@ def read_manifest(path: str) -> pa.Table:
 
 
 def digest(table: pa.Table) -> str:
-    """Return what identifies a manifest's content: another order, label or stretch gives another digest."""
+    """Return a digest of a manifest's content: any change of order, labels or segments changes it."""
     sink = hashlib.blake2b(digest_size=12)
     for batch in table.replace_schema_metadata(None).combine_chunks().to_batches():
         sink.update(batch.serialize())
@@ -126,7 +126,7 @@ def classes(table: pa.Table) -> list[str]:
 
 
 def description(table: pa.Table) -> Description:
-    """Return what a manifest is made from; empty for one that does not say."""
+    """Return the description in a manifest; an empty one if it has none."""
     return Description(**json.loads((table.schema.metadata or {}).get(DESCRIPTION, b"{}")))
 
 
@@ -135,7 +135,7 @@ def metadata(names: list[str], about: Description) -> dict[bytes, bytes]:
     return {CLASSES: json.dumps(names).encode(), DESCRIPTION: json.dumps(asdict(about)).encode()}
 
 
-# --- checks before any work -----------------------------------------------------------------------------------------
+# --- checks before training -----------------------------------------------------------------------------------------
 
 
 def check_for_training(
@@ -157,7 +157,7 @@ def check_for_training(
 
     Raises:
         UserError: split train is empty or smaller than a batch, videos of train or val are too short, labels or targets
-            are missing, or a class has a single video or none to learn from.
+            are missing, or a class has a single video or none in train.
     """
     train = split_of(table, "train")
     if len(train) == 0:
@@ -172,7 +172,7 @@ def check_for_training(
         _check_classes(table)
     usable = len(drop_too_short(train, clips))
     if usable < 2 and not labelled:
-        raise UserError(f"split train has {usable} videos: contrast needs at least 2; index more videos")
+        raise UserError(f"split train has {usable} videos: contrastive learning needs at least 2; index more videos")
     if usable < batch_size:
         dropped = f" (and {len(train) - usable} that are too short)" if usable < len(train) else ""
         raise UserError(
@@ -206,7 +206,7 @@ def _fits(rows: pa.Table, clips: ClipConfig) -> npt.NDArray[np.bool_]:
 
 
 def _duration_s(rows: pa.Table) -> list[float]:
-    """Return the lengths of what is used of each video, in seconds."""
+    """Return the length of each video's segment in seconds."""
     return list(pc.subtract(rows["end_s"], rows["start_s"]).to_pylist())
 
 
@@ -226,7 +226,7 @@ def _check_labels(rows: pa.Table, column: str) -> None:
 
 
 def _stride_remedy(rows: pa.Table, clips: ClipConfig) -> str:
-    """Return the advice to lower the stride, with the longest that fits all; none where it would be useless."""
+    """Return the advice to lower the stride, with the longest that fits all videos; empty if no stride does."""
     strides = [
         longest_stride_s(clips, duration_s, fps) * (fps if clips.unit == "frames" else 1)
         for duration_s, fps in zip(_duration_s(rows), rows["fps"].to_pylist(), strict=True)
@@ -239,28 +239,28 @@ def _stride_remedy(rows: pa.Table, clips: ClipConfig) -> str:
 
 
 def lone_classes(table: pa.Table) -> tuple[list[str], list[str]]:
-    """Return the names of the classes with a single video, and of those with several but none to learn from."""
+    """Return the names of classes with a single video, and of those with several but none in split train."""
 
     def counts(rows: pa.Table) -> Counter[str]:
         return Counter(name for name in rows["class_name"].to_pylist() if name is not None)
 
-    all_counts, learnt = counts(table), counts(split_of(table, "train"))
+    all_counts, learned = counts(table), counts(split_of(table, "train"))
     single = sorted(name for name, count in all_counts.items() if count == 1)
-    return single, sorted(name for name, count in all_counts.items() if count > 1 and name not in learnt)
+    return single, sorted(name for name, count in all_counts.items() if count > 1 and name not in learned)
 
 
 def _check_classes(table: pa.Table) -> None:
     if description(table).dataset:
-        # Its classes are what they are, also where many of its videos are no longer to be had: `index` warns of them.
+        # A benchmark fixes its classes even if many videos are no longer available; `index` warns of them.
         return
-    single, unlearnt = lone_classes(table)
+    single, unlearned = lone_classes(table)
     for name in single:
         video_id = table.filter(pc.equal(table["class_name"], name))["video_id"][0].as_py()
         raise UserError(
-            f"class {name!r} has a single video, {video_id}: it cannot be both learnt and tested; "
+            f"class {name!r} has a single video, {video_id}: it cannot be both learned and tested; "
             "add videos of that class or leave it out, and run `index` again"
         )
-    for name in unlearnt:
+    for name in unlearned:
         raise UserError(
             f"class {name!r} has videos, but none in split train: put some there or leave the class out, and run "
             "`index` again"

@@ -1,4 +1,4 @@
-"""Which clips a stage reads of each video, by the manifest's benchmark or a setting, and what its figures stand on."""
+"""The evaluation protocol of a stage (from its settings or the manifest's benchmark), and what its figures cover."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipelines.data.manifest import description, split_of
 from s5.config import ClipConfig, EvaluationProtocol
 
 CLIPS_PER_VIDEO = {"multi-clip": 10}
-"""Clips of a video where the settings do not say; 1 in the other protocols. Windows are as many as there are."""
+"""Default number of clips per video; 1 in the other protocols. Protocol `windows` reads all windows."""
 LVU_WINDOW_S = 60.0
 """Length of LVU's windows."""
 
 
 def protocol_of(manifest: pa.Table, *choices: ProtocolSetting) -> EvaluationProtocol:
-    """Return the first protocol that is chosen; else the one of the manifest's benchmark, `uniform` for own videos."""
+    """Return the first choice that is not `auto`, else that of the manifest's benchmark, `uniform` for own videos."""
     for choice in choices:
         if choice != "auto":
             return choice
@@ -25,7 +25,7 @@ def protocol_of(manifest: pa.Table, *choices: ProtocolSetting) -> EvaluationProt
 
 
 def clips_per_video(protocol: EvaluationProtocol, given: int = 0) -> int:
-    """Return how many clips of a video are evaluated; `given` 0 leaves it to the protocol."""
+    """Return how many clips of a video are evaluated: `given`, or for 0 the default of the protocol."""
     return given or CLIPS_PER_VIDEO.get(protocol, 1)
 
 
@@ -38,7 +38,7 @@ def checked_clips(clips: ClipConfig, protocol: EvaluationProtocol) -> ClipConfig
 
 
 def clips_in_words(protocol: EvaluationProtocol, clips: ClipConfig, per_video: int) -> str:
-    """Return what is read of each video, in words, with a warning where windows are not LVU's."""
+    """Return a description of the clips for the user, with a note where windows differ from LVU's."""
     if protocol == "whole":
         return f"clips of {clips.frames} frames over the whole video, {per_video} of each"
     if protocol != "windows":
@@ -51,17 +51,17 @@ def clips_in_words(protocol: EvaluationProtocol, clips: ClipConfig, per_video: i
 
 
 def listed_count(videos: pa.Table, split: str) -> int:
-    """Return how many videos of a split were listed; those that there are where the manifest does not say."""
+    """Return how many videos of a split the annotations list; if the manifest does not say, how many it has."""
     return max(description(videos).listed.get(split, 0), len(split_of(videos, split)))
 
 
 def coverage(split: str, used: int, unreadable: int, rows: int, listed: int) -> str:
-    """Return how many of the listed videos a figure stands on, and where the others are, in one sentence.
+    """Return a sentence that says how many of the listed videos a figure covers, and why others are missing.
 
     Args:
         split: their split.
-        used: videos that the figure stands on.
-        unreadable: videos that could not be read now.
+        used: videos that the figure covers.
+        unreadable: videos that could not be read in this run.
         rows: videos of the split in the manifest.
         listed: videos that the annotations list.
     """

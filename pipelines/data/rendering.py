@@ -26,15 +26,15 @@ from sklearn.datasets import load_digits, load_sample_image
 Frames = NDArray[np.uint8]
 """uint8 [T, H, W, 3], RGB."""
 
-# `ultrafast` is not for speed alone: the slower presets look at later frames, and what x264 decides there differs
-# between runs (1 % of the videos of 64 pixels) and between processors. One thread, or it depends on the cores too.
+# `ultrafast` is not for speed alone: slower presets look ahead at later frames, and x264's decisions there differ
+# between runs (for 1 % of the videos of 64 pixels) and processors. With several threads, they depend on the cores too.
 ENCODER = {"preset": "ultrafast", "crf": "28", "threads": "1"}
 
 GOP_SECONDS = 8
 """Distance of key frames: seeking costs more than it saves in videos this small, and key frames are large."""
 
-LOOK = 3
-"""Part of every digest: raise it when a change of the drawing makes older files stale."""
+RENDERING_VERSION = 3
+"""Part of every digest: raise it when the drawing changes, so that older files are rendered again."""
 
 STEP_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 """The stock of steps; step `i` shows the digit `i`."""
@@ -54,13 +54,13 @@ STEP_COLOURS = (
 OBJECT_SIDES = {"easy": (0.36, 0.52), "hard": (0.28, 0.42)}
 """Smallest and largest side of an object, as a share of the frame's."""
 
-# Digits that a split may show, by their index modulo 5: a test video shows no handwriting that was trained on.
+# Digits of each split, by their index modulo 5: test videos show no handwriting from training.
 HANDWRITING = {"train": (0, 1, 2), "val": (3,), "test": (4,)}
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A piece of a video, half-open in frames: one step, or nothing but a distractor (`step` is None)."""
+    """A segment of a video, half-open in frames: one step, or only a distractor (`step` is None)."""
 
     start: int
     """First frame."""
@@ -72,7 +72,7 @@ class Stretch:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """All that decides the bytes of one video."""
+    """Everything that determines the bytes of one video."""
 
     video_id: str
     """Name of the file without suffix."""
@@ -111,7 +111,7 @@ class VideoPlan:
     @property
     def digest(self) -> str:
         """Digest of the plan and the drawing's version; stored in the file."""
-        plan = json.dumps({"look": LOOK, **dataclasses.asdict(self)}, sort_keys=True)
+        plan = json.dumps({"look": RENDERING_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
         return hashlib.sha256(plan.encode()).hexdigest()
 
 
@@ -151,7 +151,7 @@ def stored_digest(file: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Path1D:
-    """Motion to and fro between 0 and `span` pixels at a constant speed."""
+    """Motion back and forth between 0 and `span` pixels at a constant speed."""
 
     span: int
     start: float
@@ -224,7 +224,7 @@ def paste(
 ) -> None:
     """Blend a colour into every frame, in place, through a mask [S, S] in 0..1 whose corner lies at (y, x) [T]."""
     count, height, width, _ = frames.shape
-    # Only the pixels where the mask shows, in integers: this is where drawing spends its time.
+    # Only pixels under the mask, in integers: most of the time of drawing is spent here.
     row, column = np.nonzero(mask)
     opacity = np.rint(mask[row, column, None] * 256).astype(np.uint16)
     added = (colour * opacity).astype(np.uint16)

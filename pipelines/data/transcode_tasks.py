@@ -1,6 +1,6 @@
-"""What the tasks of stage `transcode` run: encode the videos of a chunk, and time what that gains.
+"""What the tasks of stage `transcode` run: re-encode the videos of a chunk, and measure the speed-up of reading.
 
-As in `decode`, a video that fails is a row with its reason, and neither torch nor mlflow is imported.
+As in `decode_tasks`, a video that fails becomes a row with its reason, and neither torch nor mlflow is imported.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ ENCODED = pa.schema(
         ("kept", pa.bool_()),
     ]
 )
-"""What `encode_chunk` returns: facts of the new video, or why the old one cannot be read or the new one not written."""
-# Started by the first video that a task's process encodes, and kept for its later tasks.
+"""What `encode_chunk` returns: facts of the new video, or why the old one cannot be read (`reason`) or the new one
+cannot be written (`unwritable`); `kept` where an earlier run had finished it."""
+# Started by the first video that a worker process encodes, and reused by its later tasks.
 _process = VideoProcess()
 
 
 def encode_chunk(videos: pa.Table, short_side: int, quality: int, speed: str, timeout_s: float) -> pa.Table:
-    """Encode a chunk of videos with the columns `uri`, `path`, `gop_s`, `fps` and `num_frames`, unless `path` is there.
+    """Re-encode a chunk of videos (columns `uri`, `path`, `gop_s`, `fps`, `num_frames`) unless `path` exists.
 
     Returns:
-        A row of ENCODED for each.
+        A row of ENCODED per video.
     """
 
     def encoded(video: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def encode_chunk(videos: pa.Table, short_side: int, quality: int, speed: str, ti
 
 
 def _earlier(path: str, timeout_s: float) -> VideoFacts | None:
-    """Return the facts of a video that an earlier run has finished, if there is one."""
+    """Return the facts of the file if an earlier run has finished it."""
     if not storage.exists(path):
         return None
     try:
@@ -82,14 +83,14 @@ def pair_seconds(
     timeout_s: float,
     pairs: int,
 ) -> list[tuple[float, float]]:
-    """Time the reading of clip pairs of the same videos from two files each, in turn.
+    """Time the reading of clip pairs of the same videos from two files each, alternating.
 
     Args:
         videos: rows of two manifests that differ in the file.
         clips: frames and strides.
         frame_size: height and width of a frame in pixels.
-        timeout_s: seconds that one reading may take.
-        pairs: clip pairs of each video; one more comes first and is not counted.
+        timeout_s: time limit for one pair, in seconds.
+        pairs: clip pairs of each video, after one for warm-up.
 
     Returns:
         The median seconds of a pair of each video that can be read, from either file.

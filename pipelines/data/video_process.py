@@ -1,9 +1,8 @@
 """A child process that probes, reads and encodes videos, so that a decoder that hangs or crashes costs one video, not
 the task.
 
-decord can spin for ever without letting go of Python's lock (decord issue 373): only the end of its process helps. The
-child takes one video at a time, starts in 0.3 s, and holds neither torch nor Ray. Its frames come back through a file
-in memory.
+decord can loop for ever while holding the GIL (decord issue 373): only ending its process helps. The child handles one
+video at a time, starts in 0.3 s, and imports neither torch nor Ray. Frames come back through a file in memory.
 
     parent  -- VideoRequest -->  child
     parent  <-- VideoReply ----  child, its frames in the file
@@ -33,7 +32,7 @@ from s5.video.reader import FrameArray, Source
 from s5.video.reading import VideoFacts, probe, read_clips
 
 GRACE_S = 5.0
-"""Seconds after the time limit at which a child whose parent has gone ends itself."""
+"""Seconds after the time limit at which a child whose parent has ended exits."""
 
 
 class VideoTimeoutError(VideoError):
@@ -41,21 +40,21 @@ class VideoTimeoutError(VideoError):
 
 
 class VideoProcess:
-    """Probes and reads videos in a child process, which starts when it is needed and again after one was lost."""
+    """Probes, reads and re-encodes videos in a child process, started on demand and restarted after a crash."""
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._memory = _memory_file()
-        # Nothing is sent: that all of its writing ends are closed tells the child that this process has gone.
-        self._parent_gone, self._alive = os.pipe()
+        # Nothing is written to this pipe: the child learns that this process has ended when its write ends are closed.
+        self._parent_pipe, self._alive = os.pipe()
 
     def probe(self, uri: str, timeout_s: float) -> VideoFacts:
         """Return the facts of a video; see `s5.video.reading.probe`.
 
         Raises:
             VideoError: it cannot be read, or the decoder crashed.
-            VideoTimeoutError: there are no facts after `timeout_s` seconds.
+            VideoTimeoutError: it took longer than `timeout_s` seconds.
         """
         facts = self._send(VideoRequest(uri, None, timeout_s)).facts
         assert facts is not None
@@ -72,7 +71,7 @@ class VideoProcess:
         return frames
 
     def encode(self, uri: str, encoding: EncodeRequest, timeout_s: float) -> VideoFacts:
-        """Encode a video anew and return the new facts; see `encoding.encode`, and `probe` for the other errors."""
+        """Re-encode a video and return the new facts; see `encoding.encode`, and `probe` for other errors."""
         facts = self._send(VideoRequest(uri, encoding, timeout_s)).facts
         assert facts is not None
         return facts
@@ -97,7 +96,7 @@ class VideoProcess:
         except (EOFError, ConnectionError):
             raise VideoError(f"the decoder crashed ({self._exit_reason()})") from None
         finally:
-            # Also where this task is interrupted: the child's reply must not be taken for that of the next video.
+            # Also when this task is interrupted: a late reply must not be taken for that of the next video.
             if reply is None:
                 self.close()
         if reply.unwritable:
@@ -109,7 +108,7 @@ class VideoProcess:
     def _connected(self) -> Connection:
         if self._connection is None:
             ours, theirs = socket.socketpair()
-            handles = theirs.fileno(), self._memory, self._parent_gone
+            handles = theirs.fileno(), self._memory, self._parent_pipe
             self._child = subprocess.Popen(
                 [sys.executable, "-P", "-c", f"from {__name__} import serve; serve{handles}"],
                 stdin=subprocess.DEVNULL,
@@ -121,19 +120,19 @@ class VideoProcess:
         return self._connection
 
     def _exit_reason(self) -> str:
-        """Return how the child ended, in words."""
+        """Return how the child ended, for a message."""
         assert self._child is not None
         try:
             status = self._child.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            return "its process goes on"
+            return "its process is still running"
         return f"exit status {status}" if status >= 0 else signal.Signals(-status).name
 
 
 def _memory_file() -> int:
-    """Return the handle of a file that is in memory where the system has such."""
+    """Return the handle of a file, in memory where the system supports it."""
     if hasattr(os, "memfd_create"):
-        # Unlike multiprocessing's shared memory, not bounded by the size of /dev/shm, which containers keep small.
+        # Unlike multiprocessing's shared memory, not limited by /dev/shm, which is small in containers.
         return os.memfd_create("frames")
     handle, name = tempfile.mkstemp()
     os.unlink(name)
@@ -143,9 +142,9 @@ def _memory_file() -> int:
 # --- the child ------------------------------------------------------------------------------------------------------
 
 
-def serve(connection_handle: int, memory_handle: int, parent_gone: int) -> None:
-    """VideoReply until the parent has gone, which ends this process also in the middle of a video."""
-    _exit_with(parent_gone)
+def serve(connection_handle: int, memory_handle: int, parent_pipe: int) -> None:
+    """Handle requests until the parent ends, which ends this process even in the middle of a video."""
+    _exit_with(parent_pipe)
     connection = Connection(connection_handle)
     with open(memory_handle, "wb") as memory:
         while True:
@@ -153,16 +152,16 @@ def serve(connection_handle: int, memory_handle: int, parent_gone: int) -> None:
                 request: VideoRequest = connection.recv()
             except EOFError:
                 return
-            # For systems whose pipes send no signal; works while a decoder holds Python's lock.
+            # For systems whose pipes send no signal; works while a decoder holds the GIL.
             faulthandler.dump_traceback_later(request.timeout_s + GRACE_S, exit=True)
             connection.send(handle(request, memory))
             faulthandler.cancel_dump_traceback_later()
 
 
 def _exit_with(pipe: int) -> None:
-    """End this process once the pipe's writing ends are closed, by SIGIO, which does not wait for Python's lock.
+    """End this process once the pipe's write ends are closed, by SIGIO, which needs no GIL.
 
-    Unlike Linux' signal at the parent's death, it does not come when the thread ends that started this process.
+    Unlike Linux's parent-death signal, it is not sent when the thread ends that started this process.
     """
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
@@ -171,7 +170,7 @@ def _exit_with(pipe: int) -> None:
 
 
 def handle(request: VideoRequest, memory: IO[bytes]) -> VideoReply:
-    """Probe, read or encode one video; frames that are read go to the start of `memory`."""
+    """Probe, read or re-encode one video; frames go to the start of `memory`."""
     work = request.work
     try:
         with open_source(request.uri, whole=not isinstance(work, ClipRequest)) as source:
@@ -190,7 +189,7 @@ def handle(request: VideoRequest, memory: IO[bytes]) -> VideoReply:
 
 
 def _encoded(source: Source, encoding: EncodeRequest) -> VideoReply:
-    # Only here: PyAV's import is not needed to read by decord.
+    # Imported here: reading by decord needs no PyAV.
     from pipelines.data.encoding import encode
 
     try:
@@ -201,11 +200,11 @@ def _encoded(source: Source, encoding: EncodeRequest) -> VideoReply:
 
 @contextmanager
 def open_source(uri: str, whole: bool) -> Iterator[Source]:
-    """Give what a decoder can read of a name; see `storage.open_video`."""
+    """Yield what a decoder can read; see `storage.open_video`."""
     if "://" not in uri:
         yield uri
         return
-    # pyarrow takes 30 MB, which local files do not need.
+    # pyarrow takes 30 MB, and local files need none of it.
     from pipelines import storage
     from pipelines.errors import UserError
 

@@ -1,4 +1,4 @@
-"""What a decode task and its child process send each other: a video and what is wanted of it, and the reply."""
+"""What a decode task and its child process send each other: a request about one video, and the reply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from s5.video.reading import Decoder, VideoFacts
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What is read of a video: the arguments of `s5.video.reading.read_clips`."""
+    """Read clips of a video: the arguments of `s5.video.reading.read_clips`."""
 
     clips: list[FloatArray]
     size: int
@@ -20,16 +20,16 @@ class ClipRequest:
 
 @dataclass(frozen=True)
 class EncodeRequest:
-    """How and where to a video is encoded."""
+    """Re-encode a video: how, and to which file."""
 
     path: str
     """Local file to write."""
     short_side: int
-    """Short side in pixels at most; an even number."""
+    """Longest short side in pixels; an even number."""
     gop_s: float
     """Seconds between two key frames."""
     quality: int
-    """Constant rate factor of libx264."""
+    """Constant rate factor (CRF) of libx264."""
     speed: str
     """Preset of libx264."""
     fps: float
@@ -40,7 +40,7 @@ class EncodeRequest:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A video, and what is done with it: its clips are read, it is encoded anew, or None for its facts."""
+    """A video and what to do with it: read clips, re-encode it, or probe it (None)."""
 
     uri: str
     work: ClipRequest | EncodeRequest | None
@@ -49,10 +49,10 @@ class VideoRequest:
 
 @dataclass(frozen=True)
 class VideoReply:
-    """What the child found: facts, the shapes of the clips, or the reason why there are neither."""
+    """The result: facts of the video, the shapes of the clips, or the reason why there are neither."""
 
     facts: VideoFacts | None = None
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     reason: str = ""
     unwritable: str = ""
-    """Why the new video cannot be written: no fault of the old one."""
+    """Why the new video cannot be written, which is no fault of the old one."""

@@ -1,4 +1,4 @@
-"""What made a result: versions of the packages and the commit of the code."""
+"""What produced a result: versions of the packages and the commit of the code."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the commit of the code, `+changes` behind it where the checkout has any, or `unknown`.
+    """Return the commit of the code, with `+changes` if the checkout has any, or `unknown`.
 
-    A job's code is shipped without `.git`; there the variable S5_COMMIT, set at submission, tells.
+    A job's code is shipped without `.git`; there the commit comes from S5_COMMIT, which is set at submission.
     """
-    if told := os.environ.get(COMMIT_VARIABLE):
-        return told
+    if shipped := os.environ.get(COMMIT_VARIABLE):
+        return shipped
     here = Path(__file__).parent
     try:
         revision = _git(here, "rev-parse", "HEAD")

@@ -2,12 +2,12 @@
 
 Rules: a clip of T frames spans (T - 1) strides; it fits a video that is at least one frame longer than that, so that
 its last frame exists. A video that is too short raises `ValueError`, unless `too_short` is `shrink`: there the stride
-becomes the longest that fits. Long and short clips start at times drawn on their own, uniformly over all starts that
-fit (LSTCL, arXiv 2106.09212). Times are seconds after the video's first frame.
+becomes the longest that fits. The starts of long and short clips are drawn independently, uniformly over all starts
+that fit (LSTCL, arXiv 2106.09212). Times are seconds after the video's first frame.
 
-A protocol says which clips of a video are learnt from and which its result is put together from (`training_times`,
-`protocol_times`): `uniform` and `multi-clip` take long clips; `windows`, LVU's, all windows; `whole` clips as long as
-the video. In the last two no video is too short.
+A protocol says which clips of a video are trained on (`training_times`) and which are evaluated (`protocol_times`):
+`uniform` and `multi-clip` use long clips, `windows` all windows (LVU), `whole` clips as long as the video. In the last
+two, no video is too short.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from s5.config import ClipConfig, EvaluationProtocol
 
 FloatArray = npt.NDArray[np.float64]
 
-# Lengths come from frame counts and rates that were rounded.
 TOLERANCE_S = 1e-3
+"""Lengths are computed from rounded frame counts and rates."""
 
 
 def clip_seed(seed: int, epoch: int, video_id: str) -> int:
-    """Return the seed of what is drawn for a video in an epoch, 0 <= seed < 2**63; the same on every machine."""
+    """Return the seed for a video in an epoch, 0 <= seed < 2**63, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{video_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -38,12 +38,12 @@ def stride_s(config: ClipConfig, stride: float, fps: float) -> float:
 
 
 def longest_stride_s(config: ClipConfig, duration_s: float, fps: float) -> float:
-    """Return the longest stride in seconds that fits a stretch; infinite for clips of one frame."""
+    """Return the longest stride in seconds that fits a segment; infinite for clips of one frame."""
     return max(0.0, duration_s - 1 / fps) / (config.frames - 1) if config.frames > 1 else float("inf")
 
 
 def fits(config: ClipConfig, duration_s: float, fps: float) -> bool:
-    """Return whether a stretch of a video holds a long clip without a shorter stride."""
+    """Return whether a long clip fits into a segment of a video."""
     span = (config.frames - 1) * stride_s(config, config.long_stride, fps)
     return span <= duration_s - 1 / fps + TOLERANCE_S if config.frames > 1 else True
 
@@ -53,10 +53,10 @@ def long_short_times(
 ) -> tuple[FloatArray, FloatArray]:
     """Return the times (T,) of a long and of a short clip between `start_s` and `end_s`, ascending.
 
-    The long clip is drawn first: it is the same whether or not the short one is used.
+    The long clip is drawn first, so it does not depend on whether the short one is used.
 
     Raises:
-        ValueError: the stretch is too short.
+        ValueError: the segment is too short.
     """
     rng = np.random.default_rng(seed)
     long_T = _clip(config, config.long_stride, start_s, end_s, fps, rng.random())
@@ -70,17 +70,17 @@ def evaluation_times(config: ClipConfig, start_s: float, end_s: float, fps: floa
     One clip is centred.
 
     Raises:
-        ValueError: the stretch is too short.
+        ValueError: the segment is too short.
     """
-    places = np.linspace(0.0, 1.0, clips) if clips > 1 else np.array([0.5])
-    return np.stack([_clip(config, config.long_stride, start_s, end_s, fps, place) for place in places])
+    positions = np.linspace(0.0, 1.0, clips) if clips > 1 else np.array([0.5])
+    return np.stack([_clip(config, config.long_stride, start_s, end_s, fps, position) for position in positions])
 
 
 def lvu_windows(duration_s: float, window_s: float = 60.0, step_s: float = 1.0) -> FloatArray:
     """Return the starts (W,), in seconds, of the windows that LVU is evaluated on: one every `step_s` while it fits.
 
-    A fraction of a second at the end counts for nothing. A video shorter than a window has one, from 0, which goes on
-    beyond its end: what lies there is to be zero-padded.
+    A fraction of a second at the end is ignored. A video shorter than a window has one, from 0, which extends beyond
+    its end: frames there are to be zero-padded.
 
     Raises:
         ValueError: a length is not positive.
@@ -92,10 +92,10 @@ def lvu_windows(duration_s: float, window_s: float = 60.0, step_s: float = 1.0) 
 
 
 def windows(config: ClipConfig, start_s: float, end_s: float, fps: float) -> FloatArray:
-    """Return the times (W, T) of all windows of a stretch, one from every whole second on: a window is T long strides.
+    """Return the times (W, T) of all windows of a segment, one starting every second; a window is T long strides.
 
-    LVU's, of 60 s at 1 frame a second, are 60 frames at a stride of 1 s. Times at or after the end of a stretch that is
-    shorter than a window are to be padded (`beyond`).
+    LVU's windows, 60 s at 1 frame a second, are 60 frames at a stride of 1 s. In a segment that is shorter than a
+    window, times at or after its end are to be padded (`beyond`).
     """
     stride = stride_s(config, config.long_stride, fps)
     starts_W = start_s + lvu_windows(end_s - start_s, config.frames * stride)
@@ -103,47 +103,47 @@ def windows(config: ClipConfig, start_s: float, end_s: float, fps: float) -> Flo
 
 
 def beyond(times_T: FloatArray, end_s: float) -> npt.NDArray[np.bool_]:
-    """Return which times of a window lie beyond the end of its stretch; their frames are black (zeros)."""
+    """Return which times of a window lie beyond the end of its segment; their frames are black (zeros)."""
     return times_T > end_s - TOLERANCE_S
 
 
-def whole(config: ClipConfig, start_s: float, end_s: float, place: float) -> FloatArray:
-    """Return the times (T,) of a clip over a whole stretch: one in each of T equal parts, at `place` in [0, 1) of each.
+def whole(config: ClipConfig, start_s: float, end_s: float, position: float) -> FloatArray:
+    """Return the times (T,) of a clip over a whole segment: one in each of T equal parts, at `position` in [0, 1).
 
-    Parts as in TSN (arXiv 1608.00859); a shared place keeps the frames equally far apart.
+    Parts as in TSN (arXiv 1608.00859), but with one position for all of them, so that the frames are equally spaced.
     """
     part_s = (end_s - start_s) / config.frames
-    return start_s + part_s * (np.arange(config.frames, dtype=np.float64) + place)
+    return start_s + part_s * (np.arange(config.frames, dtype=np.float64) + position)
 
 
 def training_times(
     protocol: EvaluationProtocol, config: ClipConfig, start_s: float, end_s: float, fps: float, seed: int
 ) -> FloatArray:
-    """Return the times (T,) of the clip that a protocol trains on: a random window, place in the parts or long clip.
+    """Return the times (T,) of a random clip to train on: a window, a clip over the whole segment, or a long clip.
 
     Raises:
-        ValueError: the stretch is too short for a long clip.
+        ValueError: the segment is too short for a long clip.
     """
     if protocol not in ("windows", "whole"):
         return long_short_times(config, start_s, end_s, fps, seed)[0]
-    place = np.random.default_rng(seed).random()
+    position = np.random.default_rng(seed).random()
     if protocol == "whole":
-        return whole(config, start_s, end_s, place)
+        return whole(config, start_s, end_s, position)
     windows_WT = windows(config, start_s, end_s, fps)
-    window_T: FloatArray = windows_WT[int(place * len(windows_WT))]
+    window_T: FloatArray = windows_WT[int(position * len(windows_WT))]
     return window_T
 
 
 def protocol_times(
     protocol: EvaluationProtocol, config: ClipConfig, start_s: float, end_s: float, fps: float, clips: int
 ) -> FloatArray:
-    """Return the times (W, T) of the clips that a video's result is put together from.
+    """Return the times (W, T) of the clips whose predictions a protocol averages for a video.
 
-    `windows` gives all of them whatever the number `clips`; the others `clips` ones: of `whole`, at places that share
-    the parts evenly, the middle for one; otherwise those of `evaluation_times`.
+    `windows` returns all windows and ignores `clips`. `whole` returns `clips` clips at positions spread evenly over the
+    parts (the middle, for one); the other protocols those of `evaluation_times`.
 
     Raises:
-        ValueError: the stretch is too short for a long clip.
+        ValueError: the segment is too short for a long clip.
     """
     if protocol == "windows":
         return windows(config, start_s, end_s, fps)
@@ -152,8 +152,8 @@ def protocol_times(
     return evaluation_times(config, start_s, end_s, fps, clips)
 
 
-def _clip(config: ClipConfig, stride: float, start_s: float, end_s: float, fps: float, place: float) -> FloatArray:
-    """Return the times of a clip; `place` from 0 (earliest start) to 1 (latest)."""
+def _clip(config: ClipConfig, stride: float, start_s: float, end_s: float, fps: float, position: float) -> FloatArray:
+    """Return the times of a clip; `position` from 0 (earliest start) to 1 (latest)."""
     duration_s = end_s - start_s
     stride = stride_s(config, stride, fps)
     if config.too_short == "shrink" or fits(config, duration_s, fps):
@@ -164,4 +164,4 @@ def _clip(config: ClipConfig, stride: float, start_s: float, end_s: float, fps: 
             f"{duration_s:.2f} s at {fps:g} fps; lower clips.long_stride or clips.frames, or set clips.too_short"
         )
     latest = max(0.0, duration_s - 1 / fps - (config.frames - 1) * stride)
-    return start_s + place * latest + stride * np.arange(config.frames, dtype=np.float64)
+    return start_s + position * latest + stride * np.arange(config.frames, dtype=np.float64)

@@ -1,8 +1,8 @@
-"""Reading by PyAV (FFmpeg's libraries), with one thread: any codec, container and order of frames, from files of any
-kind; and the scan of a file's packets that finds out what is in it.
+"""Read videos with PyAV (FFmpeg), on one thread: any codec, container and frame order, from paths and open files; and
+`scan`, which finds out what is in a file from its packets.
 
-The frames of a video are those that decoding it from its start gives; each is on screen from its presentation time on.
-An AVI file stores no such times: where its codec reorders frames, they are counted and come at a constant rate.
+The frames of a video are those that decoding from its start yields; each is on screen from its presentation time on.
+AVI files store no presentation times: if their codec reorders frames, frames are counted and get a constant rate.
 
 Shapes: N frames of a video, U times in ascending order, H height and W width of a picture in pixels.
 """
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     import av
 
 MISSING_SHARE, MISSING_S = 0.05, 0.5
-"""A video is truncated where more than this share of the length that the file states, and so many seconds, lack."""
+"""A video is truncated if more than this share and this many seconds of its stated length are missing."""
 WHOLE_INDEX = ("mov", "avi")
-"""Formats, as FFmpeg's names begin, whose index is there once they are open; that of others grows with what is read."""
+"""Prefixes of FFmpeg's names of formats whose index is complete once opened; in others it grows while reading."""
 FAR_S = 10.0
-"""Gap over which seeking is tried where the index does not tell."""
-MAX_STRETCH = 4
-"""Pixels wider or taller than that are taken for a mistake in the file, and for square ones."""
+"""Gap in seconds from which seeking is tried without an index."""
+MAX_PIXEL_ASPECT = 4
+"""A pixel aspect ratio beyond this is taken for an error in the file; pixels then count as square."""
 NO_SEEKING = ("mpeg",)
-"""Formats, in FFmpeg's names, in which seeking misses frames (MPEG programme streams): read from the start."""
+"""FFmpeg's names of formats in which seeking skips frames (MPEG program streams): read from the start."""
 BUFFER_BYTES = 1 << 18
-"""Bytes that are read at once from a file that is no local path."""
+"""Bytes per read of an open file."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class Contents:
     display_size: tuple[int, int]
     """Width and height on screen: of square pixels and rotated."""
     rotation: int
-    """Degrees by which the stored pictures are turned, counter-clockwise: 0, 90, 180 or 270."""
+    """Degrees by which stored pictures are rotated for display, counter-clockwise: 0, 90, 180 or 270."""
     rate: float
-    """Frames a second, as the container states it; 0 where it does not."""
+    """Frames per second that the container states; 0 if it states none."""
     starts_N: FloatArray
     """When each frame comes on screen, ascending."""
     counted: bool
-    """The times are counted, at a constant rate."""
+    """Frames were counted, at a constant rate, for lack of presentation times."""
     open_groups: bool
-    """Some frames come on screen before the key frame that they are stored behind, and may need frames before it."""
+    """Some frames are shown before the key frame that they follow in the file, and may need frames before it."""
 
 
 def scan(source: Source) -> Contents:
@@ -75,7 +75,7 @@ def scan(source: Source) -> Contents:
         time_base = reader.time_base
     ticks = range(len(packets)) if counted else sorted(pts for pts, _ in packets if pts is not None)
     starts_N = (np.array(ticks, np.float64) - first) * time_base
-    # Frames before the first one that can be decoded, as in a recording that was tuned into, do not count.
+    # Frames before the first decodable one, as in a recording that starts in mid-stream, do not count.
     starts_N = starts_N[starts_N >= 0]
     if len(starts_N) == 0:
         raise VideoError("the times of its packets and of its frames contradict each other")
@@ -99,17 +99,17 @@ def _packets(container: av.container.InputContainer, stream: Any) -> list[tuple[
                 packets.append((packet.pts, packet.is_keyframe))
                 video_end_s = max(video_end_s, shown_s)
     except _error() as error:
-        raise VideoError(f"the file is damaged after {end_s:.2f} s{_telling(error)}") from None
+        raise VideoError(f"the file is damaged after {end_s:.2f} s{_short_reason(error)}") from None
     if not packets:
         raise VideoError("no frames in the video stream")
     if container.format.name == "avi" and stream.average_rate:
-        # Where the end of the file lacks, FFmpeg makes up a duration from its size.
+        # If the end of the file is missing, FFmpeg estimates a duration from its size.
         stated_s, found_s = float(stream.frames / stream.average_rate), video_end_s
     elif stream.duration:
         start_s = float((stream.start_time or 0) * stream.time_base)
         stated_s, found_s = float(stream.duration * stream.time_base), video_end_s - start_s
     else:
-        # Sound may go on after the last frame.
+        # Sound may continue after the last frame.
         stated_s, found_s = (container.duration or 0) / 1e6, end_s
     if stated_s - found_s > max(MISSING_S, MISSING_SHARE * stated_s):
         raise VideoError(f"truncated: {found_s:.1f} of the {stated_s:.1f} s that the file states are there")
@@ -140,16 +140,16 @@ class PyAVReader:
     def __init__(self, source: Source, size: tuple[int, int] | None = None) -> None:
         self._source = source
         self._shown: Any = None
-        self._coming: tuple[int, Any] | None = None
+        self._next: tuple[int, Any] | None = None
         self._picture: tuple[Any, FrameArray] | None = None
         self._open()
         context = self._stream.codec_context
-        # AVI stores times of decoding alone.
+        # AVI stores decoding times only.
         self.counted = self._container.format.name == "avi" and bool(context.has_b_frames)
         self._start()
-        if self._coming is None:
+        if self._next is None:
             raise VideoError("no frame of the video stream can be decoded")
-        frame = self._coming[1]
+        frame = self._next[1]
         if frame.pts is None and not self.counted:
             self.counted = True
             self._open()
@@ -164,14 +164,14 @@ class PyAVReader:
         self._size: tuple[int, int] = size or self.display_size
 
     def close(self) -> None:
-        """Free what decoding holds; an open file that was given stays open."""
-        self._go_on(iter(()), None)
+        """Free the decoder; an open file that was given stays open."""
+        self._decode_from(iter(()), None)
         self._picture = None
         self._container.close()
 
     def read(self, times_U: FloatArray) -> list[FrameArray]:
         """Return the pictures at ascending times; see `Reader`."""
-        return [self._drawn(self._at(float(time))) for time in times_U]
+        return [self._picture_of(self._at(float(time))) for time in times_U]
 
     def resize(self, size: tuple[int, int]) -> None:
         """Set the width and height in pixels of the pictures, as displayed."""
@@ -183,26 +183,26 @@ class PyAVReader:
         Raises:
             VideoError: a frame fails to decode.
         """
-        while self._coming is not None:
-            place, frame = self._coming
-            yield place - self.first, self._drawn(frame)
-            self._coming = next(self._frames, None)
+        while self._next is not None:
+            place, frame = self._next
+            yield place - self.first, self._picture_of(frame)
+            self._next = next(self._frames, None)
 
     def _at(self, time_s: float) -> Any:
-        """Return the frame on screen at a time that is not before the last one asked for."""
+        """Return the frame on screen at a time; times must ascend from call to call."""
         tick = int(np.floor(self.first + (time_s + TOLERANCE_S) / self.time_base))
-        if self._coming is not None and self._seeking_pays(self._coming[0], tick):
+        if self._next is not None and self._seeking_pays(self._next[0], tick):
             self._seek(tick)
-        while self._coming is not None and (self._coming[0] <= tick or self._shown is None):
-            self._shown, self._coming = self._coming[1], next(self._frames, None)
+        while self._next is not None and (self._next[0] <= tick or self._shown is None):
+            self._shown, self._next = self._next[1], next(self._frames, None)
         if self._shown is None:
             raise VideoError(f"no frame at {time_s:.2f} s can be decoded")
         return self._shown
 
-    def _drawn(self, frame: Any) -> FrameArray:
+    def _picture_of(self, frame: Any) -> FrameArray:
         if self._picture is None or self._picture[0] is not frame:
             width, height = self._size[::-1] if self.rotation in (90, 270) else self._size
-            # Bilinear as decord does it.
+            # Bilinear, as in decord.
             picture_HWC = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
             self._picture = frame, np.rot90(picture_HWC, self.rotation // 90)
         return self._picture[1]
@@ -214,32 +214,32 @@ class PyAVReader:
         self._stream = _video_stream(self._container)
 
     def _start(self) -> None:
-        """Go on from the first frame of an opened file."""
-        self._go_on(self._container.demux(self._stream), None)
+        """Decode from the first frame of an opened file."""
+        self._decode_from(self._container.demux(self._stream), None)
 
-    def _go_on(self, packets: Iterator[Any], floor: int | None) -> None:
+    def _decode_from(self, packets: Iterator[Any], floor: int | None) -> None:
         self._frames = self._decoded(packets, floor)
         self._shown = None
-        self._coming = next(self._frames, None)
+        self._next = next(self._frames, None)
 
     def _decoded(self, packets: Iterator[Any], floor: int | None) -> Iterator[tuple[int, Any]]:
-        """Yield each frame with when it comes on screen: in ticks or, where they are counted, its number."""
+        """Yield each frame with its presentation time in ticks or, if frames are counted, its number."""
         number = 0
         try:
             for packet in packets:
                 for frame in packet.decode():
                     place = number if self.counted or frame.pts is None else frame.pts
                     number += 1
-                    # After a seek, what comes before the key frame lacks frames that it is made of.
+                    # After a seek, frames shown before the key frame lack references.
                     if floor is None or place >= floor:
                         yield place, frame
         except _error() as error:
-            raise VideoError(f"frame {number} after the last seek fails to decode{_telling(error)}") from None
+            raise VideoError(f"frame {number} after the last seek fails to decode{_short_reason(error)}") from None
 
     # --- seeking ---
 
     def _seeking_pays(self, position: int, tick: int) -> bool:
-        """Return whether there is a key frame between the next frame and a time, as far as the container tells."""
+        """Return whether there is a key frame between the next frame and a time, as far as the container knows."""
         if self.counted or tick <= position or self._container.format.name in NO_SEEKING:
             return False
         entries = self._stream.index_entries
@@ -250,7 +250,7 @@ class PyAVReader:
         return (tick - position) * self.time_base > FAR_S
 
     def _seek(self, tick: int) -> None:
-        """Go on from a key frame at or before a time, or from the start of the file."""
+        """Continue from a key frame at or before a time, or from the start of the file."""
         target, step = tick, 1
         while target > self.first:
             try:
@@ -260,10 +260,10 @@ class PyAVReader:
             except _error():
                 break
             if key is not None and key.pts <= tick:
-                self._go_on(chain([key], packets), key.pts)
-                if self._coming is not None and self._coming[0] <= tick:
+                self._decode_from(chain([key], packets), key.pts)
+                if self._next is not None and self._next[0] <= tick:
                     return
-            # Containers seek by times of decoding or to no key frame at all: try further ahead.
+            # Containers may seek by decoding times, or to no key frame at all: try further ahead.
             target, step = target - step, max(2 * step, int(1 / self.time_base))
         self._container.close()
         self._open()
@@ -271,21 +271,21 @@ class PyAVReader:
 
 
 def _opened(source: Source) -> av.container.InputContainer:
-    """Open a video file; raise `VideoError` where it is none."""
+    """Open a video file; raise `VideoError` if it is none."""
     import av
 
     if not isinstance(source, str):
         source.seek(0)
     try:
-        # A file that is a playlist must not make this process fetch what it names.
+        # A playlist must not make this process fetch what it names.
         options = {"protocol_whitelist": "file"}
         return av.open(source, "r", options=options, metadata_errors="replace", buffer_size=BUFFER_BYTES)
     except _error() as error:
-        raise VideoError(f"not a video file, or a truncated one{_telling(error)}") from None
+        raise VideoError(f"not a video file, or a truncated one{_short_reason(error)}") from None
 
 
 def _video_stream(container: av.container.InputContainer) -> Any:
-    """Return the first video stream that is no cover picture, set to one thread."""
+    """Return the first video stream that is not a cover image, set to one thread."""
     import av
 
     for stream in container.streams.video:
@@ -298,19 +298,19 @@ def _video_stream(container: av.container.InputContainer) -> Any:
 def _display_size(frame: Any, aspect: Fraction | None, rotation: int) -> tuple[int, int]:
     """Return the width and height on screen of a frame whose pixels have an aspect ratio."""
     width, height = frame.width, frame.height
-    if aspect and 1 / MAX_STRETCH <= aspect <= MAX_STRETCH:
+    if aspect and 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
         width = max(1, round(width * aspect))
     return (height, width) if rotation in (90, 270) else (width, height)
 
 
 def _error() -> type[Exception]:
-    """Return what PyAV raises for all that FFmpeg reports."""
+    """Return the exception that PyAV raises for errors of FFmpeg."""
     import av
 
     return av.FFmpegError
 
 
-def _telling(error: Exception) -> str:
-    """Return what FFmpeg says, without the name of the file."""
+def _short_reason(error: Exception) -> str:
+    """Return FFmpeg's message without the file name."""
     said = getattr(error, "strerror", None)
     return f" ({said})" if said else ""

@@ -1,4 +1,4 @@
-"""What the decoders have in common: the interface, the error, and which frame is on screen when.
+"""What the decoders have in common: their interface, and which frame is on screen at a time.
 
 Shapes: N frames of a video, U times in ascending order, H height and W width of a picture in pixels.
 """
@@ -14,14 +14,14 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 FrameArray = npt.NDArray[np.uint8]
 Source = str | IO[bytes]
-"""A local file by its name, or an open file that can be read and sought in."""
+"""A local path, or an open seekable file."""
 
 TOLERANCE_S = 1e-3
-"""Frame times are stored in float32 and whole ticks: a time that equals one must not fall on the frame before."""
+"""Frame times are rounded (float32, whole ticks); a requested time that equals one must not yield the frame before."""
 
 
 class Reader(Protocol):
-    """An open video whose pictures have the size that was asked for."""
+    """An open video that returns pictures of one size."""
 
     def read(self, times_U: FloatArray) -> list[FrameArray]:
         """Return the pictures (H, W, 3), uint8 RGB, on screen at ascending times in seconds after the first frame.
@@ -31,7 +31,7 @@ class Reader(Protocol):
         """
 
     def close(self) -> None:
-        """Free what decoding holds."""
+        """Close the file and free the decoder."""
 
 
 def frame_indices(starts_N: FloatArray, times_U: FloatArray) -> IntArray:

@@ -1,8 +1,8 @@
-"""Open a video, read the frames at given times, say what is wrong with it.
+"""Probe a video, and read its frames at given times; errors say what is wrong with it.
 
-decord reads what it reads rightly, PyAV the rest (`choose`). A frame is on screen from its presentation time until the
-next one's; times are seconds after the first frame, wherever the container's clock starts. Sizes are those on screen:
-after rotation, and of square pixels.
+decord reads the files for which it returns the right frames, PyAV the rest (`choose`). A frame is on screen from its
+presentation time until that of the next; times are seconds after the first frame, wherever the container's clock
+starts. Sizes are as displayed: after rotation, with square pixels.
 
 Shapes: T frames of a clip, U times of all clips, S height and width of a frame in pixels.
 """
@@ -26,14 +26,14 @@ from s5.video.reader import Reader, Source
 
 Decoder = Literal["decord", "pyav"]
 DECORD_CONTAINERS = ("mov", "matroska", "avi")
-"""Containers, as FFmpeg's format names begin, in which decord finds the right frames."""
+"""Prefixes of FFmpeg's names of containers in which decord finds the right frames."""
 ROTATION_CONTAINER = "mov"
-"""The one container whose rotation decord applies."""
+"""The only container whose rotation decord applies."""
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a video is: display size in pixels, length in seconds, mean frame rate, codec, and what decodes it."""
+    """Facts of a video: length in seconds, mean frame rate, display size in pixels, codec, and its decoder."""
 
     duration_s: float
     fps: float
@@ -72,16 +72,16 @@ def probe(source: Source) -> VideoFacts:
 
 
 def choose(source: Source, contents: Contents) -> Decoder:
-    """Return what decodes a video rightly: decord, unless it is known to fail or to give other frames.
+    """Return the decoder that reads the right frames: decord, unless it is known to fail or to return other frames.
 
-    decord 0.6 is right for local files in the containers that it knows the times of, whose frames all come on screen
-    after the key frame that they are stored behind: after a seek it gives wrong ones otherwise (open groups of
-    pictures, as in H.264 and HEVC; MPEG-2 and MPEG-4 with B-frames). It must find as many frames as there are packets,
-    at the same times; it cannot open AV1.
+    decord 0.6 is right for local files in containers whose times it knows, if all frames are shown after the key frame
+    that they follow in the file; otherwise it returns wrong frames after a seek (open GOPs, as in H.264 and HEVC;
+    MPEG-2 and MPEG-4 with B-frames). It must find as many frames as there are packets, at the same times. It cannot
+    open AV1.
     """
     known = isinstance(source, str) and contents.container.startswith(DECORD_CONTAINERS)
-    turned = contents.rotation and not contents.container.startswith(ROTATION_CONTAINER)
-    if not known or turned or contents.counted or contents.open_groups:
+    rotated = contents.rotation and not contents.container.startswith(ROTATION_CONTAINER)
+    if not known or rotated or contents.counted or contents.open_groups:
         return "pyav"
     try:
         starts_N = DecordReader(str(source), *contents.display_size).starts_N
@@ -112,9 +112,9 @@ def read_clips(
         source: a local file, or an open file, which PyAV reads.
         clips: times (T,) in seconds of each clip, in any order; T may differ between clips.
         size: S in pixels.
-        display_size: width and height of the video where they are known (`VideoFacts`).
-        decoder: what decodes the video where that is known (`VideoFacts`). Where either is not known, all packets of
-            the file are read first to find out. PyAV takes over where decord fails.
+        display_size: width and height of the video, if known (`VideoFacts`).
+        decoder: which decoder reads the video, if known (`VideoFacts`). If either is unknown, all packets of the file
+            are read first. PyAV takes over where decord fails.
 
     Returns:
         For each clip its frames (T, S, S, 3), uint8 RGB.
@@ -140,7 +140,7 @@ def read_clips(
 
 
 def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
-    """Return the width and height to decode at: short side `size`, aspect ratio kept."""
+    """Return the width and height to decode at: the short side is `size`, the aspect ratio is preserved."""
     width, height = display_size
     if width < height:
         return size, max(size, round(size * height / width))
@@ -158,7 +158,7 @@ def _read(source: Source, decoder: Decoder, size: tuple[int, int], times_U: Floa
 
 
 def checked(source: Source) -> Source:
-    """Return a source, a local name made absolute: FFmpeg takes a name such as `a:b.mp4` for a protocol's.
+    """Return a source with a local path made absolute: FFmpeg would take `a:b.mp4` for a URL of protocol `a`.
 
     Raises:
         VideoError: there is no file of that name, or it is empty or may not be read.

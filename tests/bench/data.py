@@ -44,7 +44,7 @@ from tests.bench.videos import CLIPS, SIZE, Video, manifest_of, over_videos, pla
 CPU = torch.device("cpu")
 BATCH, WARM_STEPS, STEPS = 4, 8, 48
 TIMEOUT_S = 120.0
-# That of Ray's workers, unless it is told otherwise.
+# Ray's default for its workers.
 NICENESS = 15
 
 
@@ -57,21 +57,21 @@ def start_ray(processes: int) -> None:
 
 
 class Delivery:
-    """Pairs of a plan, once through Ray Data and once by decord in as many processes."""
+    """Pairs in a clip order, once through Ray Data and once by decord in as many processes."""
 
     def __init__(self, rows: list[Video], processes: int, rounds: int) -> None:
         self.rows, self.processes = rows, processes
         copies = -(-2 * BATCH // len(rows))
-        # A plan takes no video twice in a batch: few files count several times, under other names.
+        # A batch takes no video twice: few files count several times, under other names.
         self.table = pa.Table.from_pylist(
             [row | {"video_id": f"{row['video_id']}-{copy}"} for copy in range(copies) for row in rows], SCHEMA
         )
-        self.plan = ClipOrder(len(self.table), BATCH, 0, seed=0, steps=rounds * (WARM_STEPS + STEPS))
+        self.order = ClipOrder(len(self.table), BATCH, 0, seed=0, steps=rounds * (WARM_STEPS + STEPS))
 
-    def batches(self, start: int, plan: ClipOrder | None = None) -> Any:
+    def batches(self, start: int, order: ClipOrder | None = None) -> Any:
         """Yield batches from a step on, as a training worker gets them."""
         source = DecodedClips(clips=CLIPS, frame_size=SIZE, data=DataConfig(), decode_tasks=self.processes, pairs=True)
-        return source.training(self.table, plan or self.plan, 0, start)
+        return source.training(self.table, order or self.order, 0, start)
 
     def by_ray(self, start: int) -> tuple[float, float]:
         """Return the pairs of STEPS batches, after those that fill the pipeline, a second and a CPU second."""
@@ -85,7 +85,7 @@ class Delivery:
 
     def by_decord(self, pool: Any, start: int) -> tuple[float, float]:
         """Return the same for the same clips."""
-        planned = self.plan.rows(start + WARM_STEPS, start + WARM_STEPS + STEPS)
+        planned = self.order.rows(start + WARM_STEPS, start + WARM_STEPS + STEPS)
         rows = self.table.to_pylist()
         tasks = []
         for video, epoch in zip(planned.video, planned.epoch, strict=True):
@@ -105,7 +105,7 @@ def throughput(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str
     """Compare the pairs that Ray Data delivers with those that decord alone reads."""
     delivery = Delivery(_by_decord(rows), options.processes, options.rounds)
     found: dict[str, list[tuple[float, float]]] = {"ray": [], "decord": []}
-    # Ray's workers give way to other processes; on a busy machine those of decord are to do so too.
+    # Ray's workers run at a lower priority; on a busy machine decord's must, too.
     with multiprocessing.get_context("spawn").Pool(options.processes, os.nice, (NICENESS,)) as pool:
         pool.map(_plain_task, [(row, times_of(row, CLIPS, 0)) for row in delivery.rows])
         for number in range(options.rounds):
@@ -219,7 +219,7 @@ def soak(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any]
     thread.start()
     begin = time.perf_counter()
     try:
-        with closing(delivery.batches(0, replace(delivery.plan, steps=steps))) as batches:
+        with closing(delivery.batches(0, replace(delivery.order, steps=steps))) as batches:
             for batch in batches:
                 delivered[0] += len(batch.video_ids)
     finally:

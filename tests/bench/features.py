@@ -116,7 +116,7 @@ def drop(paths: list[Path]) -> None:
 
 def read_windows(folder: str, manifest: pa.Table, batch: int, windows: int, passes: int) -> None:
     """Read windows as fine-tuning does, so many times as many bytes as the files have."""
-    plan = ClipOrder(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
+    order = ClipOrder(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
     source = CachedClips(
         features=folder,
         clips=ClipConfig(frames=WINDOW, long_stride=1.0),
@@ -124,7 +124,7 @@ def read_windows(folder: str, manifest: pa.Table, batch: int, windows: int, pass
         data=DataConfig(prefetch_batches=PREFETCH),
         protocol="windows",
     )
-    for _ in source.training(manifest, plan, 0):
+    for _ in source.training(manifest, order, 0):
         pass
 
 

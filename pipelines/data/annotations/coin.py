@@ -2,7 +2,7 @@
 
 {"database": {YOUTUBE_ID: {"class": name, "recipe_type": 0..179, "subset": "training", "start": s, "end": s, ...}, ...}}
 
-Only what lies between `start` and `end` is used of a video. There is no validation split.
+Only the segment from `start` to `end` of a video is used. There is no validation split.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kinetics-400, -600 and -700 (Kay et al., arXiv 1705.06950): csv files, a line a clip of about 10 s.
 
-A clip is the file YOUTUBEID_SSSSSS_EEEEEE.mp4, of its start and end in whole seconds. A class's number is its place in
-the sorted names of the training split.
+A clip is the file YOUTUBEID_SSSSSS_EEEEEE.mp4, of its start and end in whole seconds. The label of a class is its
+index in the sorted class names of the training split.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pipelines.errors import UserError
 
 COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 OPTIONAL = ("label", "is_cc")
-"""Columns that a file may lack: that of the test split may have no labels."""
+"""Columns that a file may lack: the test split may come without labels."""
 FILES = ("train.csv", "val.csv", "validate.csv", "test.csv")
 SPLITS = {"train": "train", "val": "val", "validate": "val", "test": "test"}
 
 
 def read(given: str) -> Annotations:
-    """Return what a csv file, or those in a folder, list; the column `split` tells the split.
+    """Return what a csv file, or those in a folder, list; the split is in column `split`.
 
     Raises:
         UserError: a file is missing or wrong, or a label is not among those of train.
@@ -62,7 +62,7 @@ def _videos(rows: list[tuple[Row, str]], labels: dict[str, int]) -> Iterator[Ann
         video_id = f"{row.required('youtube_id')}_{start_s:06d}_{end_s:06d}"
         place = row.location
         earlier = first.setdefault((video_id, split), place)
-        # The same seconds may have been annotated with two of the classes: the first counts.
+        # The same seconds may be annotated with two classes: the first counts.
         reason = "" if earlier == place else f"listed again in {place}, after {earlier}"
         label = labels[name] if name else None
         yield AnnotatedVideo(video_id, video_id, place, split, name, label, reason=reason)

@@ -1,7 +1,7 @@
 """LVU (Wu and Krahenbuhl, arXiv 2106.11310): nine tasks on film clips, as `lvu_1.0/TASK/{train,val,test}.csv`.
 
-The files are separated by spaces in spite of their name, with a header; the video's id is the second-to-last field.
-Windows of 60 s at 1 frame a second are classified, and their results put together for each video.
+Despite their name, the files are separated by spaces; they have a header, and the video id is the second-to-last field.
+Windows of 60 s at 1 frame a second are classified, and the results of a video are averaged.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pipelines.data.manifest import SPLITS
 from pipelines.errors import UserError
 
 CLASSES = {"relationship": 4, "way_speaking": 5, "scene": 6, "director": 10, "genre": 4, "writer": 10, "year": 9}
-"""Classes of each task of classification; some ids occur in no split, and their outputs stay."""
+"""Number of classes of each classification task; ids that occur in no split still have an output."""
 COUNTS = {"like_ratio": ("like_count", "dislike_count"), "view_count": ("view_count",)}
-"""First columns of each task of regression."""
+"""First columns of each regression task."""
 TASKS = (*CLASSES, *COUNTS)
 
-# Means that the benchmark's targets are centred by.
+# Means that the benchmark subtracts from its targets.
 MEAN_LOG_VIEWS, MEAN_LIKES = 11.76425435683139, 9.138220535629456
 
 

@@ -15,16 +15,16 @@ from pipelines.data.manifest import SPLITS
 COLUMNS = ("label", "target", "split", "start_s", "end_s")
 """Columns that a csv may have beside `video`."""
 MAX_LABEL = 1000
-"""Numbers in a csv from here on, such as years, are names of classes rather than labels."""
+"""Larger numbers in a csv, such as years, are class names rather than labels."""
 
 
 def from_folder(files: list[str]) -> Annotations:
-    """Return a folder's videos, given as paths below it; a split or class is a folder's name."""
+    """Return the videos of a folder, given as paths below it; folder names give the split and the class."""
     return _with_labels([_from_path(name, video_id) for name, video_id in _ids(files).items()], numbered=False)
 
 
 def from_csv(given: str, files: list[str]) -> Annotations:
-    """Return what a csv lists of a folder's videos; one may be listed several times with different stretches.
+    """Return the videos of a folder that a csv lists; a video may be listed several times with different segments.
 
     Raises:
         UserError: the file is missing, or something in it is wrong.
@@ -81,8 +81,8 @@ def _with_labels(videos: list[AnnotatedVideo], numbered: bool) -> Annotations:
 def class_names(videos: list[AnnotatedVideo], numbered: bool) -> list[str]:
     """Return the names of the classes in the order of their labels, over all splits: sorted.
 
-    A csv whose labels are all numbers below MAX_LABEL gives the labels themselves (`numbered`): they stay what they
-    are, and one that no video has keeps its place.
+    If all labels of a csv are numbers below MAX_LABEL (`numbered`), they are the labels themselves, and numbers that no
+    video has are classes without videos.
     """
     names = sorted({video.class_name for video in videos if video.class_name is not None})
     if numbered and names and all(name.isdecimal() and str(int(name)) == name for name in names):

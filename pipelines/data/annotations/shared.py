@@ -1,4 +1,4 @@
-"""What all annotation formats share: the listed videos, and reading files with errors that say where."""
+"""What all annotation formats share: annotated videos, and reading of files with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class AnnotatedVideo:
-    """A video as annotations or a folder have it; empty or None where they say nothing."""
+    """What annotations or a folder say about a video; empty or None where they say nothing."""
 
     video_id: str
     name: str
-    """Path below the folder of videos; of a benchmark without its ending, until the file is found."""
+    """Path below the folder of videos; for benchmarks without file extension, until the file is found."""
     location: str = ""
     """Where it is listed, such as `test.csv line 12`."""
     split: str = ""
@@ -36,7 +36,7 @@ class AnnotatedVideo:
 
 @dataclass(frozen=True)
 class Annotations:
-    """All that annotations say."""
+    """All that annotations say, about videos and classes."""
 
     videos: list[AnnotatedVideo]
     """Videos of all splits, each id once but for rejected ones."""
@@ -62,7 +62,7 @@ class Annotations:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: its texts by column, without spaces around them."""
+    """A line of a table: the text of each column, stripped."""
 
     file: AnnotationFile
     line: int
@@ -70,11 +70,11 @@ class Row:
 
     @property
     def location(self) -> str:
-        """Where it is, such as `test.csv line 12`."""
+        """File and line, such as `test.csv line 12`."""
         return f"{self.file.short} line {self.line}"
 
     def error(self, column: str, remedy: str) -> UserError:
-        """Return the error for a value."""
+        """Return the error for the value of a column."""
         return self.file.error(f"{self.location} has {column} {self.text[column]!r}; {remedy}")
 
     def required(self, column: str) -> str:
@@ -94,7 +94,7 @@ class Row:
 
 @dataclass(frozen=True)
 class AnnotationFile:
-    """An annotation file: `name` below what the user gave as `annotations`, or that itself."""
+    """An annotation file: the path `given` as setting `annotations`, or `name` below it."""
 
     given: str
     name: str = ""
@@ -106,18 +106,18 @@ class AnnotationFile:
 
     @cached_property
     def short(self) -> str:
-        """The file's own name."""
+        """The name of the file without folders."""
         return self.path.rstrip("/").rpartition("/")[2]
 
     def error(self, what: str) -> UserError:
-        """Return the error for something that is wrong with it."""
+        """Return the error for a fault of the file."""
         return UserError(f"annotations is {self.given!r}: {what}")
 
     def read(self) -> str:
         """Return its text.
 
         Raises:
-            UserError: it is missing or no text.
+            UserError: it is missing or not a text file.
         """
         if not storage.exists(self.path):
             raise self.error(f"there is no {self.name} in it" if self.name else "there is no such file")
@@ -129,10 +129,10 @@ class AnnotationFile:
             raise self.error(f"{self.short} is not a text file in UTF-8") from None
 
     def rows(self, required: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
-        """Yield the lines of a csv file whose first line names the columns; blank lines are passed over.
+        """Yield the lines of a csv file whose first line names the columns; blank lines are skipped.
 
         Raises:
-            UserError: a column is missing or unknown, or a line has not as many fields as the header.
+            UserError: a column is missing or unknown, or a line has more or fewer fields than the header.
         """
         reader = csv.reader(io.StringIO(self.read(), newline=""))
         try:
@@ -184,5 +184,5 @@ def annotation_files(given: str, names: Sequence[str], what: str) -> list[Annota
 
 
 def class_list(names: dict[int, str], count: int) -> list[str]:
-    """Return the names of `count` classes; one that is listed nowhere goes by its number."""
+    """Return the names of `count` classes; the number stands for the name of a class without videos."""
     return [names.get(label, str(label)) for label in range(count)]

@@ -30,7 +30,7 @@ def test_seeds_are_stable_and_differ_by_all_that_they_depend_on() -> None:
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_clips_lie_within_the_stretch(seed: int) -> None:
+def test_clips_lie_within_the_segment(seed: int) -> None:
     long_T, short_T = long_short_times(CLIPS, 3.0, 12.0, 8.0, seed)
     for times, stride in ((long_T, 1.0), (short_T, 0.25)):
         assert times[0] >= 3.0
@@ -135,7 +135,7 @@ def test_training_windows_are_drawn_among_all() -> None:
     np.testing.assert_array_equal(training_times("windows", LVU, 3.0, 20.0, 25.0, 1)[:2], [3, 4])
 
 
-def test_whole_clips_have_a_frame_in_each_part_of_the_stretch() -> None:
+def test_whole_clips_have_a_frame_in_each_part_of_the_segment() -> None:
     (centred,) = protocol_times("whole", CLIPS, 10.0, 26.0, 25.0, clips=1)
     np.testing.assert_allclose(centred, 10 + 2 * np.arange(8) + 1)
     three = protocol_times("whole", CLIPS, 10.0, 26.0, 25.0, clips=3)
