@@ -1,10 +1,9 @@
 """Reading of cached features at the size of LVU's windows (60 x 197 x 1024), against plain reads of the same files.
 
-A round takes as many windows as the files have bytes for, a warm one some times over: `CachedClips` reads into batches
-that a training step would take. Plain reads are sequential, of whole files into buffers that are used again: by one
-thread into a small one, which stays in the processor's cache and writes to no memory at all; and by as many threads
-as read features, into buffers of a batch. Warm rounds find the files in the system's page cache; cold ones do not, and
-nothing has them mapped.
+A round reads as many windows as the files have bytes for (a warm round PASSES times), with `CachedClips` into batches
+as a training step takes them. Plain reads are sequential, of whole files into reused buffers: by one thread into a small
+buffer, which stays in the processor's cache; and by as many threads as read features, each into a buffer of a batch.
+In warm rounds the files are in the page cache; in cold rounds they are not, and no process has them mapped.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ WINDOW, TOKENS, WIDTH, CHUNK = 60, 197, 1024, 64
 BLOCK = 8 << 20
 """Bytes of a plain read."""
 PASSES = 16
-"""Times that a warm round reads everything: 192 batches, of which the first few are given new memory."""
+"""Times that a warm round reads everything: 192 batches, of which the first few allocate memory."""
 DROPS = 20
-"""Times that a file is dropped from the page cache before that counts as impossible."""
+"""Attempts to drop a file from the page cache."""
 PREFETCH = 2
-"""Batches ahead, as `data.prefetch_batches` is by default."""
+"""Prefetched batches, the default of `data.prefetch_batches`."""
 
 
 def make(folder: str, videos: int, minutes: float) -> tuple[pa.Table, int]:
@@ -75,7 +74,7 @@ def make(folder: str, videos: int, minutes: float) -> tuple[pa.Table, int]:
 
 
 class Plain:
-    """Sequential reads of whole files into buffers that are there before and are written again and again."""
+    """Sequential reads of whole files into buffers that are allocated once."""
 
     def __init__(self, paths: list[Path], threads: int, size: int) -> None:
         self._shares = [paths[thread::threads] for thread in range(threads)]
@@ -115,7 +114,7 @@ def drop(paths: list[Path]) -> None:
 
 
 def read_windows(folder: str, manifest: pa.Table, batch: int, windows: int, passes: int) -> None:
-    """Read windows as fine-tuning does, so many times as many bytes as the files have."""
+    """Read windows as fine-tuning does, `passes` times."""
     order = ClipOrder(len(manifest), batch, epochs=1, seed=0, steps=windows // batch * passes)
     source = CachedClips(
         features=folder,
@@ -168,7 +167,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.0, help="length of a video, 24 MB a minute")
     parser.add_argument("--batch", type=int, default=4, help="windows of a batch")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of every comparison")
-    parser.add_argument("--folder", help="where the features are written for a while; default: the temporary folder")
+    parser.add_argument("--folder", help="where the features are written temporarily; default: the temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         run(folder, options.videos, options.minutes, options.batch, options.rounds)

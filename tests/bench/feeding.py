@@ -62,7 +62,7 @@ def pair_seconds(rows: list[Video], rounds: int) -> list[float]:
 
 
 def small(rows: list[Video]) -> list[Video]:
-    """Return the rows of the videos as stage `transcode` encodes them for these clips; they are made once."""
+    """Return the rows of the videos as stage `transcode` encodes them for these clips; they are encoded once."""
     manifest = pa.Table.from_pylist(rows, SCHEMA)
     out = f"out/bench/small-{digest(manifest)[:12]}"
     storage.write_table(f"{out}.parquet", manifest)

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "timm", "numpy", "ray", "decord", "av", "pyarrow", "mlflow"
 
 @dataclass(frozen=True)
 class Row:
-    """A figure and what it should reach; without a target it is only shown."""
+    """A figure and its target; without a target it is only shown."""
 
     figure: str
     value: float | None
@@ -43,7 +43,7 @@ class Row:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the hardware that the figures depend on."""
     names = {line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")}
     found: dict[str, Any] = {
         "cpu": ", ".join(sorted(names)) or platform.processor(),
@@ -61,7 +61,7 @@ def _lines(path: str) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are there."""
+    """Return the versions of Python and of the installed packages."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -126,9 +126,9 @@ def alternate(
     warm: int = 1,
     before: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Time every case once a round, in turn, and return the seconds of each; the first rounds are not counted.
+    """Time all cases, alternating, once a round, and return the seconds of each; the first `warm` rounds do not count.
 
-    What is to be done `before` each is not timed.
+    `before` is called before each case and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warm + rounds):
@@ -150,5 +150,5 @@ def _wait(device: torch.device) -> None:
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """Return the median over rounds of how many times faster the second is."""
+    """Return the median over rounds of slow / fast."""
     return median(a / b for a, b in zip(slow, fast, strict=True))

@@ -1,4 +1,4 @@
-"""Videos that the benchmarks of reading read, and how: rendered or given ones, as the code and as plain decord do."""
+"""Videos of the reading benchmarks, rendered or given, and how they are read: by this project, and by plain decord."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Video = dict[str, Any]
 
 
 def rendered(options: argparse.Namespace) -> str:
-    """Return a folder of rendered videos of a realistic size; they are made once."""
+    """Return a folder of rendered videos of a realistic size; they are rendered once."""
     out = f"out/bench/videos-{options.count}-{options.pixels}-{options.seconds:g}s"
     config = SampleConfig(
         out=out,
@@ -45,7 +45,7 @@ def rendered(options: argparse.Namespace) -> str:
 
 
 def manifest_of(folder: str) -> list[Video]:
-    """Return the rows of the videos of a folder that can be read."""
+    """Return manifest rows of the readable videos of a folder."""
     rows = []
     for path in sorted(Path(folder).rglob("*.*")):
         if path.suffix[1:].lower() not in EXTENSIONS:
@@ -53,7 +53,7 @@ def manifest_of(folder: str) -> list[Video]:
         try:
             facts = probe(str(path))
         except VideoError as error:
-            print(f"left out: {path.name}: {error}")
+            print(f"skipped: {path.name}: {error}")
             continue
         names = ("duration_s", "fps", "num_frames", "width", "height", "codec", "decoder")
         row = {"video_id": path.stem, "uri": str(path.resolve()), "split": "train"}

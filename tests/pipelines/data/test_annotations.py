@@ -190,7 +190,7 @@ def _coin(tmp_path: Path, database: Any) -> str:
     return str(path)
 
 
-def test_coin_uses_a_stretch_of_each_video(tmp_path: Path) -> None:
+def test_coin_uses_a_segment_of_each_video(tmp_path: Path) -> None:
     database = {"-a_": _entry(), "b": _entry(subset="testing", recipe_type=179, **{"class": "Zip"})}
     annotations = coin.read(_coin(tmp_path, database))
     video = _by_id(annotations)["-a_"]

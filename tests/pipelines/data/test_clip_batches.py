@@ -81,7 +81,7 @@ def _broken(manifest: pa.Table, indices: list[int], folder: Path) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def test_batches_follow_the_plan(manifest: pa.Table) -> None:
+def test_batches_follow_the_clip_order(manifest: pa.Table) -> None:
     plan = ClipOrder(VIDEOS, 4, epochs=2, seed=1)
     rows = plan.rows(0, plan.total_steps)
     batches = list(_train(manifest, plan))

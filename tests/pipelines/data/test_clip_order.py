@@ -34,7 +34,7 @@ def test_every_epoch_has_each_video_at_most_once_and_whole_batches(videos: int, 
 
 @pytest.mark.parametrize(("videos", "batch", "epochs"), PLANS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_workers_share_the_plan(videos: int, batch: int, epochs: int, world: int) -> None:
+def test_workers_share_the_order(videos: int, batch: int, epochs: int, world: int) -> None:
     plan = ClipOrder(videos, batch, epochs, seed=2)
     whole = _table(plan.rows(0, plan.total_steps))
     parts = [plan.rows(0, plan.total_steps, rank, world) for rank in range(world)]
@@ -109,7 +109,7 @@ def test_the_order_depends_on_the_seed_alone() -> None:
     assert ClipOrder(10, 10, 1, 0).order(0).tolist() == [0, 7, 8, 6, 9, 5, 1, 3, 2, 4]
 
 
-def test_what_cannot_be_planned_is_refused() -> None:
+def test_impossible_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_size is 16: give 1 to 5"):
         ClipOrder(5, 16, 1, 0)
     plan = ClipOrder(32, 16, 1, 0)

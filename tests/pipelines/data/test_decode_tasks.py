@@ -83,7 +83,7 @@ def _rows(*candidates: list[dict[str, Any]]) -> pa.Table:
     return pa.table({"candidates": pa.array(list(candidates), pa.list_(CANDIDATE))})
 
 
-def test_the_child_gives_what_is_read_here(tmp_path: Path, process: VideoProcess) -> None:
+def test_the_child_reads_the_same_frames_as_this_process(tmp_path: Path, process: VideoProcess) -> None:
     for name in ("a.mp4", "b c.mp4"):
         path = write_video(tmp_path / name, 40)
         assert process.probe(path, 10) == probe(path)
@@ -122,7 +122,7 @@ def test_a_decoder_that_crashes_is_named(tmp_path: Path, process: VideoProcess, 
 
 
 @pytest.mark.usefixtures("fake_decord")
-def test_an_interrupted_question_leaves_no_answer_behind(tmp_path: Path, process: VideoProcess) -> None:
+def test_an_interrupted_request_leaves_no_reply_behind(tmp_path: Path, process: VideoProcess) -> None:
     path = write_video(tmp_path / "hangs.mp4", 40)
 
     def interrupt(*_: object) -> None:
@@ -259,7 +259,7 @@ def test_a_password_in_a_name_stays_out_of_the_failures(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.usefixtures("ray_local")
-def test_training_goes_on_past_videos_that_hang_or_crash(
+def test_training_continues_past_videos_that_hang_or_crash(
     tmp_path: Path, fake_decord: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = ClipOrder(8, 4, 1, seed=1)

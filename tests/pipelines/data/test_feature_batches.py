@@ -118,7 +118,7 @@ def places(batches: Iterable[ClipBatch]) -> set[int]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch has pinned memory in its own cache")
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_memory_of_dropped_batches_is_used_again(written: tuple[str, pa.Table, Float16Array], prefetch: int) -> None:
+def test_memory_of_dropped_batches_is_reused(written: tuple[str, pa.Table, Float16Array], prefetch: int) -> None:
     folder, manifest, _ = written
     made = places(training(folder, manifest, prefetch))
     assert len(made) <= prefetch + 2
@@ -129,7 +129,7 @@ def test_memory_of_dropped_batches_is_used_again(written: tuple[str, pa.Table, F
     assert sizes[-1][0] < 3
 
 
-def test_memory_is_that_of_a_batch_that_is_gone() -> None:
+def test_the_pool_reuses_only_memory_without_references() -> None:
     memory = BufferPool(keep=1)
     first, second = memory.take((4, 5)), memory.take((4, 5))
     places = first.data_ptr(), second.data_ptr()

@@ -122,7 +122,7 @@ def test_missing_targets_are_refused() -> None:
         _check(_manifest(target=[None, 1, 1, 1]), task="regression")
 
 
-def test_short_videos_are_dropped_or_kept_as_told() -> None:
+def test_short_videos_are_dropped_or_kept_as_set() -> None:
     table = _manifest(end_s=[10, 2, 10, 1])
     drop = ClipConfig(frames=4, long_stride=1.0, too_short="drop")
     assert drop_too_short(table, drop)["video_id"].to_pylist() == ["v0", "v2"]

@@ -51,19 +51,19 @@ def test_no_video_is_too_short_for_a_window_or_for_the_whole_of_it() -> None:
     assert checked_clips(clips, "multi-clip") == clips
 
 
-def test_windows_that_are_not_those_of_lvu_are_told() -> None:
+def test_windows_that_differ_from_lvus_are_named() -> None:
     lvu = ClipConfig(frames=60, long_stride=1.0, short_stride=1.0)
     assert "LVU's are 60 s" not in clips_in_words("windows", lvu, 1)
     assert "LVU's are 60 s" not in clips_in_words("windows", ClipConfig(frames=16, long_stride=3.75), 1)
-    assert "windows of 32 seconds" in (told := clips_in_words("windows", ClipConfig(), 1))
-    assert "LVU's are 60 s" in told
+    assert "windows of 32 seconds" in (text := clips_in_words("windows", ClipConfig(), 1))
+    assert "LVU's are 60 s" in text
 
 
 def test_coverage_says_where_the_missing_videos_are() -> None:
     assert coverage("test", 7, 0, 7, 7) == "on all 7 listed videos of split test"
-    told = coverage("test", 5, 2, 8, 12)
-    assert told.startswith("on 5 of 12 listed videos of split test")
-    assert told.endswith("4 rejected by index, 1 too short, 2 unreadable now")
+    text = coverage("test", 5, 2, 8, 12)
+    assert text.startswith("on 5 of 12 listed videos of split test")
+    assert text.endswith("4 rejected by index, 1 too short, 2 unreadable now")
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +122,9 @@ def test_all_windows_of_a_video_give_its_result(
         found = evaluate.run(evaluation)
     finally:
         moved.rename(gone)
-    told = capsys.readouterr().out
-    assert "on 3 of 6 listed videos of split test" in told
-    assert "2 rejected by index, 1 unreadable now" in told
+    text = capsys.readouterr().out
+    assert "on 3 of 6 listed videos of split test" in text
+    assert "2 rejected by index, 1 unreadable now" in text
     assert (found["protocol"], found["counts"]["unreadable"]) == ("windows", 1)
     figures = storage.read_json(str(tmp_path / "evaluate" / "metrics.json"))
     assert (figures["test/videos"], figures["test/listed"], figures["test/clips"]) == (3, 6, 3 + 1 + 6)

@@ -126,7 +126,7 @@ def test_tables_and_folders_on_s3(bucket: str, tmp_path: Path) -> None:
     assert storage.read_table(str(tmp_path / "copy" / "t.parquet")) == table
 
 
-def test_a_bucket_that_is_not_there_is_told_without_secrets(bucket: str) -> None:
+def test_a_bucket_that_is_missing_is_reported_without_secrets(bucket: str) -> None:
     assert not storage.exists("s3://no-such-bucket/a")
     with pytest.raises(UserError, match=r"--out is 's3://no-such-bucket/a': it cannot be written to") as raised:
         storage.check_writable("s3://no-such-bucket/a")

@@ -44,7 +44,7 @@ def test_times_are_a_function_of_the_seed() -> None:
     assert first[0] != other[0]
 
 
-def test_starts_are_uniform_and_drawn_on_their_own() -> None:
+def test_starts_are_uniform_and_independent() -> None:
     starts = np.array([[times[0] for times in long_short_times(CLIPS, 0, 27.125, 8, seed)] for seed in range(4000)])
     # Longest starts: 27.125 - 1/8 - 7 strides.
     np.testing.assert_allclose(starts.mean(0), [10.0, 12.625], atol=0.4)

@@ -151,7 +151,7 @@ def _broken(kind: str, folder: Path) -> str:
         ("zeroed end", "frame.*fails to decode"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, kind: str, reason: str) -> None:
+def test_errors_say_what_is_wrong(tmp_path: Path, kind: str, reason: str) -> None:
     with pytest.raises(VideoError, match=reason) as raised:
         probe(_broken(kind, tmp_path))
     assert str(tmp_path) not in raised.value.reason
