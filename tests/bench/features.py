@@ -1,8 +1,8 @@
 """Reading of cached features at the size of LVU's windows (60 x 197 x 1024), against plain reads of the same files.
 
 A round reads as many windows as the files have bytes for (a warm round PASSES times), with `CachedClips` into batches
-as a training step takes them. Plain reads are sequential, of whole files into reused buffers: by one thread into a small
-buffer, which stays in the processor's cache; and by as many threads as read features, each into a buffer of a batch.
+as a training step takes them. Plain reads are sequential, of whole files into reused buffers: by one thread into a
+small buffer, which stays in the processor's cache; and by as many threads as read features, each into one of a batch.
 In warm rounds the files are in the page cache; in cold rounds they are not, and no process has them mapped.
 """
 
