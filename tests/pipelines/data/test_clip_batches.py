@@ -180,7 +180,7 @@ def test_closing_the_batches_early_frees_the_cluster(manifest: pa.Table) -> None
 def test_no_more_tasks_run_than_the_user_allows(
     manifest: pa.Table, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: int
 ) -> None:
-    def chunk(rows: pa.Table, reading: Any) -> Any:
+    def chunk(rows: pa.Table, spec: Any) -> Any:
         """Note how many tasks run, of which each waits a while for a second one."""
         here = Path(tempfile.mkdtemp(dir=tmp_path))
         for _ in range(20):
@@ -189,7 +189,7 @@ def test_no_more_tasks_run_than_the_user_allows(
             if running > 1:
                 break
             time.sleep(0.02)
-        columns = decode_tasks.decode_chunk(rows, reading)
+        columns = decode_tasks.decode_chunk(rows, spec)
         here.rmdir()
         return columns
 
