@@ -63,7 +63,7 @@ def recorded(job, context):
     control, decode_chunk = f"{folder}/control", decode_tasks.decode_chunk
 
     def slow_chunk(rows, reading):
-        child = decode_tasks._process._started() and decode_tasks._process._child.pid
+        child = decode_tasks._process._connected() and decode_tasks._process._child.pid
         while os.path.exists(f"{control}/hold_decoding"):
             with open(f"{folder}/decoding_{os.getpid()}_{child}", "w"):
                 time.sleep(0.1)
