@@ -54,7 +54,7 @@ HTTP_ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
-def _create_database(uri: str) -> None:
+def _set_environment(uri: str) -> None:
     """Set what MLflow takes from the environment alone, where the user has not; before mlflow is imported."""
     for name, value in (ENVIRONMENT | (HTTP_ENVIRONMENT if uri.startswith("http") else {})).items():
         os.environ.setdefault(name, value)
@@ -67,6 +67,22 @@ def _connect(uri: str) -> MlflowClient:
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
+
+
+def create_database(config: TrackingConfig, out: str) -> None:
+    """Import MLflow and create a new tracking database on this machine, so that `start` does not wait for either.
+
+    Raises:
+        UserError: the tracking URI makes no sense.
+        OSError, MlflowException: the database cannot be created.
+    """
+    uri = resolve_uri(config, out)
+    if uri == OFF:
+        return
+    _set_environment(uri)
+    if database(uri):
+        with alone(uri):
+            _connect(uri)
 
 
 @contextmanager
@@ -104,7 +120,7 @@ class Tracker:
         self._client: MlflowClient | None = None
         self._send_queue = None if uri == OFF else SendQueue(f"MLflow at {uri}", self._send_rows)
         if self._send_queue:
-            _create_database(uri)
+            _set_environment(uri)
             self._send_queue.put(Call("the run", self._open, vital=True))
 
     def log(self, metrics: Mapping[str, float], step: int | None) -> None:
@@ -334,7 +350,7 @@ def reading(uri: str) -> Iterator[MlflowClient]:
     file = database(uri)
     if file and not os.path.exists(file):
         raise UserError(f"--tracking.uri is {uri!r}: there is no such database; run a stage first, or give another one")
-    _create_database(uri)
+    _set_environment(uri)
     try:
         with _translated():
             with alone(uri):
