@@ -167,7 +167,8 @@ def test_batches_follow_the_plan(cached: str, manifest: str) -> None:
 
     def batches(**changes: Any) -> list[Any]:
         start = changes.pop("start_step", 0)
-        source = CachedClips(features=cached, clips=CLIPS, frame_size=32, data=DataConfig(), **changes)
+        settings: dict[str, Any] = {"features": cached, "clips": CLIPS, "frame_size": 32, "data": DataConfig()}
+        source = CachedClips(**(settings | changes))
         return list(source.training(train, plan, 7, start))
 
     whole, ids = batches(), train["video_id"].to_pylist()
