@@ -119,7 +119,7 @@ class ClipOrder:
             place = (row + shift) % pool
             left_over = place < len(order) - used
             spares[left_over, column] = order[used + (place[left_over] + index * size) % (len(order) - used or 1)]
-            # The pool goes on with the other batches, from half-way between the next one and this one again.
+            # The pool continues with the other batches, from half-way between the next one and this one again.
             away = (place[~left_over] - (len(order) - used) + others // 2) % (others or 1)
             spares[~left_over, column] = order[((index + 1) * size + away) % used]
         return spares

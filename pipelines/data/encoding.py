@@ -1,4 +1,4 @@
-"""Encode one video anew so that frames at any times are cheap to read: small pictures in short, closed groups.
+"""Re-encode one video so that frames at any times are cheap to read: small pictures in short, closed groups.
 
 Times stay what they are, in the old video's own ticks, from 0 at the first frame. Pictures are those that the readers
 show: upright, of square pixels.

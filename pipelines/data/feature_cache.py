@@ -4,10 +4,10 @@ FEATURES/features.json         `FeatureMeta`; it comes last, so that features wi
 FEATURES/index.parquet         a row of INDEX for each video of the manifest, in its order
 FEATURES/padding.npy           tokens (N, D) of a black frame, for what lies beyond the end of a video
 FEATURES/shards/00012.arrow    frames of some videos: `time_s` and `tokens`; a record batch is a chunk of one video
-FEATURES/shards/00012.parquet  their rows of the index; it comes last, so that a shard without it is made anew
+FEATURES/shards/00012.parquet  their rows of the index; it comes last, so that a shard without it is recomputed
 
 Arrow's file format is not compressed: a local shard is a memory map, of which only the frames of the clips are read. Of
-a shard in an object store the chunks that hold them are fetched, each time anew. Features are never all in memory.
+a shard in an object store the chunks that hold them are fetched, again each time. Features are never all in memory.
 
 Shapes: T frames, N tokens a frame, D width.
 """
@@ -185,9 +185,9 @@ def read_meta(folder: str) -> FeatureMeta:
     try:
         meta = FeatureMeta(**storage.read_json(path))
     except (ValueError, TypeError) as error:
-        raise UserError(f"features is {folder!r}: {META} is damaged ({error}); make them anew") from None
+        raise UserError(f"features is {folder!r}: {META} is damaged ({error}); recompute them") from None
     if meta.format != FORMAT:
-        raise UserError(f"features is {folder!r}: layout {meta.format}, this version reads {FORMAT}; make them anew")
+        raise UserError(f"features is {folder!r}: layout {meta.format}, this version reads {FORMAT}; recompute them")
     return meta
 
 
@@ -209,16 +209,16 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
         if meta.backbone.get(name) != value:
             there = meta.backbone.get(name)
             raise UserError(
-                f"{stale} with model.backbone.{name} {there!r}, not {value!r}; make them anew or give "
+                f"{stale} with model.backbone.{name} {there!r}, not {value!r}; recompute them or give "
                 f"--model.backbone.{name} {there}"
             )
     if meta.weights != weights:
         raise UserError(
-            f"{stale} by other weights of the backbone than this run's; make them anew, or give the checkpoint or "
+            f"{stale} by other weights of the backbone than this run's; recompute them, or give the checkpoint or "
             "model.backbone.weights that they were made with"
         )
     if meta.manifest != manifest:
-        raise UserError(f"{stale} from another manifest, or it has changed since; make them anew")
+        raise UserError(f"{stale} from another manifest, or it has changed since; recompute them")
 
 
 @dataclass(frozen=True)
@@ -300,4 +300,4 @@ def _opened(folder: str, shard: int) -> tuple[Any, Lock]:
         local = isinstance(system, fs.LocalFileSystem)
         return pa.ipc.open_file(pa.memory_map(inner) if local else system.open_input_file(inner)), Lock()
     except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise UserError(f"features is {folder!r}: {path} is missing or damaged ({error}); make them anew") from None
+        raise UserError(f"features is {folder!r}: {path} is missing or damaged ({error}); recompute them") from None

@@ -244,23 +244,23 @@ def lone_classes(table: pa.Table) -> tuple[list[str], list[str]]:
     def counts(rows: pa.Table) -> Counter[str]:
         return Counter(name for name in rows["class_name"].to_pylist() if name is not None)
 
-    all_counts, learnt = counts(table), counts(split_of(table, "train"))
+    all_counts, learned = counts(table), counts(split_of(table, "train"))
     single = sorted(name for name, count in all_counts.items() if count == 1)
-    return single, sorted(name for name, count in all_counts.items() if count > 1 and name not in learnt)
+    return single, sorted(name for name, count in all_counts.items() if count > 1 and name not in learned)
 
 
 def _check_classes(table: pa.Table) -> None:
     if description(table).dataset:
         # Its classes are what they are, also where many of its videos are no longer to be had: `index` warns of them.
         return
-    single, unlearnt = lone_classes(table)
+    single, unlearned = lone_classes(table)
     for name in single:
         video_id = table.filter(pc.equal(table["class_name"], name))["video_id"][0].as_py()
         raise UserError(
-            f"class {name!r} has a single video, {video_id}: it cannot be both learnt and tested; "
+            f"class {name!r} has a single video, {video_id}: it cannot be both learned and tested; "
             "add videos of that class or leave it out, and run `index` again"
         )
-    for name in unlearnt:
+    for name in unlearned:
         raise UserError(
             f"class {name!r} has videos, but none in split train: put some there or leave the class out, and run "
             "`index` again"

@@ -72,7 +72,7 @@ class VideoProcess:
         return frames
 
     def encode(self, uri: str, encoding: Encoding, timeout_s: float) -> VideoFacts:
-        """Encode a video anew and return the new facts; see `encoding.encode`, and `probe` for the other errors."""
+        """Re-encode a video and return the new facts; see `encoding.encode`, and `probe` for the other errors."""
         facts = self._ask(VideoRequest(uri, encoding, timeout_s)).facts
         assert facts is not None
         return facts
@@ -126,7 +126,7 @@ class VideoProcess:
         try:
             status = self._child.wait(GRACE_S)
         except subprocess.TimeoutExpired:
-            return "its process goes on"
+            return "its process continues"
         return f"exit status {status}" if status >= 0 else signal.Signals(-status).name
 
 

@@ -40,7 +40,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A video, and what is done with it: its clips are read, it is encoded anew, or None for its facts."""
+    """A video, and what is done with it: its clips are read, it is re-encoded, or None for its facts."""
 
     uri: str
     work: Clips | Encoding | None

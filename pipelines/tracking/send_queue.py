@@ -167,7 +167,7 @@ class SendQueue:
         if not self._away:
             self._away = True
             say(
-                f"{self._service} does not answer ({error}); the stage goes on, "
+                f"{self._service} does not answer ({error}); the stage continues, "
                 "what it logs is kept and sent when the server is back"
             )
         self.failure = error

@@ -5,7 +5,7 @@ its last frame exists. A video that is too short raises `ValueError`, unless `to
 becomes the longest that fits. Long and short clips start at times drawn on their own, uniformly over all starts that
 fit (LSTCL, arXiv 2106.09212). Times are seconds after the video's first frame.
 
-A protocol says which clips of a video are learnt from and which its result is put together from (`training_times`,
+A protocol says which clips of a video are learned from and which its result is put together from (`training_times`,
 `protocol_times`): `uniform` and `multi-clip` take long clips; `windows`, LVU's, all windows; `whole` clips as long as
 the video. In the last two no video is too short.
 """
@@ -79,7 +79,7 @@ def evaluation_times(config: ClipConfig, start_s: float, end_s: float, fps: floa
 def lvu_windows(duration_s: float, window_s: float = 60.0, step_s: float = 1.0) -> FloatArray:
     """Return the starts (W,), in seconds, of the windows that LVU is evaluated on: one every `step_s` while it fits.
 
-    A fraction of a second at the end counts for nothing. A video shorter than a window has one, from 0, which goes on
+    A fraction of a second at the end counts for nothing. A video shorter than a window has one, from 0, which continues
     beyond its end: what lies there is to be zero-padded.
 
     Raises:

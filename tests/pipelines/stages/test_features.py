@@ -270,19 +270,19 @@ def predictions(config: EvaluateConfig) -> tuple[dict[str, list[Any]], npt.NDArr
 def test_features_of_a_checkpoint_give_its_predictions(
     cached: str, manifest: str, weights: str, tmp_path: Path
 ) -> None:
-    # The checkpoint's backbone has learnt: it is not the file's any more.
+    # The checkpoint's backbone has learned: it is not the file's any more.
     changes = {"model.backbone.frozen": False, "protocol": "windows", "loop.epochs": 1}
-    learnt = training(manifest, weights, tmp_path / "learnt", **changes)
-    finetune.run(learnt)
-    made = encoding(manifest, "", tmp_path / "features", checkpoint=learnt.out)
+    learned = training(manifest, weights, tmp_path / "learned", **changes)
+    finetune.run(learned)
+    made = encoding(manifest, "", tmp_path / "features", checkpoint=learned.out)
     features.run(made)
     assert FeatureReader(made.out).meta.weights != FeatureReader(cached).meta.weights
-    on_features = {"model.backbone.frozen": True, "checkpoint": learnt.out, "features": made.out}
+    on_features = {"model.backbone.frozen": True, "checkpoint": learned.out, "features": made.out}
     tuned = training(manifest, "", tmp_path / "tuned", **(changes | on_features))
     finetune.run(tuned)
     with pytest.raises(UserError, match="made by other weights of the backbone than this run's"):
         finetune.build_job(replace(tuned, features=cached))
-    for config in (learnt, tuned):
+    for config in (learned, tuned):
         settings: dict[str, Any] = {"manifest": manifest, "checkpoint": config.out, "split": "val"}
         settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "data.cpus_per_decode": 0.5, "batch_size": 5}
         fresh = override(EvaluateConfig(), settings | {"out": f"{config.out}_fresh"})
@@ -315,7 +315,7 @@ def test_a_worker_and_its_decoders_fit_on_a_node(workers: int, nodes: list[float
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.backbone.frame_size": 64}, r"made with model.backbone.frame_size 32, not 64; make them anew or give"),
+        ({"model.backbone.frame_size": 64}, r"made with model.backbone.frame_size 32, not 64; recompute them or give"),
         ({"model.backbone.cls_token": True}, r"made with model.backbone.cls_token False, not True"),
         (
             {"model.backbone.weights": ""},
@@ -368,7 +368,7 @@ def test_damage_is_told(cached: str, tmp_path: Path) -> None:
     truncate(str(path))
     reader, out = FeatureReader(folder), np.empty((1, 16, 16), np.float16)
     name = storage.read_table(storage.join(folder, "index.parquet"))["video_id"][0].as_py()
-    with pytest.raises(UserError, match=r"00000.arrow is missing or damaged .* make them anew"):
+    with pytest.raises(UserError, match=r"00000.arrow is missing or damaged .* recompute them"):
         reader.read(name, np.zeros(1, np.int64), out)
     storage.write_json(storage.join(folder, "features.json"), {"format": 0})
     with pytest.raises(UserError, match=r"features.json is damaged"):
