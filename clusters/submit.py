@@ -46,7 +46,7 @@ class Submission:
     stage: str
     config: StageConfig
     env: tuple[str, ...]
-    """Environment variables handed on by name."""
+    """Environment variables passed on by name."""
     cpus: float
     stop_wait_s: int
 
@@ -139,7 +139,7 @@ def submit(client: JobSubmissionClient, submission: Submission) -> str:
 
 
 class _Log:
-    """Prints a job's log, which starts anew with each connection, every character once."""
+    """Prints a job's log, which starts again with each connection, every character once."""
 
     def __init__(self) -> None:
         self.printed = 0
@@ -222,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="hand an environment variable on to the job, such as a credential; whoever may use the cluster can read "
-        "it there. MLFLOW_TRACKING_URI is handed on anyway",
+        "it there. MLFLOW_TRACKING_URI is passed on anyway",
     )
     p.add_argument(
         "--cpus",
@@ -269,7 +269,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return follow(client, job)
     except KeyboardInterrupt:
-        print(f"\n[submit] job {job} goes on\n{commands(options.address, job)}")
+        print(f"\n[submit] job {job} continues\n{commands(options.address, job)}")
         return STOPPED
 
 

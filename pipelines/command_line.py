@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
         name, config = parse(argv)
         preflight.check_inputs(config)
         preflight.check_out(config.out)
-        # Not before: a stage takes seconds to import.
+        # Not before: this, and a stage, take seconds to import.
+        importlib.import_module("pipelines.running.startup").start_ray_and_import(name, config)
         importlib.import_module(f"pipelines.stages.{name}").run(config)
     except UserError as error:
         return _say(error, 2)

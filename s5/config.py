@@ -15,7 +15,7 @@ Config = TypeVar("Config")
 
 DecoderName = Literal["s5", "vis4mer", "lst", "performer", "orthoformer", "tsn", "vtm"]
 EvaluationProtocol = Literal["uniform", "windows", "whole", "multi-clip"]
-"""Which clips of a video are learnt from and which its result is put together from (`s5.video.clip_times`)."""
+"""Which clips of a video are learned from and which its result is put together from (`s5.video.clip_times`)."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def quickstart() -> RunConfig:
     training |= {
         "pretrain.lsmcl.hidden": 256,
         "pretrain.lsmcl.dim": 64,
-        # Colour tells the steps apart here, so it is not to be learnt as noise.
+        # Colour tells the steps apart here, so it is not to be learned as noise.
         "pretrain.lsmcl.jitter": 0.0,
         "pretrain.optim.lr": 1e-3,
         "pretrain.loop.batch_size": 28,

@@ -35,7 +35,7 @@ class ScaleConfig:
     num_workers: int = 1
     """Data-parallel training workers."""
     min_workers: int = 0
-    """Workers with which training starts, or goes on, where the cluster has no room for all: it grows to `num_workers`
+    """Workers with which training starts, or resumes, where the cluster has no room for all: it grows to `num_workers`
     once there is room. 0 to wait for all."""
     resize_interval_s: float = 60.0
     """Seconds between two looks for room for more workers; more of them start from the last checkpoint."""

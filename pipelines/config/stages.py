@@ -204,7 +204,7 @@ class FeaturesConfig:
     chunk_frames: int = 64
     """Frames that are read, encoded and stored together."""
     shard_videos: int = 8
-    """Videos of a shard: what a run that was ended has to make anew."""
+    """Videos of a shard: what a run that was ended has to recompute."""
     data: DecodeConfig = field(default_factory=DecodeConfig)
     """Decoding, shared out among the workers; the time limit is for one chunk."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -236,11 +236,11 @@ class FinetuneConfig:
     features: FeaturesPath = ""
     """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen."""
     task: Literal["class", "regression"] = "class"
-    """What is learnt: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
+    """What is learned: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Clips; only the long stride is used."""
     protocol: ProtocolSetting = "auto"
-    """Which clips are learnt from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
+    """Which clips are learned from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Video model."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.05))

@@ -39,7 +39,10 @@ def ensure_ray() -> None:
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
     os.environ.setdefault(*STARTUP_CONCURRENCY)
     address = os.environ.get("RAY_ADDRESS") or "local"
-    runtime_env: dict[str, Any] = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
+    # A local Ray's processes inherit the environment, and one without a runtime environment has workers ready.
+    runtime_env: dict[str, Any] = {}
+    if address != "local":
+        runtime_env["env_vars"] = {key: os.environ[key] for key in ENVIRONMENT}
     if address != "local" and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         root = Path(__file__).parents[2]
         runtime_env["py_modules"] = [str(root / "s5"), str(root / "pipelines")]

@@ -1,6 +1,7 @@
 """MLflow: logging runs and reading them back; the only room that imports mlflow.
 
-A stage calls `start` and gets a `Tracker`, which never waits for MLflow. Read in this order:
+A stage calls `start` and gets a `Tracker`, which never waits for MLflow; `create_database` may do the slow part of
+`start` ahead of time. Read in this order:
 
     uri         which MLflow a stage logs to: a database beside its results, a server, or none (`off`)
     tracker     start a run; log metrics and files; finish
@@ -14,9 +15,18 @@ A stage calls `start` and gets a `Tracker`, which never waits for MLflow. Read i
 mlflow itself is imported by the functions that need it: it takes seconds.
 """
 
-from pipelines.tracking.client import reading
+from pipelines.tracking.client import create_database, reading
 from pipelines.tracking.runs import PARENT_TAG, end_open_runs
 from pipelines.tracking.tracker import UNSENT_FILE, Tracker, start
 from pipelines.tracking.uri import resolve_uri
 
-__all__ = ["PARENT_TAG", "UNSENT_FILE", "Tracker", "end_open_runs", "reading", "resolve_uri", "start"]
+__all__ = [
+    "PARENT_TAG",
+    "UNSENT_FILE",
+    "Tracker",
+    "create_database",
+    "end_open_runs",
+    "reading",
+    "resolve_uri",
+    "start",
+]

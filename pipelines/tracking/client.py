@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
 from pipelines.tracking.send_queue import RefusedError, UnavailableError
-from pipelines.tracking.uri import OFF, database, database_lock
+from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +35,22 @@ def connect(uri: str) -> MlflowClient:
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri)
+
+
+def create_database(config: TrackingConfig, out: str) -> None:
+    """Import MLflow and create a new tracking database on this machine, so that `start` does not wait for either.
+
+    Raises:
+        UserError: the tracking URI makes no sense.
+        OSError, MlflowException: the database cannot be created.
+    """
+    uri = resolve_uri(config, out)
+    if uri == OFF:
+        return
+    set_environment(uri)
+    if database(uri):
+        with database_lock(uri):
+            connect(uri)
 
 
 @contextmanager

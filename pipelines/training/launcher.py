@@ -30,6 +30,8 @@ __all__ = ["BuildLoop", "OnRow", "Outcome", "RayContext", "launch"]
 RAY_TRAIN = "ray_train"
 # Timeout of a collective, where hangs are not looked for.
 NEVER_SECONDS = 10**7
+# Between two looks at the workers, which is how late Ray Train sees that they have ended; its own is 2.
+POLL_SECONDS = "0.5"
 
 
 def launch(
@@ -88,6 +90,7 @@ def launch(
 def _set_ray_timeouts(scale: ScaleConfig) -> None:
     """Set the timeouts that Ray Train reads from the driver's environment."""
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(scale.start_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     # For a worker in which the watchdog does not run either, such as a stopped process.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(1.25 * scale.hang_timeout_s or NEVER_SECONDS)
 

@@ -315,7 +315,7 @@ class Selection(nn.Module):
             self.generator = nn.Linear(online.width, 1, bias=False)
         elif config.generator == "transformer":
             self.generator = TransformerGenerator(online.width)
-        # A tensor, and filled in place: a number would be compiled in anew at each change.
+        # A tensor, and filled in place: a number would be compiled in again at each change.
         self.register_buffer("temperature", torch.tensor(config.temperature), persistent=False)
 
     def set_progress(self, progress: float) -> None:

@@ -62,12 +62,12 @@ def recorded(job, context):
 
     control, decode_chunk = f"{folder}/control", decode_tasks.decode_chunk
 
-    def slow_chunk(rows, reading):
+    def slow_chunk(rows, spec):
         child = decode_tasks._process._connected() and decode_tasks._process._child.pid
         while os.path.exists(f"{control}/hold_decoding"):
             with open(f"{folder}/decoding_{os.getpid()}_{child}", "w"):
                 time.sleep(0.1)
-        return decode_chunk(rows, reading)
+        return decode_chunk(rows, spec)
 
     clip_batches.decode_chunk = slow_chunk
     loop = build(job, context)

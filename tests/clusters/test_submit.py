@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster: LocalCluster, tmp_path:
     out, _ = follower.communicate(timeout=60)
     assert follower.returncode == 130
     stop = next(line for line in out.splitlines() if "stop:" in line).partition("stop:")[2]
-    assert "goes on" in out
+    assert "continues" in out
     assert status(cluster, job) == "RUNNING"
     subprocess.run(stop.strip(), shell=True, env=environment, check=True, capture_output=True, timeout=120)
     assert status(cluster, job) == "STOPPED"

@@ -162,13 +162,14 @@ def test_beyond_the_end_of_a_video_lies_black(cached: str, manifest: str, weight
     assert 0 < sum(is_black) < 20
 
 
-def test_batches_follow_the_plan(cached: str, manifest: str) -> None:
+def test_batches_follow_the_clip_order(cached: str, manifest: str) -> None:
     train = split_of(read_manifest(manifest), "train")
     plan = ClipOrder(len(train), 6, epochs=2, seed=1)
 
     def batches(**changes: Any) -> list[Any]:
         start = changes.pop("start_step", 0)
-        source = CachedClips(features=cached, clips=CLIPS, frame_size=32, data=DataConfig(), **changes)
+        settings: dict[str, Any] = {"features": cached, "clips": CLIPS, "frame_size": 32, "data": DataConfig()}
+        source = CachedClips(**(settings | changes))
         return list(source.training(train, plan, 7, start))
 
     whole, ids = batches(), train["video_id"].to_pylist()
