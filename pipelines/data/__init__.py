@@ -1,1 +1,21 @@
-"""From annotations and videos to batches: manifest, clip order, decode tasks, feature cache."""
+"""From annotations and videos to batches of clips. Read in this order:
+
+    annotations/      what is known of the videos: own csv files and folders, and the benchmarks' formats
+    manifest          the table that all later stages share, one row per video, and its checks
+    protocols         which clips of each video a benchmark trains on and evaluates
+    clip_order        which video is trained on in which step, computed from the seed in advance
+    clip_source       the interface of what delivers batches in that order, with two implementations:
+      clip_batches      decodes frames in Ray Data tasks
+      feature_batches   reads cached features in threads
+    decode_tasks      what a Ray Data task does: read the clips of a chunk of videos
+      video_process     the child process that decodes, so that a hanging decoder costs one video
+      video_requests    what task and child send each other
+    feature_cache     cached features on storage: layout, writing and reading
+    transcode_tasks   what stage `transcode` runs; encoding re-encodes one video in the child process
+    rendering         draws one video of the sample data set
+
+    annotations + videos -> manifest -> clip order -> clip source -> `s5.batch.ClipBatch` -> training
+
+A video that cannot be read never ends a run: it is counted, listed with its reason, and replaced in training.
+Decode tasks import neither torch nor mlflow, so nothing is imported here.
+"""

@@ -1,4 +1,12 @@
-"""Files, folders and checkpoints on local disks and object stores."""
+"""Files, folders and checkpoints on local disks and object stores, under one kind of name: a path or a URI.
+
+The rest of the program says `storage.read_json(path)` and never asks where `path` is. Read in this order:
+
+    files               names, reading and atomic writing, from bytes to tables and videos
+    checkpoint_backend  where a run stores its checkpoints: `s5.checkpoints` calls it
+    weights             weights read back from a checkpoint of any place
+    provenance          versions and commit that made a result
+"""
 
 from pipelines.storage.files import absolute as absolute
 from pipelines.storage.files import check_plain as check_plain
