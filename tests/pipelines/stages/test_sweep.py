@@ -209,12 +209,12 @@ def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path
     with pytest.raises(StoppedError, match="stopped as requested after 1 of 2 trials") as stopped:
         sweep.run(config)
     assert stopped.value.code == 128 + signal.SIGINT
-    assert time.monotonic() - sent[0] < 120
+    assert time.monotonic() - sent[0] < 300
     assert {run.status for run in logged(tmp_path) if str(second.parent) in run.out or run.stage == "sweep"} == {
         "KILLED"
     }
     assert not (tmp_path / "sweep" / "result.json").exists()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while ray.available_resources().get("CPU") != 2:
         assert time.monotonic() < deadline, "the stopped trial's workers still hold CPUs"
         time.sleep(0.5)
