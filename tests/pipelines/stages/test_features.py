@@ -346,7 +346,7 @@ def test_other_weights_and_another_manifest_are_refused(
     with pytest.raises(UserError, match="computed with other weights of the backbone than this run's"):
         finetune.build_job(override(config, {"model.backbone.weights": other}))
     storage.write_table(str(tmp_path / "less" / "manifest.parquet"), read_manifest(manifest).slice(1))
-    with pytest.raises(UserError, match="made from another manifest"):
+    with pytest.raises(UserError, match="computed from another manifest"):
         finetune.build_job(override(config, {"manifest": str(tmp_path / "less")}))
 
 
