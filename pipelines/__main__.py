@@ -16,9 +16,10 @@ def main() -> int:
     try:
         from pipelines import command_line
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("s5", "pipelines"):
-            raise
-        print(f"error: the package {error.name} is missing: run `make setup`, then .venv/bin/python", file=sys.stderr)
+        # As in `command_line.main`, which could not be imported.
+        from pipelines.errors import missing_package
+
+        print(f"error: {missing_package(error)}", file=sys.stderr)
         return 2
     return command_line.main(sys.argv[1:])
 

@@ -14,7 +14,7 @@ from pipelines import preflight
 from pipelines.config import INPUTS, STAGES, StageConfig, leaves_of, override, unknown
 from pipelines.config.arguments import parse_settings
 from pipelines.config.presets import PRESETS, preset
-from pipelines.errors import StageError, UserError
+from pipelines.errors import StageError, UserError, missing_package
 
 USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
 
@@ -31,8 +31,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     try:
         name, config = parse(argv)
-        preflight.check_inputs(config)
-        preflight.check_out(config.out)
+        preflight.check(name, config)
         # Not before: this, and a stage, take seconds to import.
         importlib.import_module("pipelines.running.startup").start_ray_and_import(name, config)
         importlib.import_module(f"pipelines.stages.{name}").run(config)
@@ -40,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
         return _say(error, 2)
     except StageError as error:
         return _say(error, error.code)
+    except ModuleNotFoundError as error:
+        return _say(missing_package(error), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except OSError as error:
@@ -82,14 +83,18 @@ def _help(name: str, config: StageConfig) -> NoReturn:
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
     """Return the value of an option, if it is there, and the arguments without it."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"--{option}="):
-            return argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
-        if argument == f"--{option}":
-            if i + 1 == len(arguments):
-                raise UserError(f"--{option} is given without a value")
-            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-    return None, arguments
+    values, others, left = [], [], iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        if flag != f"--{option}":
+            others.append(argument)
+        elif (found := value if equals else next(left, None)) is not None:
+            values.append(found)
+        else:
+            raise UserError(f"--{option} is given without a value")
+    if len(values) > 1:
+        raise UserError(f"--{option} is given {len(values)} times ({', '.join(values)}): give one")
+    return (values[0] if values else None), others
 
 
 def _saved(name: str, config: StageConfig, path: str) -> StageConfig:

@@ -9,9 +9,11 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines import storage, tracking
 from pipelines.config import SweepConfig, paths
 from pipelines.config.stages import StageConfig
 from pipelines.errors import UserError
+from pipelines.running.run_folder import RunFolder
 from s5.config import PathRole
 
 ROOM_BYTES = 1 << 20
@@ -32,14 +34,28 @@ def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
     return found
 
 
+def check(stage: str, config: StageConfig) -> None:
+    """Check what a stage reads, where it writes, and its tracking URI.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    check_inputs(config)
+    tracking.resolve_uri(config.tracking, config.out)
+    if not storage.is_uri(storage.absolute(config.out)):
+        RunFolder.of(stage, config).check_stage()
+        check_out(config.out)
+
+
 def check_inputs(config: StageConfig) -> None:
-    """Check the local files and folders that a stage reads.
+    """Check the local files and folders that a stage reads, and that no URI holds credentials.
 
     Raises:
         UserError: one does not exist, or is not what its setting names.
     """
     for key, (value, role) in used_paths(config).items():
-        if role.kind != "input" or ("://" in value and not value.startswith("file://")):
+        storage.check_no_credentials(value)
+        if role.kind != "input" or storage.is_uri(storage.absolute(value)):
             continue
         path = Path(value.removeprefix("file://")).expanduser()
         if not path.exists():
@@ -55,9 +71,7 @@ def check_out(out: str) -> None:
     Raises:
         UserError: it cannot, or its disk is full.
     """
-    if "://" in out and not out.startswith("file://"):
-        return
-    folder = Path(out.removeprefix("file://")).expanduser()
+    folder = Path(storage.absolute(out))
     probe = folder / f".{uuid.uuid4().hex}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)

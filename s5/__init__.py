@@ -34,7 +34,8 @@ _CONFIGS = (
     "SSMConfig",
     "SelectionConfig",
 )
-_HOMES = dict.fromkeys(_CONFIGS, "s5.config") | {
+_HOMES = {
+    **dict.fromkeys(_CONFIGS, "s5.config"),
     "LSMCL": "s5.tasks.lsmcl",
     "VideoModel": "s5.models.video_model",
     "build_decoder": "s5.models.decoders",

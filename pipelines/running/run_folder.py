@@ -73,7 +73,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written to, or holds a run of another stage.
         """
-        self._check_stage(self._earlier())
+        self.check_stage()
         storage.check_writable(self.root)
         self.write_json(RUN, self._settings())
         self.remove(RESULT)
@@ -84,10 +84,9 @@ class RunFolder:
         Raises:
             UserError: the folder holds a run of another stage, or one that began with other settings or inputs.
         """
-        earlier = self._earlier()
+        earlier = self.check_stage()
         if earlier is None:
             return None
-        self._check_stage(earlier)
         done = self.exists(RESULT)
         if done or any(self.exists(folder) for folder in (CHECKPOINTS, TRIALS, VIDEOS, SHARDS)):
             self._check_same(earlier)
@@ -107,11 +106,18 @@ class RunFolder:
                 f"--out {self.root!r} holds a damaged {RUN} ({error}): delete it or give another --out"
             ) from None
 
-    def _check_stage(self, earlier: dict[str, Any] | None) -> None:
+    def check_stage(self) -> dict[str, Any] | None:
+        """Return the run.json of an earlier start, if any.
+
+        Raises:
+            UserError: the folder holds a run of another stage, or a run.json that cannot be read.
+        """
+        earlier = self._earlier()
         if earlier is not None and earlier.get("stage") != self.stage:
             raise UserError(
                 f"--out {self.config.out!r} holds a run of stage {earlier.get('stage')!r}: give another folder"
             )
+        return earlier
 
     def _check_same(self, earlier: dict[str, Any]) -> None:
         """Raise `UserError` where the earlier run differs from this one in what it computes."""

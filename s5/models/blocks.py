@@ -70,24 +70,12 @@ class Block(nn.Module):
                 self.selection = Selection(config.selection, self.layer.ssm)
             elif config.name == "vtm":
                 self.merging = Merging(width)
+        linear = self.selection is None or isinstance(self.selection.generator, nn.Linear)
+        self.fused = isinstance(self.layer, SSMLayer) and self.merging is None and linear
+        """Whether `mix_fused` can take the place of `mix_by_parts`."""
 
-    def _mix(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Tensor, Selected | None]:
-        """Tokens left, the mixer's output for them, and what was kept, by the way that takes the least memory."""
-        # The compiler keeps and fuses by itself, and is to see the parts.
-        if torch.compiler.is_compiling() or not isinstance(self.layer, SSMLayer) or self.merging is not None:
-            return self._mix_by_parts(x_BLD, seeds_B)
-        ssm = self.layer.ssm
-        if self.selection is None:
-            return x_BLD, self.layer.mix(normed_convolution(x_BLD, self.norm, ssm)), None
-        if not isinstance(self.selection.generator, nn.Linear):
-            return self._mix_by_parts(x_BLD, seeds_B)
-        k = keep_count(self.keep_ratio, x_BLD.shape[1])
-        uniform_BL = self.selection.uniform(x_BLD, seeds_B, f"decoder.{self.index}.gumbel")
-        selected, y_BKD = selective_convolution(x_BLD, self.norm, ssm, self.selection, k, uniform_BL)
-        return selected.tokens, self.layer.mix(y_BKD), selected
-
-    def _mix_by_parts(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Tensor, Selected | None]:
-        """`_mix` for every mixer and every way to shorten the sequence."""
+    def mix_by_parts(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Tensor, Selected | None]:
+        """Tokens left, the mixer's output for them, and what was kept, for any mixer and any way to shorten."""
         selected: Selected | None = None
         shorten = self.selection or self.merging
         if shorten is not None:
@@ -98,9 +86,24 @@ class Block(nn.Module):
             x_BLD = selected.tokens
         return x_BLD, self.layer(self.norm(x_BLD)), selected
 
+    def mix_fused(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Tensor, Selected | None]:
+        """`mix_by_parts` in less memory, for state spaces with a linear mask generator or none."""
+        assert isinstance(self.layer, SSMLayer)
+        ssm, selected = self.layer.ssm, None
+        if self.selection is None:
+            y_BLD = normed_convolution(x_BLD, self.norm, ssm)
+        else:
+            k = keep_count(self.keep_ratio, x_BLD.shape[1])
+            uniform_BL = self.selection.uniform(x_BLD, seeds_B, f"decoder.{self.index}.gumbel")
+            selected, y_BLD = selective_convolution(x_BLD, self.norm, ssm, self.selection, k, uniform_BL)
+            x_BLD = selected.tokens
+        return x_BLD, self.layer.mix(y_BLD), selected
+
     def forward(self, x_BLD: Tensor, seeds_B: Tensor | None) -> tuple[Tensor, Selected | None]:
         """(B, L, D) -> (B, ceil(K / 2), D / 2), and what was kept of the input; K is L where all of it is."""
-        x_BLD, y_BLD, selected = self._mix(x_BLD, seeds_B)
+        # The compiler keeps and fuses by itself, and is to see the parts.
+        mix = self.mix_fused if self.fused and not torch.compiler.is_compiling() else self.mix_by_parts
+        x_BLD, y_BLD, selected = mix(x_BLD, seeds_B)
         if self.training and self.dropout > 0 and seeds_B is not None:
             y_BLD = drop_channels(y_BLD, self.dropout, seeds_B, f"decoder.{self.index}.dropout")
         return nn.functional.gelu(self.narrow(pool_pairs(x_BLD + y_BLD))), selected

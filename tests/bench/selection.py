@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from s5.config import DecoderConfig, OptimConfig, SelectionConfig
 from s5.models.decoders import build_decoder
 from s5.training import optim
+from tests.bench.estimators import ALTERNATIVES, replace_selections
 from tests.bench.record import Row, table, write
 
 WIDTH, NOISE = 128, 0.3
@@ -44,6 +45,8 @@ class Case:
     name: str
     decoder: str = "s5"
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    alternative: str = ""
+    """Name among `ALTERNATIVES` of what takes the place of the decoder's selection, if anything."""
     tokens: int = 16
     """Tokens a frame."""
     frames: int = 60
@@ -113,8 +116,11 @@ def train(case: Case, seed: int, device: torch.device, watch: Callable[[int, dic
     generator = torch.Generator(device).manual_seed(seed)
     vectors_SD = torch.randn(STEPS_OF_CLASS + DISTRACTORS, WIDTH, generator=generator, device=device)
     config = DecoderConfig(name=case.decoder, blocks=2, dropout=0.0, selection=case.selection)  # type: ignore[arg-type]
-    model = nn.ModuleDict({"decoder": build_decoder(config, WIDTH), "head": nn.Linear(WIDTH // 4, 6)}).to(device)
+    model = nn.ModuleDict({"decoder": build_decoder(config, WIDTH), "head": nn.Linear(WIDTH // 4, 6)})
     decoder: Any = model["decoder"]
+    if case.alternative:
+        replace_selections(decoder, case.selection, case.alternative)
+    model.to(device)
     settings = OptimConfig(lr=case.lr, weight_decay=0.05)
     optimizer = optim.build_optimizer(model, settings)
     test = draw(case, TEST_CLIPS, vectors_SD, torch.Generator(device).manual_seed(10_000 + seed))
@@ -167,9 +173,15 @@ def cases() -> dict[str, Case]:
             ]
         transformer = replace(own, generator="transformer", features=features)  # type: ignore[arg-type]
         found.append(Case(name=f"keep 0.5 own, transformer on {features}", selection=transformer))
+        if features == "s4":
+            found.append(
+                Case(name="keep 0.5 0.1 x lr, transformer on s4", selection=transformer, alternative="0.1 x lr")
+            )
     for label, changes in CLIPS.items():
         found += [replace(case, name=f"{label}: {case.name}", **changes) for case in found[:1]]
         found += [Case(name=f"{label}: keep 0.5 own, s4", **changes)]
+    for label in ("strength 0.25", "1 token"):
+        found += [Case(name=f"{label}: keep 0.5 {kind}, s4", alternative=kind, **CLIPS[label]) for kind in ALTERNATIVES]
     found += [Case(name="1 token: lst", decoder="lst", tokens=1)]
     found += [Case(name=f"1 token: lst, lr {lr:g}", decoder="lst", tokens=1, lr=lr) for lr in (1e-3, 3e-4)]
     return {case.name: case for case in found}

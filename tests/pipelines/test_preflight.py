@@ -50,12 +50,24 @@ def command(*arguments: str, cwd: Path, code: str = RUN) -> subprocess.Completed
         (["pretrain", "--lsmcl.mask-ratio", "1.5"], "lsmcl.mask_ratio is 1.5: give a value in [0, 1)"),
         (["pretrain", "--manifest", "manifest.parque"], "manifest is 'manifest.parque': there is no such file"),
         (["evaluate", "--manifest", "manifest.parquet"], "checkpoint is 'out/finetune': there is no such folder"),
+        (
+            ["pretrain", "--preset", "base", "--preset=quickstart"],
+            "--preset is given 2 times (base, quickstart)",
+        ),
+        (["pretrain", "--manifest", "s3://key:secret@bucket/m"], "'s3://***@bucket/m' holds credentials or a query"),
+        (
+            ["sample", "--tracking.uri", "file:mlruns"],
+            "--tracking.uri is 'file:mlruns': MLflow no longer supports",
+        ),
+        (["sample", "--out", "of_pretrain"], "--out 'of_pretrain' holds a run of stage 'pretrain': give another"),
         (["sample", "--out", "manifest.parquet/out"], "--out is 'manifest.parquet/out': it cannot be written to"),
     ],
 )
 def test_a_mistake_costs_a_sentence_and_no_heavy_import(
     arguments: list[str], message: str, manifest: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "of_pretrain").mkdir()
+    (tmp_path / "of_pretrain" / "run.json").write_text('{"stage": "pretrain"}')
     before = set(tmp_path.iterdir())
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2
@@ -70,6 +82,13 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     done = command(cwd=tmp_path, code=blocked)
     assert done.returncode == 2
     assert done.stderr == "error: the package pydantic is missing: run `make setup`, then .venv/bin/python\n"
+
+
+def test_a_package_that_a_stage_needs_is_named(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules['ray'] = None; from pipelines.__main__ import main; sys.exit(main())"
+    done = command("sample", "--out", "out", cwd=tmp_path, code=blocked)
+    assert done.returncode == 2
+    assert done.stderr == "error: the package ray is missing: run `make setup`, then .venv/bin/python\n"
 
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="this system has no device that is always full")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +27,9 @@ from pipelines.config import (
     override,
 )
 from pipelines.errors import StoppedError, UserError
+from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.stages import index, sample, sweep
 from pipelines.tracking.history import Run, read_runs
-from pipelines.training.launcher import RAY_TRAIN
 from pipelines.tuning import search_space, trials
 from tests.tiny import HEADS, TINY
 
@@ -164,6 +169,27 @@ def test_every_trial_is_checked_before_the_first(
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.fixture
+def another_cluster() -> Iterator[None]:
+    """A second Ray on this machine, as of another user or job."""
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need a short path
+    code = (
+        "import ray, sys\n"
+        f"ray.init(address='local', num_cpus=0, include_dashboard=False, object_store_memory=80_000_000, "
+        f"_temp_dir={folder!r})\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert any("ready" in line for line in process.stdout)
+        yield
+        process.stdin.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 # --- real trials ----------------------------------------------------------------------------------------------------
 
 
@@ -191,15 +217,16 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("ray_local", "another_cluster")
 def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path) -> None:
     # Long enough for a trial not to end by itself before it is stopped.
-    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=25)
+    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=60)
     first, second = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio}" / "pretrain" for ratio in (0.25, 0.75))
     sent: list[float] = []
 
     def interrupt() -> None:
-        while not (second / RAY_TRAIN).exists():
+        # Ray Train releases the CPUs of a controller that is killed once it has seen the workers start.
+        while not any((second / CHECKPOINTS).glob("*/meta.json")):
             time.sleep(0.1)
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)

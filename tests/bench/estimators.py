@@ -1,0 +1,112 @@
+"""Ways to train a mask generator other than the package's own, to hold them against it (`tests/bench/selection.py`).
+
+Each takes the place of a block's selection. They are plain autograd, slower than the package's fused operator.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from s5.config import SelectionConfig
+from s5.models.blocks import Block
+from s5.models.decoders import Pyramid
+from s5.models.selection import Selected, Selection, gumbel, normalized_entropy, rows, top
+from s5.ssm.layers import LinearSSM, SSMLayer
+
+ALTERNATIVES = {
+    "gate": "kept tokens are multiplied by 2 sigmoid(logit), in evaluation too (Mixture-of-Depths, 2404.02258)",
+    "relaxed": "gradient of the top-K relaxed by entropic transport (2002.06504): see `relaxed_top`",
+    "masked": "discarded tokens stay as zeros and the relaxed top-K judges all, as in DynamicViT (2106.02034)",
+    "baseline": "own, less the mean over the kept tokens of the gate's gradient",
+    "noise shrinks": "own, Gumbel noise that shrinks to 0 in the course of training",
+    "keep shrinks": "own, the keep ratio falls from 1 to its value in the first half of training",
+    "learned scale": "own, logits of zero mean and unit deviation on a learned scale",
+    "10 x lr": "own, ten times the learning rate for the generator",
+    "0.1 x lr": "own, a tenth of the learning rate for the generator",
+    "both sides": "own, GELU of momentum S4 features, forwards and backwards, each with weights of its own",
+}
+BISECTIONS = 40
+
+
+def relaxed_top(scores_BL: Tensor, k: int, temperature: float | Tensor) -> Tensor:
+    """Return sigmoid((score - tau) / rho), whose sum over L is K by the choice of tau, which has a gradient too."""
+    plain_BL = scores_BL.detach()
+    low_B, high_B = plain_BL.amin(1) - 50 * temperature, plain_BL.amax(1) + 50 * temperature
+    for _ in range(BISECTIONS):
+        middle_B = (low_B + high_B) / 2
+        too_many_B = torch.sigmoid((plain_BL - middle_B[:, None]) / temperature).sum(1) > k
+        low_B, high_B = torch.where(too_many_B, middle_B, low_B), torch.where(too_many_B, high_B, middle_B)
+    tau_B = (low_B + high_B) / 2
+    soft_BL = torch.sigmoid((plain_BL - tau_B[:, None]) / temperature)
+    slope_BL = soft_BL * (1 - soft_BL)
+    # The sum stays K: tau moves with the scores' mean, weighted by the slopes.
+    moved_B = (slope_BL * (scores_BL - plain_BL)).sum(1) / slope_BL.sum(1).clamp_min(1e-12)
+    return torch.sigmoid((scores_BL - (tau_B + moved_B)[:, None]) / temperature)
+
+
+class AlternativeSelection(Selection):
+    """A selection whose gradient, noise, keep ratio or logits are one of `ALTERNATIVES`."""
+
+    def __init__(self, config: SelectionConfig, online: LinearSSM, kind: str) -> None:
+        super().__init__(config, online)
+        self.kind = kind
+        self.progress = 0.0
+        self.factor = {"10 x lr": 10.0, "0.1 x lr": 0.1}.get(kind, 1.0)
+        self.log_scale = nn.Parameter(torch.zeros(())) if kind == "learned scale" else None
+        self.backwards = nn.Linear(online.width, 1, bias=False) if kind == "both sides" else None
+        if isinstance(self.generator, nn.Linear):
+            with torch.no_grad():
+                self.generator.weight /= self.factor
+
+    def set_progress(self, progress: float) -> None:
+        super().set_progress(progress)
+        self.progress = progress
+
+    def logits(self, tokens_BLD: Tensor) -> Tensor:
+        if self.backwards is not None:
+            assert self.momentum is not None
+            assert isinstance(self.generator, nn.Linear)
+            tokens_BLD = tokens_BLD.detach()
+            forwards_BLD, backwards_BLD = self.momentum(tokens_BLD), self.momentum(tokens_BLD.flip(1)).flip(1)
+            scores_BL1: Tensor = self.generator(nn.functional.gelu(forwards_BLD))
+            return (scores_BL1 + self.backwards(nn.functional.gelu(backwards_BLD)))[..., 0]
+        logits_BL = super().logits(tokens_BLD) * self.factor
+        if self.log_scale is not None:
+            logits_BL = nn.functional.layer_norm(logits_BL, logits_BL.shape[1:]) * self.log_scale.exp()
+        return logits_BL
+
+    def forward(self, x_BLD: Tensor, tokens_BLD: Tensor, k: int, seeds_B: Tensor | None, stream: str) -> Selected:
+        logits_BL = self.logits(tokens_BLD)
+        uniform_BL = self.uniform(x_BLD, seeds_B, stream)
+        scores_BL, length = logits_BL, x_BLD.shape[1]
+        if uniform_BL is not None:
+            scale = 1 - self.progress if self.kind == "noise shrinks" else 1.0
+            scores_BL = logits_BL + scale * gumbel(uniform_BL)
+        if self.training and self.kind == "keep shrinks":
+            k = max(k, round(length - (length - k) * 2 * self.progress))
+        indices_BK = top(scores_BL, k)
+        picked_BKD = rows(x_BLD, indices_BK)
+        if self.kind == "gate":
+            picked_BKD = 2 * torch.sigmoid(logits_BL.gather(1, indices_BK))[..., None] * picked_BKD
+        elif self.kind == "masked":
+            hard_BL = torch.zeros_like(logits_BL).scatter(1, indices_BK, 1.0)
+            soft_BL = relaxed_top(scores_BL, k, self.temperature)
+            picked_BKD = (hard_BL + soft_BL - soft_BL.detach())[..., None] * x_BLD
+        else:
+            if self.kind == "relaxed":
+                soft_BK = relaxed_top(scores_BL, k, self.temperature).gather(1, indices_BK)
+            else:
+                soft_BK = torch.sigmoid(logits_BL.gather(1, indices_BK) / self.temperature)
+            if self.kind == "baseline" and soft_BK.requires_grad:
+                soft_BK.register_hook(lambda grad_BK: grad_BK - grad_BK.mean(1, keepdim=True))
+            picked_BKD = picked_BKD + (soft_BK - soft_BK.detach())[..., None] * picked_BKD.detach()
+        return Selected(picked_BKD, indices_BK, normalized_entropy(logits_BL))
+
+
+def replace_selections(decoder: Pyramid, config: SelectionConfig, kind: str) -> None:
+    """Give every block that selects the alternative of that name."""
+    for block in decoder.blocks:
+        if isinstance(block, Block) and isinstance(block.layer, SSMLayer) and block.selection is not None:
+            block.selection = AlternativeSelection(config, block.layer.ssm, kind)
+            block.fused = False
