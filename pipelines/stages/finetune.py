@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -207,6 +206,8 @@ def validate(job: FinetuneJob, model: VideoModel, source: ClipSource, context: R
 def row_printer(stage: Stage, bar: ProgressBar, job: FinetuneJob) -> OnRow:
     """Return the function that prints a row of metrics."""
 
+    keep_ratio = next((ratio for ratio in job.config.model.decoder.selection.keep_ratio if ratio < 1), 1.0)
+
     def report(step: int, row: dict[str, float]) -> None:
         if "val/loss" in row:
             main = "val/accuracy" if "val/accuracy" in row else "val/mse"
@@ -214,9 +215,18 @@ def row_printer(stage: Stage, bar: ProgressBar, job: FinetuneJob) -> OnRow:
             stage.info(f"step {step}: {main} {row[main]:.3f}, loss {row['val/loss']:.3f} on {read}")
         if "train/loss" not in row:
             return
-        entropy = row.get("train/selection_entropy", math.nan)
         hits = f"accuracy {row['train/accuracy']:.3f}, " if "train/accuracy" in row else ""
-        chosen = f"mask generator's entropy {entropy:.3f}, " if math.isfinite(entropy) else ""
-        show_loss(stage, bar, step, job.order.total_steps, row, hits + chosen)
+        show_loss(stage, bar, step, job.order.total_steps, row, hits + chosen_in_words(row, keep_ratio))
 
     return report
+
+
+def chosen_in_words(row: dict[str, float], keep_ratio: float) -> str:
+    """Return how far the selection is from a random one; empty where a row has no selection with noise."""
+    if "train/selection_overlap" not in row:
+        return ""
+    return (
+        f"mask generator's entropy {row['train/selection_entropy']:.3f}, overlap of two choices "
+        f"{row['train/selection_overlap']:.2f} (random {keep_ratio:.2f}), spread over frames "
+        f"{row['train/selection_frame_spread']:.1f} (random 1.0), "
+    )

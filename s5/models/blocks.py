@@ -94,8 +94,8 @@ class Block(nn.Module):
             y_BLD = normed_convolution(x_BLD, self.norm, ssm)
         else:
             k = keep_count(self.keep_ratio, x_BLD.shape[1])
-            uniform_BL = self.selection.uniform(x_BLD, seeds_B, f"decoder.{self.index}.gumbel")
-            selected, y_BLD = selective_convolution(x_BLD, self.norm, ssm, self.selection, k, uniform_BL)
+            stream = f"decoder.{self.index}.gumbel"
+            selected, y_BLD = selective_convolution(x_BLD, self.norm, ssm, self.selection, k, seeds_B, stream)
             x_BLD = selected.tokens
         return x_BLD, self.layer.mix(y_BLD), selected
 

@@ -17,7 +17,7 @@ from s5 import rng
 from s5.config import DecoderConfig
 from s5.models.attention import ATTENTIONS
 from s5.models.blocks import Block, drop_channels
-from s5.models.selection import Selected, Selection
+from s5.models.selection import Selection, describe
 from s5.ssm.layers import LinearSSM, SSMLayer, register_hint
 
 
@@ -29,11 +29,13 @@ class DecoderOutput(NamedTuple):
     kept: list[Tensor]
     """Indices (B, K) kept by each block in turn that selects, or merged into by each that merges, as positions in that
     block's own input. Those of the first block are positions of the clip's tokens."""
-    entropy: Tensor | None
-    """Normalised entropy of the selection probabilities, or saliencies, 0 to 1, mean over these blocks; else None."""
     keep_ratio: float
     """Share of the clip's tokens that reach the mixer of the last of these blocks, 1 without any; a pair that was
     averaged before counts as both of its tokens."""
+    selection: dict[str, Tensor]
+    """What the first of these blocks does, empty without any: `entropy` (scalar, 0 to 1) of its probabilities or
+    saliencies over that of the uniform distribution; `frame_spread` (B,), see `selection.frame_spread`; in training
+    `overlap` (B,), the share of the tokens kept that other noise keeps too, which is the keep ratio at random."""
 
 
 class Decoder(nn.Module, ABC):
@@ -166,17 +168,18 @@ class Pyramid(Decoder):
         """
         if self.positions is not None:
             x_BLD = self._add_positions(x_BLD, self.positions, frames)
-        selections: list[Selected] = []
+        kept: list[Tensor] = []
+        statistics: dict[str, Tensor] = {}
         keep_ratio = 1.0
         for block in self.blocks:
             length = x_BLD.shape[1]
             mix = partial(checkpoint, block, use_reentrant=False) if self.recompute else block
             x_BLD, selected = mix(x_BLD, seeds_B)
             if selected is not None:
-                selections.append(selected)
+                statistics = statistics or describe(selected, length, min(frames, length))
+                kept.append(selected.indices)
                 keep_ratio *= selected.indices.shape[1] / length
-        entropy = torch.stack([selected.entropy for selected in selections]).mean() if selections else None
-        return DecoderOutput(x_BLD.mean(1), [selected.indices for selected in selections], entropy, keep_ratio)
+        return DecoderOutput(x_BLD.mean(1), kept, keep_ratio, statistics)
 
     def _selecting(self) -> list[tuple[LinearSSM, Selection]]:
         """State spaces of the blocks that select, with their selections."""
@@ -228,7 +231,7 @@ class Consensus(Decoder):
         x_B1D = x_BLD.mean(1, keepdim=True)
         if self.training and self.dropout > 0 and seeds_B is not None:
             x_B1D = drop_channels(x_B1D, self.dropout, seeds_B, "decoder.dropout")
-        return DecoderOutput(x_B1D[:, 0], [], None, 1.0)
+        return DecoderOutput(x_B1D[:, 0], [], 1.0, {})
 
 
 def build_decoder(config: DecoderConfig, width: int) -> Pyramid | Consensus:

@@ -22,7 +22,7 @@ from s5.models.selection import (
     check_count,
     gumbel_scores,
     normalized_entropy,
-    own_gradient,
+    relaxed_gradient,
     rows,
     shared_gradient,
     spread,
@@ -116,27 +116,26 @@ class _SelectiveConvolution(torch.autograd.Function):
         scores_BL = gumbel_scores(logits_BL, uniform_BL)
         indices_BK = top(scores_BL, k)
         y_BKD = convolve(rows(all_BLD, indices_BK), kernel_DM, size).to(x_BLD.dtype)
-        ranked_BL = logits_BL if estimator == "own" else scores_BL
-        ctx.save_for_backward(x_BLD, weight_D, bias_D, kernel_DM, ranked_BL, temperature.clone(), indices_BK)
+        ctx.save_for_backward(x_BLD, weight_D, bias_D, kernel_DM, scores_BL, temperature.clone(), indices_BK)
         ctx.epsilon, ctx.size, ctx.momentum, ctx.estimator = epsilon, size, momentum, estimator
         ctx.mark_non_differentiable(indices_BK, logits_BL)
         return rows(x_BLD, indices_BK), y_BKD, indices_BK, logits_BL
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLD, weight_D, bias_D, kernel_DM, ranked_BL, temperature, indices_BK = ctx.saved_tensors
+        x_BLD, weight_D, bias_D, kernel_DM, scores_BL, temperature, indices_BK = ctx.saved_tensors
         norm = _Norm(weight_D, bias_D, ctx.epsilon)
         picked_BKD = rows(x_BLD, indices_BK)
         grad_BKD, grad_weight_D, grad_bias_D, grad_kernel_DM = _convolution_gradients(
             grads[1], picked_BKD, norm, kernel_DM, ctx.size
         )
         grad_BKD += grads[0]
-        if ctx.estimator == "own":
-            grad_logits_BL = own_gradient(picked_BKD, grad_BKD, ranked_BL, indices_BK, temperature)
+        # Both gradients sum to 0 over the scores, so that log_softmax passes them on as they are.
+        if ctx.estimator == "relaxed":
+            grad_logits_BL = relaxed_gradient(picked_BKD, grad_BKD, scores_BL, indices_BK, temperature)
         else:
-            grad_soft_BL = shared_gradient(x_BLD, grad_BKD, ranked_BL.dtype)
-            soft_BL = torch.softmax(ranked_BL / temperature, dim=1)
-            # Softmax's gradient sums to 0, so that log_softmax passes it on as it is.
+            grad_soft_BL = shared_gradient(x_BLD, grad_BKD, scores_BL.dtype)
+            soft_BL = torch.softmax(scores_BL / temperature, dim=1)
             grad_logits_BL = soft_BL * (grad_soft_BL - (soft_BL * grad_soft_BL).sum(1, keepdim=True)) / temperature
         all_BLD, _, _ = norm(x_BLD)
         if ctx.momentum is None:
@@ -149,7 +148,7 @@ class _SelectiveConvolution(torch.autograd.Function):
 
 
 def selective_convolution(
-    x_BLD: Tensor, norm: nn.LayerNorm, ssm: LinearSSM, selection: Selection, k: int, uniform_BL: Tensor | None
+    x_BLD: Tensor, norm: nn.LayerNorm, ssm: LinearSSM, selection: Selection, k: int, seeds_B: Tensor | None, stream: str
 ) -> tuple[Selected, Tensor]:
     """Select tokens and convolve them: `Selection.forward` and `ssm.convolve(norm(selected))` with little memory.
 
@@ -159,13 +158,14 @@ def selective_convolution(
         ssm: the block's state space.
         selection: a selection with a linear mask generator.
         k: number of tokens to keep.
-        uniform_BL: (B, L) noise of `Selection.uniform`.
+        seeds_B: (B,) seeds of the samples; needed in training.
+        stream: name of the noise.
 
     Returns:
         What was kept, and the state space's output (B, K, D) for it, both in the type of x.
 
     Raises:
-        ValueError: k is not in 1..L, or the mask generator is not linear.
+        ValueError: k is not in 1..L, the mask generator is not linear, or there are no seeds in training.
     """
     check_count(k, x_BLD.shape[1])
     if not isinstance(selection.generator, nn.Linear):
@@ -181,7 +181,8 @@ def selective_convolution(
             selection.momentum,
             k,
             selection.temperature,
-            uniform_BL,
+            selection.uniform(x_BLD, seeds_B, stream),
             selection.config.estimator,
         )
-    return Selected(tokens_BKD, indices_BK, normalized_entropy(logits_BL)), y_BKD
+    overlap_B = selection.overlap(logits_BL, indices_BK, seeds_B, stream)
+    return Selected(tokens_BKD, indices_BK, normalized_entropy(logits_BL), overlap_B), y_BKD

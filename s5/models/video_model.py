@@ -30,10 +30,10 @@ class Prediction(NamedTuple):
     kept: list[Tensor]
     """Indices of the tokens kept by each selecting block, (B, K). Those of the pyramid's first block are positions in
     time and frame, as `Backbone.forward` numbers them."""
-    entropy: Tensor | None
-    """Entropy of the mask generator over that of the uniform distribution, 0 to 1."""
     keep_ratio: float
     """Share of the clip's tokens that all selecting blocks let through, 1 without selection."""
+    selection: dict[str, Tensor]
+    """What the first selecting block does: see `DecoderOutput.selection`."""
 
 
 class VideoModel(nn.Module):
@@ -86,7 +86,7 @@ class VideoModel(nn.Module):
         if self.head is None:
             raise ValueError("the model has no head: it was built for pretraining; fine-tune it, or call encode")
         out = self.encode(clips, seeds_B)
-        return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.entropy, out.keep_ratio)
+        return Prediction(self.head(out.features_BD), out.features_BD, out.kept, out.keep_ratio, out.selection)
 
     def load_backbone(self, state: dict[str, Tensor]) -> None:
         """Load the frame encoder's weights, in timm's layout; positional embeddings are interpolated.

@@ -27,11 +27,11 @@ class Supervised(nn.Module):
         return self.losses(self.encode(batch), self.targets(batch), batch)
 
     def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return each clip's scores (B, C), and the kept ratio and entropy of the selection (B,)."""
+        """Return each clip's scores (B, C), the share of tokens kept, and what the selection does (B,)."""
         out = self.model(batch.long, batch.seeds)
         logits_BC = out.logits_BC.float()
         rows = {"logits": logits_BC, "keep_ratio": torch.full_like(logits_BC[:, 0], out.keep_ratio)}
-        return rows | ({} if out.entropy is None else {"selection_entropy": out.entropy.expand(len(batch.long))})
+        return rows | {f"selection_{name}": value.expand(len(batch.long)) for name, value in out.selection.items()}
 
     def targets(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return nothing: labels come with the batch."""

@@ -15,9 +15,10 @@ from s5.models.selection import Selected, Selection, gumbel, normalized_entropy,
 from s5.ssm.layers import LinearSSM, SSMLayer
 
 ALTERNATIVES = {
+    "own": "each kept token is judged in its own place, by the gradient of sigmoid(logit / rho) times it there",
     "gate": "kept tokens are multiplied by 2 sigmoid(logit), in evaluation too (Mixture-of-Depths, 2404.02258)",
-    "relaxed": "gradient of the top-K relaxed by entropic transport (2002.06504): see `relaxed_top`",
-    "masked": "discarded tokens stay as zeros and the relaxed top-K judges all, as in DynamicViT (2106.02034)",
+    "transport": "as the package's, with the tau for which the sum is K: entropic transport (2002.06504)",
+    "masked": "as transport; discarded tokens stay as zeros and are judged too, as in DynamicViT (2106.02034)",
     "baseline": "own, less the mean over the kept tokens of the gate's gradient",
     "noise shrinks": "own, Gumbel noise that shrinks to 0 in the course of training",
     "keep shrinks": "own, the keep ratio falls from 1 to its value in the first half of training",
@@ -29,7 +30,7 @@ ALTERNATIVES = {
 BISECTIONS = 40
 
 
-def relaxed_top(scores_BL: Tensor, k: int, temperature: float | Tensor) -> Tensor:
+def transport_top(scores_BL: Tensor, k: int, temperature: float | Tensor) -> Tensor:
     """Return sigmoid((score - tau) / rho), whose sum over L is K by the choice of tau, which has a gradient too."""
     plain_BL = scores_BL.detach()
     low_B, high_B = plain_BL.amin(1) - 50 * temperature, plain_BL.amax(1) + 50 * temperature
@@ -91,11 +92,11 @@ class AlternativeSelection(Selection):
             picked_BKD = 2 * torch.sigmoid(logits_BL.gather(1, indices_BK))[..., None] * picked_BKD
         elif self.kind == "masked":
             hard_BL = torch.zeros_like(logits_BL).scatter(1, indices_BK, 1.0)
-            soft_BL = relaxed_top(scores_BL, k, self.temperature)
+            soft_BL = transport_top(scores_BL, k, self.temperature)
             picked_BKD = (hard_BL + soft_BL - soft_BL.detach())[..., None] * x_BLD
         else:
-            if self.kind == "relaxed":
-                soft_BK = relaxed_top(scores_BL, k, self.temperature).gather(1, indices_BK)
+            if self.kind == "transport":
+                soft_BK = transport_top(scores_BL, k, self.temperature).gather(1, indices_BK)
             else:
                 soft_BK = torch.sigmoid(logits_BL.gather(1, indices_BK) / self.temperature)
             if self.kind == "baseline" and soft_BK.requires_grad:

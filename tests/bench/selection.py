@@ -160,28 +160,27 @@ def evaluate(model: nn.ModuleDict, case: Case, test: Clips) -> dict[str, float]:
 
 def cases() -> dict[str, Case]:
     """Return every case by its name."""
-    own = SelectionConfig()
     found = [Case(name="all tokens", decoder="vis4mer"), Case(name="vtm keep 0.5", decoder="vtm")]
-    found += [Case(name="keep 0.5 random", selection=replace(own, generator="random"))]
+    found += [Case(name="keep 0.5 random", selection=SelectionConfig(generator="random"))]
     for features in ("s4", "backbone"):
-        for estimator in ("own", "shared"):
-            selection = replace(own, features=features, estimator=estimator)  # type: ignore[arg-type]
+        config = SelectionConfig(features=features)  # type: ignore[arg-type]
+        for kind, alternative in (("relaxed", ""), ("own", "own")):
             found += [
-                Case(name=f"keep {keep} {estimator}, {features}", selection=replace(selection, keep_ratio=(keep,)))
+                Case(
+                    name=f"keep {keep} {kind}, {features}",
+                    selection=replace(config, keep_ratio=(keep,)),
+                    alternative=alternative,
+                )
                 for keep in (0.5, 0.25, 0.1)
-                if estimator == "own" or keep == 0.5
             ]
-        transformer = replace(own, generator="transformer", features=features)  # type: ignore[arg-type]
-        found.append(Case(name=f"keep 0.5 own, transformer on {features}", selection=transformer))
-        if features == "s4":
-            found.append(
-                Case(name="keep 0.5 0.1 x lr, transformer on s4", selection=transformer, alternative="0.1 x lr")
-            )
+            transformer = replace(config, generator="transformer")
+            name = f"keep 0.5 {kind}, transformer on {features}"
+            found.append(Case(name=name, selection=transformer, alternative=alternative))
+        found.append(Case(name=f"keep 0.5 shared, {features}", selection=replace(config, estimator="shared")))
     for label, changes in CLIPS.items():
         found += [replace(case, name=f"{label}: {case.name}", **changes) for case in found[:1]]
-        found += [Case(name=f"{label}: keep 0.5 own, s4", **changes)]
-    for label in ("strength 0.25", "1 token"):
-        found += [Case(name=f"{label}: keep 0.5 {kind}, s4", alternative=kind, **CLIPS[label]) for kind in ALTERNATIVES]
+        found += [Case(name=f"{label}: keep 0.5 relaxed, s4", **changes)]
+        found += [Case(name=f"{label}: keep 0.5 {kind}, s4", alternative=kind, **changes) for kind in ALTERNATIVES]
     found += [Case(name="1 token: lst", decoder="lst", tokens=1)]
     found += [Case(name=f"1 token: lst, lr {lr:g}", decoder="lst", tokens=1, lr=lr) for lr in (1e-3, 3e-4)]
     return {case.name: case for case in found}

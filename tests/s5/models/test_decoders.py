@@ -76,11 +76,12 @@ def test_shapes(name: DecoderName, length: int, training: bool) -> None:
         kept = max(1, round(length / 2))
         assert [indices.shape for indices in out.kept] == [(4, kept)]
         assert out.keep_ratio == kept / length
-        assert 0 <= float(out.entropy) <= 1.001
+        assert 0 <= float(out.selection["entropy"]) <= 1.001
+        assert ("overlap" in out.selection) == (training and name == "s5")
     else:
         assert out.kept == []
         assert out.keep_ratio == 1
-        assert out.entropy is None
+        assert out.selection == {}
 
 
 @pytest.mark.parametrize("name", ["vis4mer", "lst"])

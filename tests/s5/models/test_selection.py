@@ -12,9 +12,11 @@ from s5.models.selection import (
     Estimator,
     MomentumSSM,
     Selection,
+    frame_spread,
     gumbel,
     keep_count,
     normalized_entropy,
+    relaxed_top,
     select,
     select_reference,
 )
@@ -34,7 +36,7 @@ def online(width: int = 8) -> LinearSSM:
 @pytest.mark.parametrize("k", [1, 7, 20])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("noisy", [True, False])
-@pytest.mark.parametrize("estimator", ["own", "shared"])
+@pytest.mark.parametrize("estimator", ["relaxed", "shared"])
 def test_select_equals_the_one_hot_matrix(estimator: Estimator, k: int, temperature: float, noisy: bool) -> None:
     x = tokens().requires_grad_()
     logits = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
@@ -51,22 +53,80 @@ def test_select_equals_the_one_hot_matrix(estimator: Estimator, k: int, temperat
         torch.testing.assert_close(ours, reference)
 
 
-@pytest.mark.parametrize("estimator", ["own", "shared"])
+@pytest.mark.parametrize("estimator", ["relaxed", "shared"])
 def test_gradient_is_that_of_the_formula(estimator: Estimator) -> None:
     x, logits = tokens(1, 6, 4), torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     uniform = torch.rand(1, 6)
     picked, indices = select(x, logits, 2, 0.7, uniform, estimator)
-    if estimator == "own":
-        soft = (torch.sigmoid(logits / 0.7)[..., None] * x)[0, indices[0]][None]
+    scores = torch.log_softmax(logits, 1) + gumbel(uniform)
+    if estimator == "relaxed":
+        soft = (relaxed_top(scores, 2, 0.7)[..., None] * x)[0, indices[0]][None]
     else:
-        y = torch.softmax((torch.log_softmax(logits, 1) + gumbel(uniform)) / 0.7, dim=1)
-        soft = (x * y[..., None]).sum(1, keepdim=True)
+        soft = (x * torch.softmax(scores / 0.7, dim=1)[..., None]).sum(1, keepdim=True)
     formula = x[0, indices[0]][None] + (soft - soft.detach())
     weights = torch.randn_like(picked)
     (ours,) = torch.autograd.grad((picked * weights).sum(), logits)
     (expected,) = torch.autograd.grad((formula * weights).sum(), logits)
     torch.testing.assert_close(ours, expected)
     assert ours.abs().max() > 0
+
+
+def test_relaxed_top_changes_as_if_its_sum_were_held() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
+    y = relaxed_top(scores, 3, 0.7)
+    above = scores.detach().sort(descending=True).values[0]
+    tau = (above[2] + above[3]) / 2
+    torch.testing.assert_close(y.detach(), torch.sigmoid((scores.detach() - tau) / 0.7))
+
+    def held(moved: Tensor) -> Tensor:
+        """The same for other scores, tau found by bisection such that the sum stays."""
+        low, high = tau - 5, tau + 5
+        for _ in range(100):
+            middle = (low + high) / 2
+            many = torch.sigmoid((moved - middle) / 0.7).sum() > y.sum()
+            low, high = (middle, high) if many else (low, middle)
+        return torch.sigmoid((moved - low) / 0.7)
+
+    jacobian = torch.autograd.functional.jacobian(lambda s: relaxed_top(s, 3, 0.7)[0], scores)[:, 0]
+    for j in range(9):
+        step = torch.zeros(1, 9, dtype=torch.float64)
+        step[0, j] = 1e-5
+        column = (held(scores.detach() + step) - held(scores.detach() - step))[0] / 2e-5
+        torch.testing.assert_close(jacobian[:, j], column, rtol=1e-6, atol=1e-8)
+
+
+def test_frame_spread_is_1_at_random_and_0_for_equal_shares() -> None:
+    keys = rng.uniform(torch.arange(4000), "order", 60)
+    random = keys.argsort(1)[:, :20].sort(1).values
+    assert abs(float(frame_spread(random, 60, 6).square().mean()) - 1) < 0.03
+    torch.testing.assert_close(frame_spread(random, 60, 60), torch.ones(4000))
+    equal = torch.arange(0, 60, 3)[None]
+    assert float(frame_spread(equal, 60, 6)) < 0.5
+    assert float(frame_spread(torch.arange(0, 60, 2)[None], 60, 6)) == 0
+    assert float(frame_spread(torch.arange(20)[None], 60, 6)) > 2
+    assert float(frame_spread(torch.arange(60)[None], 60, 6)) == float(frame_spread(equal, 60, 1)) == 1
+
+
+@pytest.mark.parametrize("generator", ["random", "linear"])
+def test_overlap_tells_a_random_selection_from_a_sure_one(generator: Literal["random", "linear"]) -> None:
+    selection = Selection(SelectionConfig(generator=generator, features="backbone"), online()).double().train()
+    x, seeds = tokens(200, 64), torch.arange(200)
+
+    def mean_overlap() -> float:
+        found = selection(x, x, 16, seeds, "noise")
+        assert found.overlap_B is not None
+        assert torch.equal(found.overlap_B, selection(x, x, 16, seeds, "noise").overlap_B)
+        return float(found.overlap_B.mean())
+
+    if generator == "random":
+        assert abs(mean_overlap() - 0.25) < 0.02
+        return
+    assert isinstance(selection.generator, torch.nn.Linear)
+    with torch.no_grad():
+        selection.generator.weight.fill_(100.0)
+    assert mean_overlap() > 0.95
+    assert selection.eval()(x, x, 16, seeds, "noise").overlap_B is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -36,8 +36,7 @@ def test_evaluation_is_deterministic_and_keeps_half() -> None:
     assert torch.equal(first.logits_BC, second.logits_BC)
     assert first.logits_BC.shape == (4, 2)
     assert first.kept[0].shape == (4, 24)
-    assert first.entropy is not None
-    assert 0 <= float(first.entropy) <= 1
+    assert 0 <= float(first.selection["entropy"]) <= 1
 
 
 @pytest.mark.parametrize(("ratios", "share"), [((), 1), ((0.5,), 0.5), ((1.0, 0.5), 0.5), ((0.5, 0.25), 0.125)])
