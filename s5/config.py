@@ -145,12 +145,12 @@ class SelectionConfig:
     saliencies of its own, and merges nothing with none."""
     features: Literal["s4", "backbone"] = "s4"
     """What the mask generator sees: momentum S4 features or the block's own input tokens."""
-    estimator: Literal["relaxed", "shared"] = "relaxed"
-    """How the mask generator gets a gradient. `relaxed`: each kept token is judged in its own place, by a relaxed top-K
-    that multiplies it there; ours. `shared`: one softmax-weighted mean of all tokens is added to every kept place, the
-    straight-through Gumbel-softmax of the paper; it learns to discard what tells (docs/selection.md)."""
+    estimator: Literal["own", "shared"] = "own"
+    """How the mask generator gets a gradient. `own`: each kept token is judged in its own place, by the gradient of
+    `sigmoid(logit / rho) * token` there; ours. `shared`: one softmax-weighted mean of all tokens is added to every kept
+    place, the straight-through Gumbel-softmax of the paper; it learns to discard what tells (docs/selection.md)."""
     temperature: float = 1.0
-    """Temperature rho at the start of training: of the relaxed top-K (`relaxed`) or the Gumbel-softmax (`shared`)."""
+    """Temperature rho at the start of training: of the sigmoid (`own`) or the Gumbel-softmax (`shared`)."""
     temperature_end: float = 1.0
     """Temperature rho at the end of training; exponential in between."""
     momentum: float = 0.99

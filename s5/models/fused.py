@@ -22,7 +22,7 @@ from s5.models.selection import (
     check_count,
     gumbel_scores,
     normalized_entropy,
-    relaxed_gradient,
+    own_gradient,
     rows,
     shared_gradient,
     spread,
@@ -116,26 +116,27 @@ class _SelectiveConvolution(torch.autograd.Function):
         scores_BL = gumbel_scores(logits_BL, uniform_BL)
         indices_BK = top(scores_BL, k)
         y_BKD = convolve(rows(all_BLD, indices_BK), kernel_DM, size).to(x_BLD.dtype)
-        ctx.save_for_backward(x_BLD, weight_D, bias_D, kernel_DM, scores_BL, temperature.clone(), indices_BK)
+        ranked_BL = logits_BL if estimator == "own" else scores_BL
+        ctx.save_for_backward(x_BLD, weight_D, bias_D, kernel_DM, ranked_BL, temperature.clone(), indices_BK)
         ctx.epsilon, ctx.size, ctx.momentum, ctx.estimator = epsilon, size, momentum, estimator
         ctx.mark_non_differentiable(indices_BK, logits_BL)
         return rows(x_BLD, indices_BK), y_BKD, indices_BK, logits_BL
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLD, weight_D, bias_D, kernel_DM, scores_BL, temperature, indices_BK = ctx.saved_tensors
+        x_BLD, weight_D, bias_D, kernel_DM, ranked_BL, temperature, indices_BK = ctx.saved_tensors
         norm = _Norm(weight_D, bias_D, ctx.epsilon)
         picked_BKD = rows(x_BLD, indices_BK)
         grad_BKD, grad_weight_D, grad_bias_D, grad_kernel_DM = _convolution_gradients(
             grads[1], picked_BKD, norm, kernel_DM, ctx.size
         )
         grad_BKD += grads[0]
-        # Both gradients sum to 0 over the scores, so that log_softmax passes them on as they are.
-        if ctx.estimator == "relaxed":
-            grad_logits_BL = relaxed_gradient(picked_BKD, grad_BKD, scores_BL, indices_BK, temperature)
+        if ctx.estimator == "own":
+            grad_logits_BL = own_gradient(picked_BKD, grad_BKD, ranked_BL, indices_BK, temperature)
         else:
-            grad_soft_BL = shared_gradient(x_BLD, grad_BKD, scores_BL.dtype)
-            soft_BL = torch.softmax(scores_BL / temperature, dim=1)
+            grad_soft_BL = shared_gradient(x_BLD, grad_BKD, ranked_BL.dtype)
+            soft_BL = torch.softmax(ranked_BL / temperature, dim=1)
+            # Softmax's gradient sums to 0, so that log_softmax passes it on as it is.
             grad_logits_BL = soft_BL * (grad_soft_BL - (soft_BL * grad_soft_BL).sum(1, keepdim=True)) / temperature
         all_BLD, _, _ = norm(x_BLD)
         if ctx.momentum is None:

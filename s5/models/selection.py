@@ -2,7 +2,7 @@
 
 Source: "Selective Structured State-Spaces for Long-Form Video Understanding", arXiv 2303.14526, section 3. The exact
 form of the `shared` gradient and of the mask generators is from the paper's presentation, not checked against its text.
-The `relaxed` gradient, the default, is ours: docs/selection.md has what was measured.
+The `own` gradient, the default, is ours: docs/selection.md has what was measured.
 
 Shapes: B batch, L sequence, D width, K kept.
 """
@@ -21,7 +21,7 @@ from s5.config import SelectionConfig
 from s5.ssm.convolution import convolve_score, convolve_score_backward
 from s5.ssm.layers import LinearSSM
 
-Estimator = Literal["relaxed", "shared"]
+Estimator = Literal["own", "shared"]
 
 _EPSILON = 1e-20
 """Keeps the logarithms of Gumbel noise finite; far below the resolution of the uniform numbers."""
@@ -91,49 +91,35 @@ class _PickShared(torch.autograd.Function):
         return grad_x_BLD, grad_soft_BL, None
 
 
-class _PickRelaxed(torch.autograd.Function):
-    """Rows of x, whose gradient also reaches the scores as if each row were multiplied by `relaxed_top`."""
+class _PickOwn(torch.autograd.Function):
+    """Rows of x, whose gradient also reaches their logits as if each row were multiplied by sigmoid(logit / rho)."""
 
     @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, scores_BL: Tensor, indices_BK: Tensor, temperature: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BLD: Tensor, logits_BL: Tensor, indices_BK: Tensor, temperature: Tensor) -> Tensor:
         picked_BKD = rows(x_BLD, indices_BK)
-        ctx.save_for_backward(picked_BKD, scores_BL, indices_BK, temperature.clone())
+        ctx.save_for_backward(picked_BKD, logits_BL, indices_BK, temperature.clone())
         return picked_BKD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad_BKD,) = grads
-        picked_BKD, scores_BL, indices_BK, temperature = ctx.saved_tensors
-        grad_x_BLD = grad_scores_BL = None
+        picked_BKD, logits_BL, indices_BK, temperature = ctx.saved_tensors
+        grad_x_BLD = grad_logits_BL = None
         if ctx.needs_input_grad[0]:
-            grad_x_BLD = spread(grad_BKD, indices_BK, scores_BL.shape[1])
+            grad_x_BLD = spread(grad_BKD, indices_BK, logits_BL.shape[1])
         if ctx.needs_input_grad[1]:
-            grad_scores_BL = relaxed_gradient(picked_BKD, grad_BKD, scores_BL, indices_BK, temperature)
-        return grad_x_BLD, grad_scores_BL, None, None
+            grad_logits_BL = own_gradient(picked_BKD, grad_BKD, logits_BL, indices_BK, temperature)
+        return grad_x_BLD, grad_logits_BL, None, None
 
 
-def threshold(scores_BL: Tensor, k: int) -> Tensor:
-    """Halfway (B, 1) between the lowest score kept and the highest discarded; the lowest where all are kept."""
-    highest_BK = torch.topk(scores_BL.detach(), min(k + 1, scores_BL.shape[1]), dim=1).values
-    return (highest_BK[:, k - 1 : k] + highest_BK[:, -1:]) / 2
-
-
-def relaxed_gradient(
-    picked_BKD: Tensor, grad_BKD: Tensor, scores_BL: Tensor, indices_BK: Tensor, temperature: Tensor
+def own_gradient(
+    picked_BKD: Tensor, grad_BKD: Tensor, logits_BL: Tensor, indices_BK: Tensor, temperature: Tensor
 ) -> Tensor:
-    """Gradient (B, L) of the scores, where each picked row is multiplied by its share of `relaxed_top`.
-
-    The gradient of a kept token's share is its row times the row's gradient; of a discarded one it is 0. The scores get
-    these less their mean, weighted by the slopes, since the threshold moves along.
-    """
-    soft_BL = torch.sigmoid((scores_BL - threshold(scores_BL, indices_BK.shape[1])) / temperature)
-    slope_BL = soft_BL * (1 - soft_BL) / temperature
-    product_BK = (picked_BKD * grad_BKD).sum(2, dtype=scores_BL.dtype)
-    weighted_BL = slope_BL * torch.zeros_like(scores_BL).scatter(1, indices_BK, product_BK)
-    mean_B1 = weighted_BL.sum(1, keepdim=True) / slope_BL.sum(1, keepdim=True).clamp_min(
-        torch.finfo(scores_BL.dtype).tiny
-    )
-    return weighted_BL - slope_BL * mean_B1
+    """Gradient (B, L) of the logits, where each picked row is multiplied by sigmoid(logit / rho); 0 for the others."""
+    gate_BK = torch.sigmoid(logits_BL.gather(1, indices_BK) / temperature)
+    product_BK = (picked_BKD * grad_BKD).sum(2, dtype=logits_BL.dtype)
+    own_BK = product_BK * gate_BK * (1 - gate_BK) / temperature
+    return torch.zeros_like(logits_BL).scatter(1, indices_BK, own_BK.to(logits_BL.dtype))
 
 
 def spread(grad_BKD: Tensor, indices_BK: Tensor, length: int) -> Tensor:
@@ -188,15 +174,14 @@ def select(
     k: int,
     temperature: float | Tensor = 1.0,
     gumbel_uniform_BL: Tensor | None = None,
-    estimator: Estimator = "relaxed",
+    estimator: Estimator = "own",
 ) -> tuple[Tensor, Tensor]:
     """Keep K of L tokens without replacement, in order of time (arXiv 2303.14526, section 3).
 
     The K highest `log p + g` are kept, g Gumbel noise; values are those of the tokens picked. The gradient also reaches
     the logits s, and no matrix of size (K, L) is built:
 
-    - `relaxed`: that of `x_k + (y_k stop(x_k) - stop(...))` at each kept token k, y = `relaxed_top`. Ours, after the
-      relaxed top-K of arXiv 2002.06504, whose sum is K as well.
+    - `own`: that of `x_k + (sigmoid(s_k / rho) stop(x_k) - stop(...))` at each kept token k. Ours.
     - `shared`: with y = softmax((log p + g) / rho), one and the same for all picks, that of
       `x_k + (stop(x)^T y - stop(...))`, the paper's straight-through Gumbel-softmax.
 
@@ -218,29 +203,14 @@ def select(
     with torch.autocast(x_BLD.device.type, enabled=False):
         scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
         indices_BK = top(scores_BL, k)
-        if estimator == "relaxed":
-            rho = torch.as_tensor(temperature, dtype=scores_BL.dtype, device=scores_BL.device)
-            picked_BKD: Tensor = _PickRelaxed.apply(x_BLD, scores_BL, indices_BK, rho)
+        if estimator == "own":
+            exact_BL = logits_BL.to(scores_BL.dtype)
+            rho = torch.as_tensor(temperature, dtype=exact_BL.dtype, device=exact_BL.device)
+            picked_BKD: Tensor = _PickOwn.apply(x_BLD, exact_BL, indices_BK, rho)
         else:
             soft_BL = torch.softmax(scores_BL / temperature, dim=1)
             picked_BKD = _PickShared.apply(x_BLD, soft_BL, indices_BK)
     return picked_BKD, indices_BK
-
-
-def relaxed_top(scores_BL: Tensor, k: int, temperature: float | Tensor = 1.0) -> Tensor:
-    """Relaxed top-K (B, L): y = sigmoid((score - tau) / rho), where tau is the `threshold` of the scores.
-
-    In the gradient tau moves with the scores so that the sum of y stays what it is: by the mean of their changes,
-    weighted by the slopes of y. The gradient of y therefore sums to 0 over the scores.
-    """
-    fixed_BL = scores_BL.detach()
-    soft_BL = torch.sigmoid((fixed_BL - threshold(fixed_BL, k)) / temperature)
-    slope_BL = soft_BL * (1 - soft_BL)
-    moved_B1 = (slope_BL * scores_BL).sum(1, keepdim=True) / slope_BL.sum(1, keepdim=True).clamp_min(
-        torch.finfo(scores_BL.dtype).tiny
-    )
-    tau_B1 = threshold(fixed_BL, k) + moved_B1 - moved_B1.detach()
-    return torch.sigmoid((scores_BL - tau_B1) / temperature)
 
 
 def select_reference(
@@ -249,15 +219,15 @@ def select_reference(
     k: int,
     temperature: float | Tensor = 1.0,
     gumbel_uniform_BL: Tensor | None = None,
-    estimator: Estimator = "relaxed",
+    estimator: Estimator = "own",
 ) -> tuple[Tensor, Tensor]:
     """Reference of `select`: a (K, L) one-hot matrix with straight-through gradient, O(K L D)."""
     check_count(k, x_BLD.shape[1])
     scores_BL = gumbel_scores(logits_BL, gumbel_uniform_BL)
     indices_BK = torch.topk(scores_BL, k, dim=1).indices.sort(dim=1).values
     hard_BKL = torch.nn.functional.one_hot(indices_BK, x_BLD.shape[1]).to(scores_BL.dtype)
-    if estimator == "relaxed":
-        soft_BKL = hard_BKL * relaxed_top(scores_BL, k, temperature)[:, None]
+    if estimator == "own":
+        soft_BKL = hard_BKL * torch.sigmoid(logits_BL.to(scores_BL.dtype) / temperature)[:, None]
     else:
         soft_BKL = torch.softmax(scores_BL / temperature, dim=1)[:, None].expand_as(hard_BKL)
     picked_BKD = torch.einsum("bkl,bld->bkd", hard_BKL, x_BLD)

@@ -5,6 +5,8 @@ Each takes the place of a block's selection. They are plain autograd, slower tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +17,9 @@ from s5.models.selection import Selected, Selection, gumbel, normalized_entropy,
 from s5.ssm.layers import LinearSSM, SSMLayer
 
 ALTERNATIVES = {
-    "own": "each kept token is judged in its own place, by the gradient of sigmoid(logit / rho) times it there",
     "gate": "kept tokens are multiplied by 2 sigmoid(logit), in evaluation too (Mixture-of-Depths, 2404.02258)",
-    "transport": "as the package's, with the tau for which the sum is K: entropic transport (2002.06504)",
+    "relaxed": "own, by sigmoid((score - tau) / rho), tau between the scores kept and discarded, and moving with them",
+    "transport": "as relaxed, with the tau for which these sum to K: entropic transport (2002.06504)",
     "masked": "as transport; discarded tokens stay as zeros and are judged too, as in DynamicViT (2106.02034)",
     "baseline": "own, less the mean over the kept tokens of the gate's gradient",
     "noise shrinks": "own, Gumbel noise that shrinks to 0 in the course of training",
@@ -30,20 +32,36 @@ ALTERNATIVES = {
 BISECTIONS = 40
 
 
-def transport_top(scores_BL: Tensor, k: int, temperature: float | Tensor) -> Tensor:
-    """Return sigmoid((score - tau) / rho), whose sum over L is K by the choice of tau, which has a gradient too."""
-    plain_BL = scores_BL.detach()
-    low_B, high_B = plain_BL.amin(1) - 50 * temperature, plain_BL.amax(1) + 50 * temperature
+def threshold(scores_BL: Tensor, k: int, temperature: float | Tensor) -> Tensor:
+    """Return (B, 1), halfway between the lowest score kept and the highest discarded."""
+    highest_BK = torch.topk(scores_BL, min(k + 1, scores_BL.shape[1]), dim=1).values
+    return (highest_BK[:, k - 1 : k] + highest_BK[:, -1:]) / 2
+
+
+def level(scores_BL: Tensor, k: int, temperature: float | Tensor) -> Tensor:
+    """Return tau (B, 1), for which sigmoid((score - tau) / rho) sums to K."""
+    low_B1 = scores_BL.amin(1, keepdim=True) - 50 * temperature
+    high_B1 = scores_BL.amax(1, keepdim=True) + 50 * temperature
     for _ in range(BISECTIONS):
-        middle_B = (low_B + high_B) / 2
-        too_many_B = torch.sigmoid((plain_BL - middle_B[:, None]) / temperature).sum(1) > k
-        low_B, high_B = torch.where(too_many_B, middle_B, low_B), torch.where(too_many_B, high_B, middle_B)
-    tau_B = (low_B + high_B) / 2
-    soft_BL = torch.sigmoid((plain_BL - tau_B[:, None]) / temperature)
+        middle_B1 = (low_B1 + high_B1) / 2
+        too_many_B1 = torch.sigmoid((scores_BL - middle_B1) / temperature).sum(1, keepdim=True) > k
+        low_B1, high_B1 = torch.where(too_many_B1, middle_B1, low_B1), torch.where(too_many_B1, high_B1, middle_B1)
+    return (low_B1 + high_B1) / 2
+
+
+def relaxed_top(
+    scores_BL: Tensor,
+    k: int,
+    temperature: float | Tensor,
+    tau: Callable[[Tensor, int, float | Tensor], Tensor] = threshold,
+) -> Tensor:
+    """Return sigmoid((score - tau) / rho), where tau moves with the scores so that the sum stays what it is."""
+    fixed_BL = scores_BL.detach()
+    tau_B1 = tau(fixed_BL, k, temperature)
+    soft_BL = torch.sigmoid((fixed_BL - tau_B1) / temperature)
     slope_BL = soft_BL * (1 - soft_BL)
-    # The sum stays K: tau moves with the scores' mean, weighted by the slopes.
-    moved_B = (slope_BL * (scores_BL - plain_BL)).sum(1) / slope_BL.sum(1).clamp_min(1e-12)
-    return torch.sigmoid((scores_BL - (tau_B + moved_B)[:, None]) / temperature)
+    moved_B1 = (slope_BL * (scores_BL - fixed_BL)).sum(1, keepdim=True) / slope_BL.sum(1, keepdim=True).clamp_min(1e-12)
+    return torch.sigmoid((scores_BL - tau_B1 - moved_B1) / temperature)
 
 
 class AlternativeSelection(Selection):
@@ -92,11 +110,12 @@ class AlternativeSelection(Selection):
             picked_BKD = 2 * torch.sigmoid(logits_BL.gather(1, indices_BK))[..., None] * picked_BKD
         elif self.kind == "masked":
             hard_BL = torch.zeros_like(logits_BL).scatter(1, indices_BK, 1.0)
-            soft_BL = transport_top(scores_BL, k, self.temperature)
+            soft_BL = relaxed_top(scores_BL, k, self.temperature, level)
             picked_BKD = (hard_BL + soft_BL - soft_BL.detach())[..., None] * x_BLD
         else:
-            if self.kind == "transport":
-                soft_BK = transport_top(scores_BL, k, self.temperature).gather(1, indices_BK)
+            if self.kind in ("relaxed", "transport"):
+                tau = threshold if self.kind == "relaxed" else level
+                soft_BK = relaxed_top(scores_BL, k, self.temperature, tau).gather(1, indices_BK)
             else:
                 soft_BK = torch.sigmoid(logits_BL.gather(1, indices_BK) / self.temperature)
             if self.kind == "baseline" and soft_BK.requires_grad:
