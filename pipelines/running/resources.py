@@ -24,8 +24,8 @@ ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": 
 # each multiple of it, which a run with a monitor, a controller and decode tasks always reaches.
 STARTUP_CONCURRENCY = ("RAY_worker_maximum_startup_concurrency", "64")
 
-# CPUs that a worker leaves to decoding where Ray Train, which knows of no decoding, may give all others to workers.
-SLIVER = 0.001
+# CPUs that each worker leaves to decoding where Ray Train, which knows of no decoding, may add workers to all others.
+RESERVED_CPUS = 0.001
 
 
 def ensure_ray() -> None:
@@ -87,11 +87,11 @@ def nodes() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def left_free(has: list[dict[str, float]], scale: ScaleConfig, workers: int) -> list[float] | None:
-    """Return the CPUs of each node that workers leave free which fill one node after the other; None: they do not fit.
+def place_workers(has: list[dict[str, float]], scale: ScaleConfig, workers: int) -> list[float] | None:
+    """Place workers, filling one node after the other, and return the free CPUs of each node; None if they do not fit.
 
     Args:
-        has: what each node has.
+        has: resources of each node.
         scale: what each worker takes.
         workers: their number.
     """
@@ -104,15 +104,15 @@ def left_free(has: list[dict[str, float]], scale: ScaleConfig, workers: int) -> 
     return None if workers else free
 
 
-def _slots(free: list[float], each: float) -> int:
-    """Return how many tasks of so many CPUs fit the nodes."""
+def _tasks_that_fit(free: list[float], each: float) -> int:
+    """Return how many tasks, each on one node, the free CPUs are enough for."""
     return sum(int(cpus / each + 1e-6) for cpus in free)
 
 
-def _free(scale: ScaleConfig, workers: int) -> list[float]:
-    """Return the CPUs of each node that workers leave free; raise `UserError` where they do not fit."""
+def _free_cpus(scale: ScaleConfig, workers: int) -> list[float]:
+    """Return the free CPUs of each node once the workers are placed; raise `UserError` where they do not fit."""
     has = nodes()
-    free = left_free(has, scale, workers)
+    free = place_workers(has, scale, workers)
     if free is not None:
         return free
     name = "min_workers" if scale.min_workers else "num_workers"
@@ -150,8 +150,8 @@ def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
         UserError: training workers and decoding do not fit the cluster together (they would wait for each other).
     """
     workers = scale.min_workers or scale.num_workers
-    free = _free(scale, workers)
-    fit = _slots(free, data.cpus_per_decode)
+    free = _free_cpus(scale, workers)
+    fit = _tasks_that_fit(free, data.cpus_per_decode)
     if fit < workers:
         raise UserError(
             f"data.cpus_per_decode is {data.cpus_per_decode:g}: {workers} workers leave {sum(free):g} CPUs for "
@@ -161,16 +161,16 @@ def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
     return min(fit, data.decode_tasks) if data.decode_tasks else fit
 
 
-def shared_out(scale: ScaleConfig, data: DecodeConfig, workers: int) -> tuple[int, float]:
-    """Return the decode tasks of each of so many running workers, and the CPUs that a task holds.
+def decode_tasks_per_worker(scale: ScaleConfig, data: DecodeConfig, workers: int) -> tuple[int, float]:
+    """Return the number of decode tasks of each running worker, and the CPUs that a task reserves.
 
-    Where the workers have grown into the CPUs that decoding needs, a task holds but the sliver that each of them
-    leaves, so that it runs nevertheless.
+    Where added workers have taken the CPUs that decoding needs, a task reserves only the `RESERVED_CPUS` that each
+    worker leaves, so that it can still run.
     """
-    free = left_free(nodes(), scale, workers) or []
-    fit = _slots(free, data.cpus_per_decode)
+    free = place_workers(nodes(), scale, workers) or []
+    fit = _tasks_that_fit(free, data.cpus_per_decode)
     if fit < workers:
-        return 1, SLIVER
+        return 1, RESERVED_CPUS
     return (min(fit, data.decode_tasks) if data.decode_tasks else fit) // workers or 1, data.cpus_per_decode
 
 
@@ -186,6 +186,6 @@ def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
     """
     ensure_ray()
     if data is None:
-        _free(scale, scale.min_workers or scale.num_workers)
+        _free_cpus(scale, scale.min_workers or scale.num_workers)
         return 0
     return decode_tasks(scale, data)

@@ -12,7 +12,7 @@ import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config import DataConfig, ScaleConfig
-from pipelines.running.resources import SLIVER, check_cluster
+from pipelines.running.resources import RESERVED_CPUS, check_cluster
 from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.running.stage import Stage
 from pipelines.storage.checkpoint_backend import checkpoint_backend
@@ -136,7 +136,7 @@ def _trainer(setup: WorkerSetup) -> ray.train.torch.TorchTrainer:
 
 
 def _resources_per_worker(scale: ScaleConfig) -> dict[str, float]:
-    resources = {"CPU": scale.cpus_per_worker - (SLIVER if scale.min_workers else 0)}
+    resources = {"CPU": scale.cpus_per_worker - (RESERVED_CPUS if scale.min_workers else 0)}
     return resources | {"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else resources
 
 

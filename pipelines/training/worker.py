@@ -20,7 +20,7 @@ from torch import nn
 from pipelines import storage
 from pipelines.config import DataConfig, ScaleConfig
 from pipelines.errors import UserError
-from pipelines.running.resources import shared_out
+from pipelines.running.resources import decode_tasks_per_worker
 from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.heartbeat import Heartbeat
@@ -51,7 +51,9 @@ class RayContext:
         self.rank = train.get_world_rank()
         self.world_size = train.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.decode_tasks, self._cpus_per_decode = shared_out(scale, data, self.world_size) if data else (1, 1.0)
+        self.decode_tasks, self._cpus_per_decode = (
+            decode_tasks_per_worker(scale, data, self.world_size) if data else (1, 1.0)
+        )
         self.heartbeat = Heartbeat(monitor, self.rank, scale.hang_timeout_s)
         self._monitor = monitor
         self._out = out

@@ -50,15 +50,15 @@ def test_fewer_workers_are_enough_where_they_may_be_fewer(monkeypatch: pytest.Mo
     nodes(monkeypatch, 1)
     settings, data = scale(2, 0.75, min_workers=1), DataConfig(cpus_per_decode=0.25)
     assert resources.decode_tasks(settings, data) == 1
-    assert resources.shared_out(settings, data, 1) == (1, 0.25)
+    assert resources.decode_tasks_per_worker(settings, data, 1) == (1, 0.25)
 
 
 def test_decoding_goes_on_where_workers_hold_all_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     data = DataConfig(cpus_per_decode=0.5)
     nodes(monkeypatch, 2)
-    assert resources.shared_out(scale(2, min_workers=1), data, 2) == (1, resources.SLIVER)
+    assert resources.decode_tasks_per_worker(scale(2, min_workers=1), data, 2) == (1, resources.RESERVED_CPUS)
     nodes(monkeypatch, 2, 2)
-    assert resources.shared_out(scale(2, min_workers=1), data, 2) == (2, 0.5)
+    assert resources.decode_tasks_per_worker(scale(2, min_workers=1), data, 2) == (2, 0.5)
 
 
 def test_settings_that_cannot_be_met() -> None:
