@@ -10,7 +10,7 @@ Where the code runs, and who sends what to whom:
          |          ^                  |                 ^                 |                  ^
          |          |                  | begin(group)    |                 | pulse(state),    | in the run?
          | request_ | take():          | lost(losses)    | restart?        | twice a second   | stop?
-         | stop()   | rows, rejects,   |                 |                 | report(updates)  |
+         | stop()   | rows, rejects,   | missing()       |                 | report(updates)  |
          |          | messages,        |                 |                 | checkpoint_at()  |
          v          | stacks           v                 |                 v fail()           |
     +------------------------------------------------------------------------------------------------------+

@@ -6,6 +6,7 @@ Ray Train calls it through two extension points: the backend of `TorchConfig`, o
 
 from __future__ import annotations
 
+import socket
 import time
 import uuid
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipelines.training.heartbeat import enter_group
 
 # Time for the monitor to miss the worker for which a failed one was waiting: each sends two pulses a second.
 MISSING_PULSE_SECONDS = 3.0
+CONNECT_SECONDS = 2.0
 # At most this much of Ray's explanation is shown.
 REASON_CHARACTERS = 200
 
@@ -60,9 +62,24 @@ class LossReporter(ray.train.UserCallback):
         """Report the losses; raise `StageError`, which ends the run, where no new workers are to start."""
         losses = {rank: classify(error) for rank, error in worker_exceptions.items()}
         if all(loss.kind == "raised" for loss in losses.values()):
+            # What they raise may follow from the loss of a node, which Ray takes half a minute to see.
             time.sleep(MISSING_PULSE_SECONDS)
+            missing = ray.get(self._monitor.missing.remote(MISSING_PULSE_SECONDS - 1))
+            losses |= {rank: Loss("node", "no answer") for rank, node in missing.items() if not node_answers(node)}
         if not ray.get(self._monitor.lost.remote(losses)):
             raise StageError("the run monitor starts no new workers")
+
+
+def node_answers(node_id: str) -> bool:
+    """Return whether the Ray process of a node accepts a connection."""
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["NodeID"] == node_id:
+            try:
+                with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), CONNECT_SECONDS):
+                    return True
+            except OSError:
+                return False
+    return False
 
 
 def classify(error: Exception) -> Loss:

@@ -41,6 +41,8 @@ class WorkerState:
     """Set when its watchdog found that it hangs; its process is about to end."""
     preempted: str = ""
     """Why it has to leave: its process received SIGTERM, or its node is being drained."""
+    node_id: str = ""
+    """Ray's name of its node."""
 
 
 @dataclass

@@ -65,7 +65,7 @@ class Heartbeat:
     def __init__(self, monitor: Any, rank: int, hang_timeout_s: float) -> None:
         self._monitor, self._rank = monitor, rank
         place = f"node {ray.util.get_node_ip_address()}, process {os.getpid()}"  # type: ignore[no-untyped-call]
-        self._state = WorkerState(place)
+        self._state = WorkerState(place, node_id=ray.get_runtime_context().get_node_id())
         self._state_lock = threading.Lock()
         self._phase = self._state.phase
         self._stop = False

@@ -65,8 +65,8 @@ class RunStatus(NamedTuple):
 class RunMonitor:
     """Actor that collects updates for the driver, passes its stop request to the workers, and judges lost workers.
 
-    Messages come from the driver (`take`, `request_stop`), from Ray Train's controller (`begin`, `lost`) and from the
-    workers (`pulse`, `report`, `checkpoint_at`, `fail`); `status` is for all.
+    Messages come from the driver (`take`, `request_stop`), from Ray Train's controller (`begin`, `missing`, `lost`) and
+    from the workers (`pulse`, `report`, `checkpoint_at`, `fail`); `status` is for all.
 
     Args:
         max_failures: how often workers may fail or hang; preemption and the loss of a node do not count.
@@ -110,6 +110,11 @@ class RunMonitor:
         if before and before != size:
             workers = f"{size} worker{'s' * (size > 1)}"
             self._updates.messages.append(f"{workers} instead of {before}, {resuming(self._checkpoint_step)}")
+
+    def missing(self, seconds: float) -> dict[int, str]:
+        """Return the node of each worker of the present group that has sent no pulse for so long, by rank."""
+        states, heard_at, now = self._group.states, self._group.heard_at, self._clock()
+        return {rank: state.node_id for rank, state in states.items() if now - heard_at[rank] > seconds}
 
     def lost(self, losses: dict[int, Loss]) -> bool:
         """Judge what Ray Train lost of the present group; return whether new workers start.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
+import ray
 import ray.exceptions
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-from pipelines.training.controller import REASON_CHARACTERS, classify
+from pipelines.training.controller import REASON_CHARACTERS, classify, node_answers
 from pipelines.training.failure_policy import Loss
 
 PROCESS_DIED = (
@@ -53,3 +56,12 @@ def test_errors_are_classified(error: Exception, loss: Loss) -> None:
     # The loss of a node is explained by its kind alone.
     if loss.kind != "node":
         assert found.reason == loss.reason
+
+
+def test_a_lost_node_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = {"NodeID": "a", "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": server.getsockname()[1]}
+        monkeypatch.setattr(ray, "nodes", lambda: [node])
+        assert node_answers("a")
+        assert not node_answers("b"), "a node that the cluster does not know"
+    assert not node_answers("a")

@@ -48,6 +48,18 @@ def begin(monitor: RunMonitor, group: str, size: int = 2) -> None:
         assert monitor.pulse(group, rank, WorkerState(f"node {rank}", TRAINING)).in_run
 
 
+def test_a_worker_without_pulses_is_missing(monitor: RunMonitor, clock: Clock) -> None:
+    clock.now += 2.5
+    monitor.pulse("g", 0, WorkerState("node 0", TRAINING, node_id="a"))
+    monitor.pulse("g", 1, WorkerState("node 1", TRAINING, node_id="b"))
+    clock.now += 1.5
+    monitor.pulse("g", 0, WorkerState("node 0", TRAINING, node_id="a"))
+    clock.now += 1
+    assert monitor.missing(2.0) == {1: "b"}
+    begin(monitor, "h")
+    assert monitor.missing(2.0) == {}
+
+
 def test_a_loss_counts_once_until_new_workers_start(monitor: RunMonitor) -> None:
     assert monitor.lost({0: RAISED, 1: DIED})
     assert monitor.take().messages == [
