@@ -9,6 +9,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config import DataConfig, ScaleConfig
@@ -25,7 +26,7 @@ from s5.checkpoints.history import CheckpointHistory
 from s5.config import LoopConfig
 
 # All that a stage needs of this room.
-__all__ = ["BuildLoop", "OnRow", "Outcome", "RayContext", "launch"]
+__all__ = ["BuildLoop", "OnRow", "Outcome", "RayContext", "launch", "name_cluster"]
 
 RAY_TRAIN = "ray_train"
 # Timeout of a collective, where hangs are not looked for.
@@ -85,6 +86,17 @@ def launch(
     outcome = drive(trainer, monitor, stage, report, checkpoints)
     _log_throughput(stage, outcome.fit.metrics)
     return outcome
+
+
+def name_cluster() -> None:
+    """Give the address of this cluster to the actors that Ray Train starts for a trial of a sweep.
+
+    The one that releases the CPUs of a trial that is stopped asks Ray where its cluster is, and ends on an error where
+    another cluster runs on the machine: the next trial would wait for these CPUs forever. It stays in the environment
+    of the process, so only a Ray worker calls this.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _set_ray_timeouts(scale: ScaleConfig) -> None:

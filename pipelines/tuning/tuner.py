@@ -24,6 +24,7 @@ from pipelines.errors import StageError, StoppedError, last_line
 from pipelines.running import progress
 from pipelines.running.resources import own_node
 from pipelines.running.stage import Stage, in_thread, signals_received
+from pipelines.training.launcher import name_cluster
 from pipelines.tuning.trials import Objective, TrialSettings
 
 # A trial's driver holds no CPU, only its place.
@@ -174,7 +175,7 @@ def run_trial(
     """Run the stages of one trial; their MLflow runs nest under the trial's, and that under the sweep's."""
     # Tune gives a trial 2 s to return before it calls its process unfit for the next one: too few on a busy machine.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "30"
-    _name_cluster()
+    name_cluster()
     trial = trials[chosen["trial"]]
     uri = next(iter(trial.stages.values())).tracking.uri
     tracker = tracking.start(
@@ -199,18 +200,6 @@ def run_trial(
     if objective.metric not in found:
         raise StageError(f"metric is {objective.metric!r}: the trial has {', '.join(sorted(found))}")
     tune.report(found)
-
-
-def _name_cluster() -> None:
-    """Give the address of this cluster to the actors that Ray Train starts.
-
-    The one that releases the CPUs of a trial that is stopped asks Ray where its cluster is, and ends on an error where
-    another cluster runs on the machine: the next trial would wait for these CPUs forever.
-    """
-    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-
-    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def _run_stages(
