@@ -13,7 +13,8 @@ from s5.config import DecoderConfig
 from s5.models.attention import ATTENTIONS, Attention
 from s5.models.fused import normed_convolution, selective_convolution
 from s5.models.merging import Merging
-from s5.models.selection import Selected, Selection, keep_count
+from s5.models.selection import Selected, Selection
+from s5.models.top_k import keep_count
 from s5.ssm.layers import SSMLayer, build_ssm
 
 

@@ -14,20 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s5.models.selection import (
-    Estimator,
-    MomentumSSM,
-    Selected,
-    Selection,
-    check_count,
-    gumbel_scores,
-    normalized_entropy,
-    own_gradient,
-    rows,
-    shared_gradient,
-    spread,
-    top,
-)
+from s5.models.selection import MomentumSSM, Selected, Selection, normalized_entropy
+from s5.models.top_k import Estimator, check_count, gumbel_scores, own_gradient, rows, shared_gradient, spread, top
 from s5.ssm.convolution import convolve, convolve_backward
 from s5.ssm.layers import LinearSSM
 

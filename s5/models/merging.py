@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from s5 import rng
-from s5.models.selection import Selected, gumbel, normalized_entropy
+from s5.models.selection import Selected, normalized_entropy
+from s5.models.top_k import gumbel
 
 _SIMILARITIES = 2**24
 """Cosines in memory at a time, in numbers."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from s5.config import SelectionConfig
 from s5.models.blocks import Block
 from s5.models.decoders import Pyramid
-from s5.models.selection import Selected, Selection, gumbel, normalized_entropy, rows, top
+from s5.models.selection import Selected, Selection, normalized_entropy
+from s5.models.top_k import gumbel, rows, top
 from s5.ssm.layers import LinearSSM, SSMLayer
 
 ALTERNATIVES = {

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from s5.config import SelectionConfig, SSMConfig
 from s5.models.fused import normed_convolution, selective_convolution
-from s5.models.selection import Estimator, Selection
+from s5.models.selection import Selection
+from s5.models.top_k import Estimator
 from s5.ssm.convolution import convolve_score
 from s5.ssm.layers import LinearSSM, build_ssm
 

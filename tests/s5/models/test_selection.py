@@ -8,17 +8,8 @@ from torch import Tensor
 
 from s5 import rng
 from s5.config import SelectionConfig, SSMConfig
-from s5.models.selection import (
-    Estimator,
-    MomentumSSM,
-    Selection,
-    frame_spread,
-    gumbel,
-    keep_count,
-    normalized_entropy,
-    select,
-    select_reference,
-)
+from s5.models.selection import MomentumSSM, Selection, frame_spread, normalized_entropy
+from s5.models.top_k import Estimator, gumbel, keep_count, select, select_reference
 from s5.ssm.layers import LinearSSM, build_ssm
 
 
