@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from pipelines import storage
 from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations, Row
 from pipelines.data.manifest import SPLITS
 
@@ -78,7 +79,11 @@ def _from_path(name: str, video_id: str) -> AnnotatedVideo:
 
 
 def _from_row(row: Row, ids: dict[str, str], name_of: Callable[[str], str]) -> AnnotatedVideo:
-    name, split = name_of(row.required("video")), row.text.get("split", "")
+    given, split = row.required("video"), row.text.get("split", "")
+    if storage.is_uri(given) and storage.redacted(given) != given:
+        what = f"has video {storage.redacted(given)!r} with credentials or a query; give the name alone"
+        raise row.file.error(f"{row.location} {what}, and credentials by the environment")
+    name = name_of(given)
     if split and split not in SPLITS:
         raise row.error("split", f"give {', '.join(SPLITS)} or nothing")
     target, start_s, end_s = (_number(row, column) for column in ("target", "start_s", "end_s"))

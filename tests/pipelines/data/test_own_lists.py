@@ -8,6 +8,7 @@ import pytest
 
 from pipelines.data.annotations import own
 from pipelines.data.annotations.shared import Annotations
+from pipelines.errors import UserError
 
 FILES = [f"v{i}.mp4" for i in range(9)]
 
@@ -54,6 +55,13 @@ def test_what_is_listed_again_is_one_reject_each(tmp_path: Path) -> None:
         "labels.csv line 2 counts",
     ]
     assert listed.classes == ["x", "y"]
+
+
+def test_a_list_with_credentials_is_refused_without_showing_them(tmp_path: Path) -> None:
+    for address in ("s3://key:hush@bucket/a.mp4", "https://host/a.mp4?sig=hush"):
+        with pytest.raises(UserError, match=r"labels.csv line 2 has video '.*\*\*\*.*' with credentials") as raised:
+            _csv(tmp_path, f"{address},x")
+        assert "hush" not in str(raised.value)
 
 
 # --- labels that are numbers ----------------------------------------------------------------------------------------
