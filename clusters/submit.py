@@ -25,7 +25,7 @@ from pipelines import storage
 from pipelines.command_line import parse
 from pipelines.config import StageConfig, to_json
 from pipelines.errors import UserError
-from pipelines.preflight import used_paths
+from pipelines.preflight import check_credentials, used_paths
 from pipelines.running.run_folder import RUN
 from pipelines.storage import provenance
 
@@ -253,6 +253,7 @@ def run(argv: Sequence[str]) -> int:
     if options.stop_wait < 1:
         raise UserError(f"--stop-wait is {options.stop_wait}: give at least 1 second")
     name, config = parse(options.stage)
+    check_credentials(config)
     check_paths(config)
     check_tracking(config)
     submission = Submission(name, config, tuple(options.env), options.cpus, options.stop_wait)

@@ -101,6 +101,8 @@ def _saved(name: str, config: StageConfig, path: str) -> StageConfig:
     """Return the settings that a run.json holds."""
     try:
         values: Any = _read_json(path)
+    except UserError:
+        raise
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise UserError(f"--config is {path!r}: {reason}; give the run.json of an earlier run") from None

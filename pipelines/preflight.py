@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import storage, tracking
-from pipelines.config import SweepConfig, paths
+from pipelines.config import SweepConfig, flatten, paths
 from pipelines.config.stages import StageConfig
 from pipelines.errors import UserError
 from pipelines.running.run_folder import RunFolder
 from s5.config import PathRole
 
+TRACKING_URI = "tracking.uri"
 ROOM_BYTES = 1 << 20
 """Written and removed again, to see that a disk has room for what every stage writes first."""
 
@@ -40,6 +41,7 @@ def check(stage: str, config: StageConfig) -> None:
     Raises:
         UserError: one of them is wrong.
     """
+    check_credentials(config)
     check_inputs(config)
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):
@@ -47,14 +49,28 @@ def check(stage: str, config: StageConfig) -> None:
         check_out(config.out)
 
 
+def check_credentials(config: StageConfig) -> None:
+    """Check that no path and no tracking URI holds credentials, those that go unused too: run.json holds all
+    settings, and a job's record the variable.
+
+    Raises:
+        UserError: one holds some; the message does not show them.
+    """
+    for value, _ in paths(config).values():
+        storage.check_no_credentials(value)
+    for key, value in flatten(config).items():
+        if key == TRACKING_URI or key.endswith(f".{TRACKING_URI}"):
+            tracking.check_without_credentials(value, f"--{key}")
+    tracking.check_without_credentials(os.environ.get(tracking.VARIABLE, ""), tracking.VARIABLE)
+
+
 def check_inputs(config: StageConfig) -> None:
-    """Check the local files and folders that a stage reads, and that no URI holds credentials.
+    """Check the local files and folders that a stage reads.
 
     Raises:
         UserError: one does not exist, or is not what its setting names.
     """
     for key, (value, role) in used_paths(config).items():
-        storage.check_no_credentials(value)
         if role.kind != "input" or storage.is_uri(storage.absolute(value)):
             continue
         path = Path(value.removeprefix("file://")).expanduser()

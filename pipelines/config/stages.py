@@ -308,8 +308,9 @@ class SweepConfig:
     out: OutFolder = "out/sweep"
     """Folder for the trials and result.json; a second start with the same folder resumes."""
     space: tuple[str, ...] = ("lsmcl.mask_ratio=0.25,0.5,0.75", "clips.frames=8,16")
-    """What varies: `key=value,value,...` (every combination) or `key=uniform(a,b)`, `key=loguniform(a,b)` (drawn
-    `samples` times). A key of both stages, such as clips.frames, is set in both; `pretrain.KEY` in one."""
+    """What varies: `key=value,value,...` (every combination; a list is `[a,b]`) or `key=uniform(a,b)`,
+    `key=loguniform(a,b)` (drawn `samples` times). A key of both stages, such as clips.frames, is set in both;
+    `pretrain.KEY` in one."""
     stages: Literal["pretrain", "finetune", "pretrain+finetune"] = "pretrain+finetune"
     """What a trial runs."""
     metric: str = ""

@@ -24,6 +24,9 @@ ENVIRONMENT = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": 
 # each multiple of it, which a run with a monitor, a controller and decode tasks always reaches.
 STARTUP_CONCURRENCY = ("RAY_worker_maximum_startup_concurrency", "64")
 
+UV_HOOK = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+"""Whether Ray starts its workers by `uv run` too where the driver was; `pipelines.__main__` turns it off."""
+
 # CPUs that each worker leaves to decoding where Ray Train, which knows of no decoding, may add workers to all others.
 RESERVED_CPUS = 0.001
 
@@ -32,7 +35,7 @@ def ensure_ray() -> None:
     """Join the cluster at $RAY_ADDRESS (a job's is set by Ray), or start Ray on this machine; once per process.
 
     Raises:
-        UserError: there is no cluster at that address.
+        UserError: there is no cluster at that address, or Ray cannot start where this process runs.
     """
     if ray.is_initialized():
         return
@@ -53,7 +56,8 @@ def ensure_ray() -> None:
             logging_level=logging.ERROR,
             runtime_env=runtime_env,
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        _explain_surroundings(error)
         if address == "local":
             raise
         reason = str(error).strip().splitlines()[0]
@@ -61,6 +65,25 @@ def ensure_ray() -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler ends the process with status 15, which reads as a failure.
         signal.signal(signal.SIGTERM, _terminate)
+
+
+def _explain_surroundings(error: Exception) -> None:
+    """Raise `UserError` where Ray refuses the folder of temporary files, or how `uv run` was called."""
+    text = str(error)
+    if "AF_UNIX" in text:
+        # Ray's own order.
+        name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
+        folder = os.environ.get(name, "")
+        raise UserError(
+            f"{name} is {folder!r}, {len(os.fsencode(folder))} bytes long: Ray's sockets lie below it, and the system "
+            "allows the name of a socket 107 bytes in all; set RAY_TMPDIR to a short folder, such as /tmp"
+        ) from None
+    if isinstance(error, RuntimeError) and "working_dir" in text and "uv run" in text:
+        reason = text.partition(". ")[0]
+        raise UserError(
+            f"this runs below `uv run`, with which Ray cannot start its workers from this folder ({reason}): set "
+            f"{UV_HOOK}=0, or run the environment's own Python, .venv/bin/python"
+        ) from None
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

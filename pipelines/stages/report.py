@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -40,6 +39,8 @@ KEY_METRICS: dict[str, tuple[str, ...]] = {
 OTHER_METRICS = 6
 COUNTS = ("videos", "rejects", "failures")
 SWEEP_METRICS = ("val/accuracy", "val/mse", "knn/top1")
+TRIAL = "trial."
+"""What the parameters of a trial's run begin with that hold its values."""
 NONE = "–"
 
 
@@ -178,8 +179,8 @@ def sweep_tables(stage: Stage, runs: Sequence[Run]) -> list[Table]:
     tables = []
     for sweep, label in zip(sweeps, labels(sweeps), strict=True):
         children = {run.out or run.run_id: run for run in runs if run.parent_run == sweep.run_id}
-        trials = [run for run in children.values() if any(key.startswith("trial.") for key in run.params)]
-        keys = tuple(entry.partition("=")[0] for entry in json.loads(sweep.params.get("space", "[]")))
+        trials = [run for run in children.values() if any(key.startswith(TRIAL) for key in run.params)]
+        keys = swept_keys(trials, sweep.params.get("space", ""))
         metric = sweep.params.get("metric") or next(
             (known for known in SWEEP_METRICS if any(known in trial.metrics for trial in trials)), SWEEP_METRICS[0]
         )
@@ -189,9 +190,20 @@ def sweep_tables(stage: Stage, runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
+def swept_keys(trials: Sequence[Run], space: str) -> tuple[str, ...]:
+    """Return the settings that vary between trials, in the order of the sweep's space.
+
+    The keys are read from the trials: MLflow cuts off a space of more than 6,000 characters.
+    """
+    found = {key.removeprefix(TRIAL) for trial in trials for key in trial.params if key.startswith(TRIAL)}
+    entries = space.replace("-", "_")
+    places = {key: entries.find(f'"{key}=') for key in found}
+    return tuple(sorted(found, key=lambda key: (places[key] < 0, places[key], key)))
+
+
 def _sweep_table(stage: Stage, title: str, keys: tuple[str, ...], metric: str, runs: Sequence[Run]) -> Table:
     trials = [
-        curves.Trial(tuple(run.params.get(f"trial.{key}", NONE) for key in keys), run.metrics.get(metric))
+        curves.Trial(tuple(run.params.get(f"{TRIAL}{key}", NONE) for key in keys), run.metrics.get(metric))
         for run in runs
     ]
     sign = 1 if curves.is_error(metric) else -1

@@ -22,13 +22,13 @@ import ray
 
 from pipelines import storage
 from pipelines.config import TranscodeConfig
+from pipelines.data.indexing.probing import in_tasks
 from pipelines.data.manifest import MANIFEST, classes, description, digest, metadata, read_manifest, splits
 from pipelines.data.transcode_tasks import encode_chunk, pair_seconds
 from pipelines.errors import StageError
 from pipelines.running.resources import ensure_ray
 from pipelines.running.run_folder import VIDEOS
 from pipelines.running.stage import Stage, finished, stage_run
-from pipelines.stages.index import in_tasks
 from s5.errors import Failure
 from s5.video.clip_times import stride_s
 

@@ -67,6 +67,14 @@ def size(path: str) -> int:
     return int(system.get_file_info(inner).size or 0)
 
 
+def files_below(path: str) -> list[str]:
+    """Return the names of the files in a folder, sorted; none where there is no such folder."""
+    system, inner = filesystem(path)
+    infos = system.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    names = [info.base_name for info in infos if info.type == fs.FileType.File and not info.base_name.startswith(".")]
+    return [join(path, name) for name in sorted(names)]
+
+
 def check_writable(out: str, option: str = "--out") -> None:
     """Create a folder and write to it, so that a run fails before its work rather than after.
 
@@ -205,3 +213,10 @@ def remove(path: str) -> None:
     system, inner = filesystem(path)
     if system.get_file_info(inner).type == fs.FileType.File:
         system.delete_file(inner)
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder and all in it, if it is there."""
+    system, inner = filesystem(path)
+    if system.get_file_info(inner).type == fs.FileType.Directory:
+        system.delete_dir(inner)

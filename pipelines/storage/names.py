@@ -32,6 +32,8 @@ def join(base: str, *parts: str) -> str:
 def redacted(text: str) -> str:
     """Return a text with the users, passwords and query strings of its URIs replaced by `***`."""
     text = re.sub(r"(\w://)[^/\s]*@", r"\1***@", text)
+    # A secret may contain a slash; a port, which also follows a colon, is a number.
+    text = re.sub(r"(\w://)[^/\s:@]+:(?!\d+(?:/|\s|$))[^\s'\"]*@", r"\1***@", text)
     return re.sub(r"(\w://[^?\s'\"]*\?)[^\s'\"]+", r"\1***", text)
 
 

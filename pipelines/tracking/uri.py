@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +14,21 @@ from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
 
 OFF = "off"
+VARIABLE = "MLFLOW_TRACKING_URI"
+SERVER_REMEDY = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+DATABASE_REMEDY = "the database's own variables or password file (PGUSER and PGPASSWORD for PostgreSQL)"
+SECRET_PARAMETER = re.compile(r"[?&;][^=&]*(pass|pwd|secret|token|key|auth|sig|credential)[^=&]*=", re.IGNORECASE)
 
 
 def resolve_uri(config: TrackingConfig, out: str) -> str:
     """Return the tracking URI of a stage that writes to `out`, valid in any working directory; `off` for none.
 
     Raises:
-        UserError: a `file:` store, which MLflow no longer supports, or no URI at all where `out` is on an object store.
+        UserError: a URI that holds credentials, a `file:` store, which MLflow no longer supports, or no URI at all
+            where `out` is on an object store.
     """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = config.uri or os.environ.get(VARIABLE, "")
+    check_without_credentials(uri, "--tracking.uri" if config.uri else VARIABLE)
     out = storage.absolute(out)
     if not uri:
         if storage.is_uri(out):
@@ -41,6 +48,30 @@ def resolve_uri(config: TrackingConfig, out: str) -> str:
         return uri.rstrip("/")
     path = storage.absolute(uri)
     return f"sqlite:///{path}" if path.endswith(".db") else f"sqlite:///{path}/mlflow.db"
+
+
+def check_without_credentials(uri: str, name: str) -> None:
+    """Check that a tracking URI, which ends up in run.json, result.json and MLflow itself, holds no credentials.
+
+    Args:
+        uri: the URI.
+        name: the setting or variable that it is given by.
+
+    Raises:
+        UserError: it holds a user and password, a token or a query; the message shows none of it.
+    """
+    scheme, mark, rest = uri.partition("://")
+    is_server = scheme.lower() in ("http", "https")
+    # A password may contain a slash, so all up to the last @ counts; a database's user alone is no secret.
+    user, at, _ = rest.rpartition("@")
+    holds_user = bool(at) and (is_server or ":" in user)
+    if mark and (holds_user or (is_server and "?" in rest) or SECRET_PARAMETER.search(rest)):
+        host = rest.rpartition("@")[2].partition("?")[0]
+        remedy = SERVER_REMEDY if is_server else DATABASE_REMEDY
+        raise UserError(
+            f"{name} holds credentials or a query: give {scheme}://{host} alone, and credentials by the environment: "
+            f"{remedy}"
+        )
 
 
 def database(uri: str) -> str:

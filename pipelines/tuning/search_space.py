@@ -1,4 +1,4 @@
-"""The space of a sweep as text: `key=1,2,3`, `key=uniform(a,b)`, `key=loguniform(a,b)`."""
+"""The space of a sweep as text: `key=1,2,3`, `key=[1,2],[3]`, `key=uniform(a,b)`, `key=loguniform(a,b)`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, flatten, override, unknown
+from pipelines.config.dotted import hints
 from pipelines.errors import UserError
+
+Value = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Every one of some values."""
+    """Every one of some values; a list, as of a setting of several values, is a tuple."""
 
-    values: tuple[str, ...]
+    values: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,15 @@ class Range:
 
 
 Dimension = Choice | Range
-# Drawn values are rounded to this many digits, and names cut to this length: a name is also a folder.
+# Drawn values are rounded to this many digits, and names and their parts cut to these lengths: a name is also a folder,
+# for which file systems allow 255 bytes; Ray Tune puts a trial's id of 11 before it.
 DRAWN_DIGITS = 4
 NAME_PART = 40
+NAME_LENGTH = 200
 RANGE = re.compile(r"(uniform|loguniform)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
+
+SEPARATOR = re.compile(r",(?![^\[\]]*\])")
+"""A comma that stands in no brackets."""
 
 
 def parse(config: SweepConfig) -> dict[str, Dimension]:
@@ -74,7 +82,7 @@ def _leaves(config: SweepConfig, stage: str, prefix: str = "") -> list[str]:
 def _dimension(entry: str, text: str) -> Dimension:
     match = RANGE.fullmatch(text.strip())
     if match is None:
-        return Choice(tuple(value.strip() for value in text.split(",") if value.strip()))
+        return Choice(_values(entry, text))
     try:
         low, high = float(match[2]), float(match[3])
     except ValueError:
@@ -83,6 +91,18 @@ def _dimension(entry: str, text: str) -> Dimension:
     if not low < high or (log and low <= 0):
         raise UserError(f"space is {entry!r}: give low < high{', both above 0' if log else ''}")
     return Range(low, high, log)
+
+
+def _values(entry: str, text: str) -> tuple[Value, ...]:
+    """Return the values between the commas of a text; what stands in brackets is a list."""
+    parts = [part.strip() for part in SEPARATOR.split(text) if part.strip()]
+    values: list[Value] = []
+    for part in parts:
+        inner = part[1:-1] if part.startswith("[") and part.endswith("]") else None
+        if any(bracket in (part if inner is None else inner) for bracket in "[]"):
+            raise UserError(f"space is {entry!r}: write a list as [value,value], and a comma between two lists")
+        values.append(part if inner is None else tuple(v.strip() for v in inner.split(",") if v.strip()))
+    return tuple(values)
 
 
 def combinations(dimensions: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
@@ -114,10 +134,12 @@ def _drawn(dimension: Range, draw: random.Random) -> float:
 
 
 def configured(config: SweepConfig, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes that a trial's values make to one of its stages."""
-    own = _leaves(config, stage)
-    changes = {key: value for key, value in values.items() if key in own}
-    return changes | {key.removeprefix(f"{stage}."): v for key, v in values.items() if key.startswith(f"{stage}.")}
+    """Return the changes that a trial's values make to one of its stages; a single value is a list of one as well."""
+    types = hints(getattr(config, stage))
+    changes = {key: value for key, value in values.items() if key in types}
+    changes |= {key.removeprefix(f"{stage}."): v for key, v in values.items() if key.startswith(f"{stage}.")}
+    of_lists = {key for key in changes if get_origin(types[key]) is tuple}
+    return {key: (v,) if key in of_lists and not isinstance(v, tuple) else v for key, v in changes.items()}
 
 
 def check(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> None:
@@ -129,7 +151,18 @@ def check(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> None:
 
 def name_of(values: Mapping[str, Any]) -> str:
     """Return a trial's name, which is also its folder: `mask_ratio=0.5,frames=8`; other values, another name."""
-    return ",".join(f"{key.rpartition('.')[2]}={_in_name(str(value))}" for key, value in values.items())
+    parts = {key: "+".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in values.items()}
+    name = ",".join(f"{key.rpartition('.')[2]}={_in_name(part)}" for key, part in parts.items())
+    if len(name) <= NAME_LENGTH:
+        return name
+    # The names of the last values are cut off: a checksum of all of them tells two trials apart.
+    whole = repr(sorted((key, text_of(value)) for key, value in values.items()))
+    return f"{name[:NAME_LENGTH]}-{zlib.crc32(whole.encode()):08x}"
+
+
+def text_of(value: Any) -> str:
+    """Return a trial's value as a text for people: a list as `[0.5,0.7]`."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _in_name(text: str) -> str:

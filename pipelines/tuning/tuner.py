@@ -24,6 +24,7 @@ from pipelines.running import progress
 from pipelines.running.resources import own_node
 from pipelines.running.stage import Stage, in_thread, signals_received
 from pipelines.training.launcher import name_cluster
+from pipelines.tuning.search_space import text_of
 from pipelines.tuning.trials import Objective, TrialSettings
 
 # A trial's driver holds no CPU, only its place.
@@ -181,7 +182,7 @@ def run_trial(
         replace(config.tracking, uri=uri, run_name=trial.name),
         stage="trial",
         out=trial.out,
-        params={f"trial.{key}": value for key, value in trial.values.items()},
+        params={f"trial.{key}": text_of(value) for key, value in trial.values.items()},
         parent_run=parent,
     )
     status, found = "FAILED", {}

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from pipelines.config import SampleConfig, TrackingConfig
+from pipelines.data.indexing.video_files import EXTENSIONS
 from pipelines.stages import sample
-from pipelines.stages.index import EXTENSIONS
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.video.clip_times import long_short_times

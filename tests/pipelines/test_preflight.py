@@ -77,6 +77,47 @@ def test_a_mistake_costs_a_sentence_and_no_heavy_import(
     assert set(tmp_path.iterdir()) == before
 
 
+SECRET = "hush/K7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "message"),
+    [
+        (["sample", "--tracking.uri", f"http://user:{SECRET}@host"], "", "--tracking.uri holds credentials or a query"),
+        (["report", f"--tracking.uri=https://user:{SECRET}@host"], "", "--tracking.uri holds credentials or a query"),
+        (
+            ["sweep", "--pretrain.tracking.uri", f"http://user:{SECRET}@host"],
+            "",
+            "--pretrain.tracking.uri holds credentials",
+        ),
+        (
+            ["sample"],
+            f"http://user:{SECRET}@host",
+            "MLFLOW_TRACKING_URI holds credentials or a query: give http://host",
+        ),
+        (["index", "--videos", f"s3://key:{SECRET}@bucket/v"], "", "'s3://***@bucket/v' holds credentials"),
+        (["index", "--videos", f"https://host/v?sig={SECRET}"], "", "'https://host/v?***' holds credentials"),
+        (["sample", "--out", f"s3://key:{SECRET}@bucket/o"], "", "'s3://***@bucket/o' holds credentials"),
+        (
+            ["sweep", "--finetune.checkpoint", f"s3://key:{SECRET}@bucket/c"],
+            "",
+            "'s3://***@bucket/c' holds credentials",
+        ),
+        (["sample", "--config", f"s3://key:{SECRET}@bucket/run.json"], "", "'s3://***@bucket/run.json' holds cred"),
+    ],
+)
+def test_credentials_are_refused_and_found_in_no_file(
+    arguments: list[str], variable: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert SECRET not in done.stderr + done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     blocked = "import sys; sys.modules['pydantic'] = None; from pipelines.__main__ import main; sys.exit(main())"
     done = command(cwd=tmp_path, code=blocked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from pipelines import storage
@@ -48,6 +48,8 @@ class Annotations:
     """Task of a benchmark that has several."""
     protocol: BenchmarkProtocol = ""
     """How the benchmark is evaluated."""
+    warnings: list[str] = field(default_factory=list)
+    """Sentences about what the annotations say and the program takes in another way."""
 
     def __post_init__(self) -> None:
         places: dict[str, str] = {}

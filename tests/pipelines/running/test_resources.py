@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +70,62 @@ def test_settings_that_cannot_be_met() -> None:
         scale(2, min_workers=3)
     with pytest.raises(ValueError, match=r"scale.hang_timeout_s is 1"):
         scale(2, hang_timeout_s=1)
+
+
+# --- where the process runs -----------------------------------------------------------------------------------------
+
+START = """
+import sys
+from pipelines.errors import UserError
+from pipelines.running.resources import ensure_ray
+try:
+    ensure_ray()
+except UserError as error:
+    print(error)
+"""
+ROOT = Path(__file__).parents[3]
+
+
+def starting(command: list[str], cwd: Path, executable: str | None = None, **env: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        executable=executable,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_long_folder_of_temporary_files_is_named(tmp_path: Path, variable: str) -> None:
+    folder = tmp_path / ("d" * (103 - len(str(tmp_path)) - 1))
+    folder.mkdir()
+    told = starting([sys.executable, "-c", START], tmp_path, **{variable: str(folder)})
+    assert told.startswith(f"{variable} is {str(folder)!r}, 103 bytes long: Ray's sockets lie below it")
+    assert told.endswith("set RAY_TMPDIR to a short folder, such as /tmp\n")
+    assert told.count("\n") == 1
+
+
+def test_uv_run_from_another_folder_is_named(tmp_path: Path) -> None:
+    project, here = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    here.mkdir()
+    # A process with uv's command line: its parent is all that Ray looks at.
+    (here / "start.py").write_text(START)
+    (here / "run").write_text(f"{sys.executable} start.py\ntrue\n")
+    told = starting(["uv", "run", "--project", str(project), "python", "start.py"], here, "/bin/sh")
+    assert told.startswith("this runs below `uv run`, with which Ray cannot start its workers from this folder (Your")
+    assert "set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0, or run the environment's own Python" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("address", "hook"), [("", "0"), ("ray://host:10001", None)])
+def test_the_command_line_leaves_uv_out_on_this_machine(tmp_path: Path, address: str, hook: str | None) -> None:
+    code = (
+        "import os; from pipelines.__main__ import main; main(); print(os.environ.get('RAY_ENABLE_UV_RUN_RUNTIME_ENV'))"
+    )
+    told = starting([sys.executable, "-c", code], tmp_path, RAY_ADDRESS=address)
+    assert told.splitlines()[-1] == str(hook)

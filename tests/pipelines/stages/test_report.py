@@ -113,6 +113,23 @@ def test_report_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert result["figures"] == []
 
 
+def test_a_sweep_whose_space_mlflow_cuts_off_has_its_table(tmp_path: Path) -> None:
+    space = ("optim.lr=" + ",".join(f"{i}e-9" for i in range(1500)), "clips.long-stride=1,2")
+    assert sum(map(len, space)) > 6000
+    sweep = start(tmp_path, "sweep", "sweep", space=space, metric="val/accuracy")
+    for lr in ("1e-9", "2e-9"):
+        trial = start(
+            tmp_path, "trial", f"sweep/{lr}", str(sweep.run_id), trial__optim__lr=lr, trial__clips__long_stride=2
+        )
+        trial.log({"val/accuracy": 0.5}, None)
+        trial.finish("FINISHED")
+    sweep.finish("FINISHED")
+    config = ReportConfig(out=str(tmp_path / "report"), tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    (table,) = report.run(config)["tables"]
+    assert tuple(table["header"][:3]) == ("optim.lr", "clips.long_stride", "val/accuracy")
+    assert {tuple(row[:2]) for row in table["rows"]} == {("1e-9", "2"), ("2e-9", "2")}
+
+
 def test_an_empty_experiment_is_a_users_mistake(tmp_path: Path) -> None:
     config = ReportConfig(out=str(tmp_path / "report"))
     with pytest.raises(UserError, match="run a stage first"):

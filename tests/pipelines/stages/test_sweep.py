@@ -67,6 +67,47 @@ def test_other_values_have_other_names() -> None:
     assert all(len(name) < 60 and "/" not in name for name in names)
 
 
+def test_lists_stand_in_brackets_and_a_single_value_is_a_list_of_one() -> None:
+    entry = "model.decoder.selection.keep_ratio=[0.5, 0.7],0.4,[0.3],[0.5,0.5]"
+    config = SweepConfig(space=(entry, "finetune.optim.betas=[0.9,0.95],[0.9,0.999]"), stages="finetune")
+    dimensions = search_space.parse(config)
+    search_space.check(config, dimensions)
+    found = trials.trial_settings(config, dimensions)
+    settings = [trial.stages["finetune"] for trial in found]
+    ratios = [each.model.decoder.selection.keep_ratio for each in settings if isinstance(each, FinetuneConfig)]
+    assert ratios == [pair for pair in [(0.5, 0.7), (0.4,), (0.3,), (0.5, 0.5)] for _ in range(2)]
+    assert [each.optim.betas for each in settings[:2]] == [(0.9, 0.95), (0.9, 0.999)]
+    assert found[0].name == "keep_ratio=0.5+0.7,betas=0.9+0.95"
+    assert len({trial.name for trial in found}) == 8
+    assert [search_space.text_of(value) for value in found[2].values.values()] == ["0.4", "[0.9,0.95]"]
+
+
+def test_a_drawn_value_of_a_list_is_a_list_of_one() -> None:
+    config = SweepConfig(space=("model.decoder.selection.keep_ratio=uniform(0.2,0.8)",), stages="finetune", samples=2)
+    search_space.check(config, search_space.parse(config))
+    for trial in trials.trial_settings(config, search_space.parse(config)):
+        settings = trial.stages["finetune"]
+        assert isinstance(settings, FinetuneConfig)
+        assert settings.model.decoder.selection.keep_ratio == tuple(trial.values.values())
+
+
+@pytest.mark.parametrize("text", ["[0.5,0.7", "0.5],0.7", "[[0.5],0.7]", "[0.5]0.7", "[0.5]x[0.7]"])
+def test_brackets_that_do_not_pair_are_named(text: str) -> None:
+    with pytest.raises(UserError, match=r"space is .*: write a list as \[value,value\], and a comma between two lists"):
+        values_of(f"model.decoder.selection.keep_ratio={text}", stages="finetune")
+
+
+@pytest.mark.parametrize("length", [1, 40, 400])
+def test_names_of_many_keys_fit_a_folder(length: int, tmp_path: Path) -> None:
+    keys = list(search_space._leaves(SweepConfig(), "finetune"))[:30]
+    values: list[dict[str, Any]] = [{key: f"{'x' * length}{last}" for key in keys} for last in "ab"]
+    names = {search_space.name_of(each) for each in values}
+    assert len(names) == 2
+    for name in names:
+        # As Tune does: with a trial's id in front.
+        (tmp_path / f"abcde_00000_{name}").mkdir()
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

@@ -48,6 +48,8 @@ def _upload(path: str, uri: str) -> str:
         ("s3://KEY:SE@CRET@bucket/a@b", "s3://***@bucket/a@b"),
         ("'s3://bucket/a?sig=x' and 'gs://u@b/c'", "'s3://bucket/a?***' and 'gs://***@b/c'"),
         ("mail a@b.c?d", "mail a@b.c?d"),
+        ("s3://KEY:wJal/K7@bucket/m", "s3://***@bucket/m"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
     ],
 )
 def test_redacted(text: str, shown: str) -> None:

@@ -76,6 +76,44 @@ def test_an_unusable_uri_is_a_users_mistake(uri: str) -> None:
         tracking.resolve_uri(TrackingConfig(uri=uri), "/o")
 
 
+@pytest.mark.parametrize(
+    ("uri", "remedy"),
+    [
+        ("http://user:hush@host:5000", "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("https://hush@host", "MLFLOW_TRACKING_TOKEN"),
+        ("HTTP://user:hu/sh@host/path", "MLFLOW_TRACKING_USERNAME"),
+        ("https://host/?token=hush", "MLFLOW_TRACKING_TOKEN"),
+        ("postgresql://user:hu@sh@host:5432/mlflow", "PGUSER and PGPASSWORD"),
+        ("mysql+pymysql://host/mlflow?password=hush", "password file"),
+    ],
+)
+def test_a_uri_with_credentials_is_refused_without_showing_them(
+    uri: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"^--tracking\.uri holds credentials .* give \w[\w+]*://host") as raised:
+        tracking.resolve_uri(TrackingConfig(uri=uri), "/o")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI holds credentials") as by_variable:
+        tracking.resolve_uri(TrackingConfig(), "/o")
+    for message in (str(raised.value), str(by_variable.value)):
+        assert remedy in message
+        assert "hu" not in message.replace("mlflow", "")
+        assert "sh@" not in message
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:5000/path",
+        "postgresql://user@host/mlflow",
+        "postgresql://host:5432/m?sslmode=require",
+        "databricks",
+    ],
+)
+def test_a_uri_without_credentials_stays_as_it_is(uri: str) -> None:
+    assert tracking.resolve_uri(TrackingConfig(uri=uri), "/o") == uri
+
+
 def test_uri_cannot_default_on_an_object_store() -> None:
     with pytest.raises(UserError, match=r"give --tracking\.uri http"):
         tracking.resolve_uri(TrackingConfig(), "s3://bucket/out")
