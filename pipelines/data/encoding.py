@@ -19,9 +19,17 @@ from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import Source
 from s5.video.reading import VideoFacts, checked, probe
 
-# decord reads closed GOPs without B-frames correctly. The tune avoids what is slowest to decode; key frames are placed
-# below, by time. The macroblock tree's AVX-512 code reads uninitialised memory, so the bytes would vary.
-ENCODER = {"tune": "fastdecode", "bf": "0", "forced-idr": "1", "g": str(1 << 30), "threads": "1", "mbtree": "0"}
+# decord reads closed GOPs without B-frames correctly. The tune avoids what is slowest to decode. Key frames are placed
+# below, by time, and nowhere else. The macroblock tree's AVX-512 code reads uninitialised memory: bytes would vary.
+ENCODER = {
+    "tune": "fastdecode",
+    "bf": "0",
+    "forced-idr": "1",
+    "g": str(1 << 30),
+    "sc_threshold": "0",
+    "threads": "1",
+    "mbtree": "0",
+}
 LARGEST_TICKS = 10_000_000
 """Ticks a second of the finest time base that is written."""
 LOST_SHARE = 0.01

@@ -3,8 +3,14 @@
 clip_times     when the frames of a clip are: pure functions of a seed and an evaluation protocol
 reading        probe a video, and read the frames at given times; what other rooms call
 reader         the interface of the decoders, and which frame is on screen at a time
+choice         which decoder reads a file: decord where it is proven right, PyAV elsewhere
 decord_reader  fast, and right for most files
-pyav_reader    FFmpeg: everything else; also finds out what is in a file
+pyav_reader    FFmpeg: everything else; seeks, and checks that key frames are such
+frames         FFmpeg's frames in order, each with its time; lost and damaged ones are known
+scan           what is in a file, from its packets, or from its frames where packets do not say it
+packets        what the bytes of a packet say: hidden frames, key frames, holes
+opening        open a file, and choose its video stream
+pictures       how a frame is displayed: turned, mirrored, of square pixels
 
 clip_times -> times in seconds -> reading.read_clips -> frames (T, S, S, 3) uint8
 """

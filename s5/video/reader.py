@@ -18,6 +18,8 @@ Source = str | IO[bytes]
 
 TOLERANCE_S = 1e-3
 """Frame times are rounded (float32, whole ticks); a requested time that equals one must not yield the frame before."""
+TOLERANCE_SHARE = 0.25
+"""Largest tolerance as a share of the time for which the frame before is on screen: frames may last a millisecond."""
 
 
 class Reader(Protocol):
@@ -34,7 +36,13 @@ class Reader(Protocol):
         """Close the file and free the decoder."""
 
 
+def tolerance(length_s: float) -> float:
+    """Return by how many seconds a requested time may miss the start of a frame; the one before lasts `length_s`."""
+    return min(TOLERANCE_S, TOLERANCE_SHARE * length_s)
+
+
 def frame_indices(starts_N: FloatArray, times_U: FloatArray) -> IntArray:
     """Return the indices (U,) of the frames on screen at the given times, for frames that start at `starts_N`."""
-    shown_U = np.searchsorted(starts_N, times_U + TOLERANCE_S, side="right") - 1
+    early_N = starts_N - np.minimum(TOLERANCE_S, TOLERANCE_SHARE * np.diff(starts_N, prepend=starts_N[:1]))
+    shown_U = np.searchsorted(early_N, times_U, side="right") - 1
     return np.clip(shown_U, 0, len(starts_N) - 1).astype(np.int64)

@@ -1,6 +1,6 @@
 """Probe a video, and read its frames at given times; errors say what is wrong with it.
 
-decord reads the files for which it returns the right frames, PyAV the rest (`choose`). A frame is on screen from its
+decord reads the files for which it returns the right frames, PyAV the rest (`choice`). A frame is on screen from its
 presentation time until that of the next; times are seconds after the first frame, wherever the container's clock
 starts. Sizes are as displayed: after rotation, with square pixels.
 
@@ -13,22 +13,20 @@ import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from s5.errors import VideoError
+from s5.video.choice import choose, stream_of
 from s5.video.decord_reader import DecordReader
-from s5.video.pyav_reader import Contents, PyAVReader, scan
+from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FloatArray as FloatArray
 from s5.video.reader import FrameArray as FrameArray
 from s5.video.reader import Reader, Source
+from s5.video.scan import scan
 
-Decoder = Literal["decord", "pyav"]
-DECORD_CONTAINERS = ("mov", "matroska", "avi")
-"""Prefixes of FFmpeg's names of containers in which decord finds the right frames."""
-ROTATION_CONTAINER = "mov"
-"""The only container whose rotation decord applies."""
+Decoder = str
+"""`decord`, `pyav`, or `pyav:N` for stream N of a file with several video streams (`choice.choose`)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class VideoFacts:
 
 
 def probe(source: Source) -> VideoFacts:
-    """Return the facts of a video after reading all its packets and decoding its first, middle and last frame.
+    """Return the facts of a video after reading all its packets and decoding a few of its frames, the last one too.
 
     Raises:
         VideoError: it is missing, empty, truncated, not a video, has no video stream or no frames, or a frame fails to
@@ -54,41 +52,15 @@ def probe(source: Source) -> VideoFacts:
     source = checked(source)
     contents = scan(source)
     starts_N, size = contents.starts_N, contents.display_size
-    sampled = starts_N[[0, len(starts_N) // 2, -1]]
     decoder = choose(source, contents)
-    try:
-        _read(source, decoder, size, sampled)
-    except VideoError:
-        if decoder == "pyav":
-            raise
-        decoder = "pyav"
-        _read(source, decoder, size, sampled)
+    if decoder != "decord" and not contents.decoded:
+        _read(source, decoder, size, starts_N[[0, len(starts_N) // 2, -1]])
     # The last frame stays on screen for as long as a frame does on average.
     shown_s, count = float(starts_N[-1]), len(starts_N)
     if shown_s == 0 and not contents.rate:
         raise VideoError("the file has neither times of the frames nor a frame rate")
     duration_s = shown_s * count / (count - 1) if shown_s else count / contents.rate
     return VideoFacts(duration_s, count / duration_s, count, *size, contents.codec, decoder)
-
-
-def choose(source: Source, contents: Contents) -> Decoder:
-    """Return the decoder that reads the right frames: decord, unless it is known to fail or to return other frames.
-
-    decord 0.6 is right for local files in containers whose times it knows, if all frames are shown after the key frame
-    that they follow in the file; otherwise it returns wrong frames after a seek (open GOPs, as in H.264 and HEVC;
-    MPEG-2 and MPEG-4 with B-frames). It must find as many frames as there are packets, at the same times. It cannot
-    open AV1.
-    """
-    known = isinstance(source, str) and contents.container.startswith(DECORD_CONTAINERS)
-    rotated = contents.rotation and not contents.container.startswith(ROTATION_CONTAINER)
-    if not known or rotated or contents.counted or contents.open_groups:
-        return "pyav"
-    try:
-        starts_N = DecordReader(str(source), *contents.display_size).starts_N
-    except VideoError:
-        return "pyav"
-    same = len(starts_N) == len(contents.starts_N) and np.allclose(starts_N, contents.starts_N, rtol=1e-6, atol=2e-3)
-    return "decord" if same else "pyav"
 
 
 def read_frames(source: Source, times_T: FloatArray, size: int) -> FrameArray:
@@ -131,7 +103,7 @@ def read_clips(
     try:
         frames = _read(source, decoder, (width, height), times_U)
     except VideoError:
-        if decoder == "pyav":
+        if decoder != "decord":
             raise
         frames = _read(source, "pyav", (width, height), times_U)
     top, left = (height - size) // 2, (width - size) // 2
@@ -152,7 +124,7 @@ def _read(source: Source, decoder: Decoder, size: tuple[int, int], times_U: Floa
     if decoder == "decord" and isinstance(source, str):
         reader = DecordReader(source, *size)
     else:
-        reader = PyAVReader(source, size)
+        reader = PyAVReader(source, size, stream_of(decoder))
     with closing(reader):
         return reader.read(times_U)
 

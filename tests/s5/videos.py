@@ -75,7 +75,7 @@ def write_coded(
         sound = container.add_stream("mp2", rate=16000, layout="mono") if sound_s else None
         rng = np.random.default_rng(0)
         for index in range(frames):
-            picture = _blocks(index, size)
+            picture = blocks(index, size)
             if noise:
                 picture = picture // 2 + rng.integers(0, noise, picture.shape, np.uint8) + 20
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -87,7 +87,8 @@ def write_coded(
     return str(path)
 
 
-def _blocks(index: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def blocks(index: int, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Return the coded picture (H, W, 3) of an index, of a width and height."""
     width, height = size
     bits = np.array([index >> bit & 1 for bit in range(ROWS * COLUMNS)]).reshape(ROWS, COLUMNS)
     picture = bits[np.arange(height) * ROWS // height][:, np.arange(width) * COLUMNS // width]

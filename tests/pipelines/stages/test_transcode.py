@@ -22,8 +22,8 @@ from pipelines.errors import UserError
 from pipelines.stages import transcode
 from s5.config import ClipConfig
 from s5.errors import VideoError
-from s5.video.pyav_reader import scan
 from s5.video.reading import probe, read_frames
+from s5.video.scan import scan
 from tests.s5.videos import code, truncate, write_coded, write_video
 
 CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.5)

@@ -12,11 +12,12 @@ import numpy.typing as npt
 import pytest
 
 from s5.errors import VideoError
-from s5.video import pyav_reader
+from s5.video import opening
 from s5.video.decord_reader import DecordReader
-from s5.video.pyav_reader import PyAVReader, scan
+from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FrameArray
 from s5.video.reading import Decoder, probe, read_clips, read_frames
+from s5.video.scan import scan
 from tests.s5.videos import code, numbers, write_coded, write_video
 
 FRAMES, FPS = 90, 25
@@ -130,7 +131,7 @@ def test_frames_far_apart(tmp_path: Path, codec: str, bframes: int, suffix: str)
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_what_lies_between_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     path = Path(write_coded(tmp_path / f"a.{suffix}", frames=250, fps=2, noise=100))
-    monkeypatch.setattr(pyav_reader, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(opening, "BUFFER_BYTES", 4096)
     with path.open("rb", buffering=0) as file:
         counted = Counted(file)
         frame = PyAVReader(cast(IO[bytes], counted)).read(np.array([120.0]))[0]
