@@ -265,7 +265,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Evaluate a checkpoint: accuracy or error of a fine-tuned model; kNN and nearest clips of a pretrained one."""
+    """Evaluate a checkpoint: accuracy or error of a fine-tuned model; probes and nearest clips of a pretrained one."""
 
     out: OutFolder = "out/evaluate"
     """Folder for metrics.json, predictions.parquet, figures and result.json."""
@@ -282,10 +282,15 @@ class EvaluateConfig:
     clips_per_video: int = 0
     """Clips of each video; 0 for 10 in protocol multi-clip and else 1. `windows` takes all."""
     features: FeaturesPath = ""
-    """Cached features to read in place of videos, of the checkpoint's own backbone: the --out of `features`. Not for a
-    pretrained encoder, whose clips are shown."""
+    """Cached features to read in place of videos, of the checkpoint's own backbone: the --out of `features`. There is
+    no picture of nearest clips then."""
     batch_size: int = 16
     """Clips that the model sees at once."""
+    probe: Literal["knn", "linear", "both"] = "knn"
+    """What the labels are found with from a pretrained encoder's features: nearest neighbours (where there are labels),
+    or a linear classifier on standardised features, whose regularisation is chosen by cross-validation in train."""
+    train_videos: int = 2048
+    """Labelled training videos that the probe learns from, spread evenly over the manifest; 0 for all."""
     neighbours: int = 5
     """Nearest clips shown for each query clip (pretrained checkpoints)."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -296,7 +301,8 @@ class EvaluateConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require(self.clips_per_video >= 0, "clips_per_video", self.clips_per_video, "give 0 or more")
+        for name in ("clips_per_video", "train_videos"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         for name in ("batch_size", "neighbours"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
 

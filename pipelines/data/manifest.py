@@ -238,6 +238,17 @@ def _stride_remedy(rows: pa.Table, clips: ClipConfig) -> str:
     return f"give at most {longest:g}{also}, lower clips.frames, "
 
 
+def labelled(videos: pa.Table) -> pa.Table:
+    """Return the rows that have a label."""
+    return videos.filter(pc.is_valid(videos["label"]))
+
+
+def spread(videos: pa.Table, most: int) -> pa.Table:
+    """Return at most so many videos, every n-th of them: a manifest is sorted by class, and all are to be seen."""
+    step = max(1, -(-len(videos) // max(1, most)))
+    return videos.take(pa.array(np.arange(0, len(videos), step), pa.int64()))
+
+
 def lone_classes(table: pa.Table) -> tuple[list[str], list[str]]:
     """Return the names of classes with a single video, and of those with several but none in split train."""
 

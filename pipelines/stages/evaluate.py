@@ -1,4 +1,4 @@
-"""Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder's kNN accuracy and nearest clips.
+"""Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder by `pretrained`.
 
 The protocol says which clips of a video are read (`clip_times`); a video's result is their mean. Replicas of the model
 are Ray actors; each reads its share of the videos through Ray Data.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
@@ -25,9 +25,9 @@ from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import StageError, UserError
-from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.running.resources import check_cluster, decode_tasks
 from pipelines.running.stage import Stage, stage_run
+from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
@@ -37,8 +37,6 @@ from s5.errors import CheckpointError
 from s5.evaluation import inference, metrics
 from s5.evaluation.inference import ClipOutputs
 
-# Training videos that the kNN classifier compares with, and rows of the picture of nearest clips.
-KNN_VIDEOS, SHOWN_QUERIES = 2048, 8
 # Seconds between two questions to the replicas, how far they are.
 POLL_S = 0.5
 
@@ -62,6 +60,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         checked = checked_clips(clips, protocol)
         check_clips(rows, checked)
         videos = drop_too_short(rows, checked)
+        learned = pretrained.training_videos(manifest, config, meta, videos, checked)
         inputs = {}
         if config.features:
             # Replicas may have another folder.
@@ -71,18 +70,22 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 config.features, manifest, clips, protocol, backbone, of_backbone(weights)
             )
         check_cluster(config.scale, None if config.features else config.data)
+        per_video = clips_per_video(protocol, config.clips_per_video)
         with stage_run("evaluate", config, inputs=inputs) as stage:
             stage.info(
                 f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
-                f"{protocol}: {clips_in_words(protocol, clips, clips_per_video(protocol, config.clips_per_video))}"
+                f"{protocol}: {clips_in_words(protocol, clips, per_video)}"
             )
-            found = outputs(stage, config, folder, clips, videos, protocol)
+            pictured = pretrained.pictured_videos(config, meta, videos, per_video)
+            read = partial(outputs, stage, config, folder, clips, protocol=protocol)
+            found = read(videos, per_video=per_video, pictured=pictured)
             used, all_listed = len(videos) - len(found.failures), listed_count(manifest, config.split)
             stage.details["protocol"] = protocol
             stage.metrics |= {f"{config.split}/videos": used, f"{config.split}/listed": all_listed}
             stage.metrics |= {f"{config.split}/clips": len(found.video_ids)}
             if meta.kind == "lsmcl":
-                pretrained(stage, config, folder, clips, manifest, protocol, found)
+                reference = read(learned, per_video=1) if len(learned) else None
+                pretrained.report(stage, config, found, reference)
             else:
                 fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
             stage.info(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")
@@ -101,16 +104,10 @@ def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> E
     """Return which clips are read.
 
     Raises:
-        UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other, or
-            cached features, which cannot be shown.
+        UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other.
     """
     if meta.kind != "lsmcl":
         return protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
-    if config.features:
-        raise UserError(
-            f"features is {config.features!r}: a pretrained encoder's clips are shown, which features are not; leave "
-            "it out"
-        )
     if config.protocol == "windows":
         raise UserError(
             "protocol is 'windows': a pretrained encoder's clips are compared with each other, and windows a second "
@@ -142,10 +139,12 @@ def outputs(
     folder: Path,
     clips: ClipConfig,
     videos: pa.Table,
+    *,
     protocol: EvaluationProtocol,
-    per_video: int = 0,
+    per_video: int,
+    pictured: frozenset[str] = frozenset(),
 ) -> ClipOutputs:
-    """Return the model's outputs for the clips of some videos, from all replicas.
+    """Return the model's outputs for the clips of some videos, from all replicas, with frames of those pictured.
 
     Raises:
         StageError: more videos than data.max_failure_share could not be read.
@@ -170,10 +169,9 @@ def outputs(
         source = DecodedClips(
             clips=clips, frame_size=frame_size, data=config.data, decode_tasks=tasks, protocol=protocol
         )
-    number = per_video or clips_per_video(protocol, config.clips_per_video)
     replicas = [replica.remote(content) for _ in range(world)]
     parts = [
-        actor.run.remote(videos, replace(source, rank=rank, world_size=world), number, config.batch_size)
+        actor.run.remote(videos, replace(source, rank=rank, world_size=world), per_video, config.batch_size, pictured)
         for rank, actor in enumerate(replicas)
     ]
     with stage.progress_bar("evaluated", len(videos), "videos") as bar:
@@ -207,12 +205,14 @@ class Replica:
         """Return how many videos this replica has read, or failed to read."""
         return len(self._seen)
 
-    def run(self, videos: pa.Table, source: ClipSource, clips_per_video: int, batch_size: int) -> ClipOutputs:
+    def run(
+        self, videos: pa.Table, source: ClipSource, clips_per_video: int, batch_size: int, pictured: frozenset[str]
+    ) -> ClipOutputs:
         """Return the model's outputs for this replica's clips of the videos."""
-        pretrained = self.meta.kind == "lsmcl"
-        output = inference.features(self.model) if pretrained else inference.scores(self.model, self.meta.kind)
+        kind = self.meta.kind
+        output = inference.features(self.model) if kind == "lsmcl" else inference.scores(self.model, kind)
         batches = self._counted(source.evaluation(videos, clips_per_video, batch_size))
-        return inference.run(output, batches, self.device, thumbnails=pretrained)
+        return inference.run(output, batches, self.device, pictured)
 
     def _counted(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
         for batch in batches:
@@ -245,43 +245,3 @@ def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutp
         table |= {"target": targets.tolist(), "prediction": values[:, 0].tolist()}
         stage.info(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
     stage.tracker.artifact(stage.folder.write_table("predictions.parquet", pa.table(table)))
-
-
-def pretrained(
-    stage: Stage,
-    config: EvaluateConfig,
-    folder: Path,
-    clips: ClipConfig,
-    manifest: pa.Table,
-    protocol: EvaluationProtocol,
-    found: ClipOutputs,
-) -> None:
-    """Write kNN accuracy where labels exist, how often a clip's nearest one is of the same video, and a picture."""
-    names = list(dict.fromkeys(found.video_ids))
-    owner = torch.tensor([names.index(name) for name in found.video_ids])
-    clip = torch.arange(len(owner))
-    index, similarity = metrics.nearest(found.values, clip, config.neighbours)
-    if len(owner) > len(names) > 1:
-        same = float((owner[index[:, 0]] == owner).float().mean())
-        chance = float(np.mean([((owner == o).sum().item() - 1) / (len(owner) - 1) for o in owner]))
-        stage.metrics |= {"retrieval/same_video": same, "retrieval/chance": chance, "retrieval/clips": len(owner)}
-        stage.info(f"nearest clip of the same video: {same:.3f} of {len(owner)} clips (chance {chance:.3f})")
-    train = labelled(split_of(manifest, "train"))
-    known = found.labels >= 0
-    if config.split != "train" and bool(known.any()) and len(train):
-        train = drop_too_short(train, checked_clips(clips, protocol))[:KNN_VIDEOS]
-        reference = outputs(stage, config, folder, clips, train, protocol, per_video=1)
-        top1 = metrics.knn_accuracy(reference.values, reference.labels, found.values[known], found.labels[known])
-        stage.metrics |= {"knn/top1": top1, "knn/videos": int(known.sum())}
-        stage.info(f"kNN top-1 {top1:.3f} of {int(known.sum())} clips, {len(reference.labels)} training videos")
-    assert found.thumbnails is not None
-    queries = [found.video_ids.index(name) for name in names[:SHOWN_QUERIES]]
-    picture = Neighbours(found.thumbnails.numpy(), found.video_ids, queries, index.tolist(), similarity.tolist())
-    path = stage.publish(NEIGHBOURS, draw_neighbours(picture))
-    stage.details["neighbours"] = path
-    stage.info(f"query clips and their nearest clips: {path}")
-
-
-def labelled(videos: pa.Table) -> pa.Table:
-    """Return the rows that have a label."""
-    return videos.filter(pa.compute.is_valid(videos["label"]))

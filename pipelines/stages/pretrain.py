@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -15,7 +14,15 @@ from pipelines.config import PretrainConfig
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.manifest import check_for_training, digest, drop_too_short, read_manifest, split_of
+from pipelines.data.manifest import (
+    check_for_training,
+    digest,
+    drop_too_short,
+    labelled,
+    read_manifest,
+    split_of,
+    spread,
+)
 from pipelines.data.protocols import listed_count
 from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
@@ -82,23 +89,16 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     except ValueError as error:
         raise UserError(str(error)) from None
     val = drop_too_short(split_of(manifest, "val"), config.clips)
-    labelled = train.filter(pa.compute.is_valid(train["label"]))
     return PretrainJob(
         config=config,
         train=train,
-        probe_train=spread(labelled, config.probe_videos),
-        probe_val=spread(val.filter(pa.compute.is_valid(val["label"])), config.probe_videos),
+        probe_train=spread(labelled(train), config.probe_videos),
+        probe_val=spread(labelled(val), config.probe_videos),
         order=order_of(config.loop, len(train)),
         inputs={"manifest": digest(manifest)},
         backbone=backbone_weights(config.model.backbone),
         commit=provenance.commit(),
     )
-
-
-def spread(videos: pa.Table, most: int) -> pa.Table:
-    """Return at most so many videos, every n-th of them: a manifest is sorted by class, and all are to be seen."""
-    step = max(1, -(-len(videos) // max(1, most)))
-    return videos.take(pa.array(np.arange(0, len(videos), step), pa.int64()))
 
 
 def build(job: PretrainJob, context: RayContext) -> TrainingLoop:

@@ -1,1 +1,4 @@
-"""Evaluation: run a model over clips (`inference`), and measure features and predictions (`metrics`)."""
+"""Evaluation: run a model over clips (`inference`), and measure features and predictions (`metrics`).
+
+`neighbours` finds nearest neighbours in blocks, `linear_probe` fits a linear classifier on features.
+"""

@@ -5,8 +5,8 @@ Shapes: N clips, D numbers a clip, T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class ClipOutputs:
     """Regression target of each clip, float32 (N,); NaN for none."""
     failures: list[Failure]
     """Videos that could not be read; they have no clips here."""
-    thumbnails: Tensor | None = None
-    """Middle frame of each clip, uint8 (N, H, W, 3), where asked for."""
+    thumbnails: list[Tensor | None] = field(default_factory=list)
+    """Middle frame of each clip, uint8 (H, W, 3), None for clips whose frames were not asked for."""
 
 
 Output = Callable[[ClipBatch], Tensor]
@@ -52,10 +52,12 @@ def scores(model: VideoModel, kind: str) -> Output:
 
 
 @torch.no_grad()
-def run(output: Output, batches: Iterable[ClipBatch], device: torch.device, thumbnails: bool = False) -> ClipOutputs:
-    """Return the outputs of a model in evaluation mode for this worker's clips."""
+def run(
+    output: Output, batches: Iterable[ClipBatch], device: torch.device, pictured: Collection[str] = ()
+) -> ClipOutputs:
+    """Return the outputs of a model in evaluation mode for this worker's clips, with frames of the pictured videos."""
     found = ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), [])
-    values, labels, targets, frames = [], [], [], []
+    values, labels, targets = [], [], []
     for batch in batches:
         found.failures += batch.failures
         if not batch.video_ids:
@@ -64,11 +66,11 @@ def run(output: Output, batches: Iterable[ClipBatch], device: torch.device, thum
         values.append(output(batch.to(device)).float().cpu())
         labels.append(batch.labels)
         targets.append(batch.targets)
-        if thumbnails:
-            frames.append(batch.long[:, batch.long.shape[1] // 2])
+        for video, clip in zip(batch.video_ids, batch.long, strict=True):
+            # A copy: a view would keep the whole batch.
+            found.thumbnails.append(clip[len(clip) // 2].clone() if video in pictured else None)
     if values:
         found.values, found.labels, found.targets = torch.cat(values), torch.cat(labels), torch.cat(targets)
-        found.thumbnails = torch.cat(frames) if thumbnails else None
     return found
 
 
@@ -88,14 +90,14 @@ def merge(parts: list[ClipOutputs]) -> ClipOutputs:
     order = sorted((i for i, name in enumerate(names) if name not in first), key=lambda i: names[i])
     if not order:
         return ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), failures)
-    shown = [part.thumbnails for part in full if part.thumbnails is not None]
+    thumbnails = [thumbnail for part in full for thumbnail in part.thumbnails]
     return ClipOutputs(
         [names[i] for i in order],
         torch.cat([part.values for part in full])[order],
         torch.cat([part.labels for part in full])[order],
         torch.cat([part.targets for part in full])[order],
         failures,
-        torch.cat(shown)[order] if shown else None,
+        [thumbnails[i] for i in order] if thumbnails else [],
     )
 
 

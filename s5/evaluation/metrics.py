@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from s5.evaluation.neighbours import nearest_of, vote
+
 
 def knn_accuracy(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, labels_V: Tensor, k: int = 10) -> float:
     """Return the top-1 accuracy of weighted k nearest neighbours by cosine (temperature 0.07, as in 1805.01978).
@@ -19,38 +21,18 @@ def knn_accuracy(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, lab
     """
     if not len(train_labels_N) or not len(labels_V):
         return math.nan
-    similarity = F.normalize(query_VD, dim=-1) @ F.normalize(train_ND, dim=-1).T
-    return _vote(similarity, train_labels_N, labels_V, k)
+    keys_ND, queries_VD = F.normalize(train_ND, dim=-1), F.normalize(query_VD, dim=-1)
+    index_VK, similarity_VK = nearest_of(queries_VD, keys_ND, min(k, len(keys_ND)))
+    return float((vote(index_VK, similarity_VK, train_labels_N) == labels_V).float().mean())
 
 
 def knn_leave_one_out(features_ND: Tensor, labels_N: Tensor, k: int = 10) -> float:
     """Return the leave-one-out kNN accuracy of examples; NaN for fewer than two."""
     if len(labels_N) < 2:
         return math.nan
-    normalised = F.normalize(features_ND, dim=-1)
-    similarity = (normalised @ normalised.T).fill_diagonal_(-torch.inf)
-    return _vote(similarity, labels_N, labels_N, min(k, len(labels_N) - 1))
-
-
-def _vote(similarity_VN: Tensor, train_labels_N: Tensor, labels_V: Tensor, k: int) -> float:
-    top = similarity_VN.topk(min(k, similarity_VN.shape[1]))
-    classes = int(max(train_labels_N.max(), labels_V.max())) + 1
-    votes = torch.zeros(len(labels_V), classes, device=similarity_VN.device)
-    votes.scatter_add_(1, train_labels_N[top.indices], (top.values / 0.07).softmax(-1))
-    return float((votes.argmax(1) == labels_V).float().mean())
-
-
-def nearest(features_ND: Tensor, groups_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k nearest other examples of each by cosine, with the similarities.
-
-    Equal `groups` mark the same example, which is never its own neighbour. Features are centred first: an offset that
-    all share would bring every cosine near 1. Returns indices (N, k) and similarities (N, k), best first.
-    """
-    normalised = F.normalize(features_ND - features_ND.mean(0), dim=-1)
-    similarity = normalised @ normalised.T
-    same = groups_N[:, None] == groups_N[None, :]
-    top = similarity.masked_fill(same, -torch.inf).topk(min(k, len(groups_N) - 1))
-    return top.indices, top.values
+    normalised, own = F.normalize(features_ND, dim=-1), torch.arange(len(labels_N), device=features_ND.device)
+    index_NK, similarity_NK = nearest_of(normalised, normalised, min(k, len(labels_N) - 1), own, own)
+    return float((vote(index_NK, similarity_NK, labels_N) == labels_N).float().mean())
 
 
 def accuracy(logits_NC: Tensor, labels_N: Tensor) -> float:

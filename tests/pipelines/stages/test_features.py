@@ -34,7 +34,6 @@ from pipelines.data.manifest import read_manifest, split_of
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, features, finetune, index, sample
 from pipelines.storage.weights import trained_backbone
-from s5.checkpoints.checkpoint import Meta
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.models.backbone import Backbone
@@ -348,12 +347,6 @@ def test_other_weights_and_another_manifest_are_refused(
     storage.write_table(str(tmp_path / "less" / "manifest.parquet"), read_manifest(manifest).slice(1))
     with pytest.raises(UserError, match="computed from another manifest"):
         finetune.build_job(override(config, {"manifest": str(tmp_path / "less")}))
-
-
-def test_a_pretrained_encoder_is_not_evaluated_on_features(manifest: str) -> None:
-    meta = Meta(kind="lsmcl", step=1, model={}, settings={})
-    with pytest.raises(UserError, match="features is 'out/features': a pretrained encoder's clips are shown"):
-        evaluate.chosen_protocol(read_manifest(manifest), EvaluateConfig(features="out/features"), meta)
 
 
 def test_a_backbone_that_learns_or_has_no_weights_has_no_features(tmp_path: Path) -> None:

@@ -186,11 +186,18 @@ def test_fine_tuning_and_evaluation(straight: PretrainConfig, manifest: str, tmp
 
     near = evaluate.run(
         EvaluateConfig(
-            out=str(tmp_path / "near"), checkpoint=straight.out, manifest=manifest, clips_per_video=2, data=config.data
+            out=str(tmp_path / "near"),
+            checkpoint=straight.out,
+            manifest=manifest,
+            clips_per_video=2,
+            probe="both",
+            data=config.data,
         )
     )
     assert (tmp_path / "near" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
-    assert {"knn/top1", "retrieval/same_video"} <= near["metrics"].keys()
+    assert {"knn/top1", "linear/top1", "linear/decay", "retrieval/same_video"} <= near["metrics"].keys()
+    assert (near["metrics"]["linear/videos"], near["metrics"]["linear/train_videos"]) == (10, 20)
+    assert storage.read_json(str(tmp_path / "near" / "metrics.json")) == near["metrics"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(

@@ -34,14 +34,6 @@ def test_too_few_examples_have_no_accuracy() -> None:
     assert metrics.knn_leave_one_out(features[:4:3], labels[:4:3]) == 1
 
 
-def test_nearest_never_returns_the_query() -> None:
-    features, _ = clusters()
-    index, similarity = metrics.nearest(features, torch.arange(60), 4)
-    assert index.shape == (60, 4)
-    assert not (index == torch.arange(60)[:, None]).any()
-    assert (similarity[:, :-1] >= similarity[:, 1:]).all()
-
-
 def test_per_video_averages_clips_wherever_they_stand() -> None:
     names, scores = metrics.per_video(torch.tensor([[1.0], [5.0], [3.0]]), ["a", "b", "a"])
     assert names == ["a", "b"]
