@@ -1,6 +1,7 @@
 """From annotations and videos to batches of clips. Read in this order:
 
     annotations/      what is known of the videos: own csv files and folders, and the benchmarks' formats
+    indexing/         files below a folder, the files that lists mean, and their facts
     manifest          the table that all later stages share, one row per video, and its checks
     protocols         which clips of each video a benchmark trains on and evaluates
     clip_order        which video is trained on in which step, computed from the seed in advance

@@ -25,7 +25,7 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipOrder, OrderRows
-from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk
+from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk, tell_timeouts
 from s5.batch import ClipBatch
 from s5.config import ClipConfig, EvaluationProtocol
 from s5.distributed import share_of
@@ -257,6 +257,8 @@ class _Collate(NumpyBatchCollateFn):
             for name in ("long", "short", "seed", "label", "target")
             if name in batch
         }
+        failures = [Failure(**failure) for row in batch["failures"] for failure in json.loads(str(row))]
+        tell_timeouts(failures)
         return ClipBatch(
             step=0,
             epoch=0,
@@ -266,5 +268,5 @@ class _Collate(NumpyBatchCollateFn):
             seeds=tensors["seed"],
             labels=tensors["label"],
             targets=tensors["target"],
-            failures=[Failure(**failure) for row in batch["failures"] for failure in json.loads(str(row))],
+            failures=failures,
         )

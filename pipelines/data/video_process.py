@@ -35,6 +35,10 @@ GRACE_S = 5.0
 """Seconds after the time limit at which a child whose parent has ended exits."""
 
 
+TIMED_OUT = "not read within data.decode_timeout_s"
+"""How the reason of a `VideoTimeoutError` begins."""
+
+
 class VideoTimeoutError(VideoError):
     """A video took longer than the time limit."""
 
@@ -91,7 +95,7 @@ class VideoProcess:
         try:
             connection.send(request)
             if not connection.poll(request.timeout_s):
-                raise VideoTimeoutError(f"not read within data.decode_timeout_s, {request.timeout_s:g} s")
+                raise VideoTimeoutError(f"{TIMED_OUT}, {request.timeout_s:g} s")
             reply = connection.recv()
         except (EOFError, ConnectionError):
             raise VideoError(f"the decoder crashed ({self._exit_reason()})") from None

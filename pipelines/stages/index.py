@@ -210,13 +210,15 @@ def hold_out(videos: list[AnnotatedVideo], shares: dict[str, float], seed: int) 
     def place(video: AnnotatedVideo) -> bytes:
         return hashlib.blake2b(f"{seed}/{video.video_id}".encode()).digest()
 
+    if not any(shares.values()):
+        return {}
     by_class: dict[str | None, list[AnnotatedVideo]] = {}
     # A stretch that is listed again is rejected: only the first counts.
     for video in {video.video_id: video for video in reversed(videos)}.values():
         if video.split in ("", "train"):
             by_class.setdefault(video.class_name, []).append(video)
     held: dict[str, str] = {}
-    for members in by_class.values() if any(shares.values()) else ():
+    for members in by_class.values():
         spread = iter(sorted(members, key=place)[:-1])
         for split, share in shares.items():
             held |= {video.video_id: split for video in islice(spread, round(len(members) * share))}

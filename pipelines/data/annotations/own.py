@@ -166,10 +166,18 @@ def _with_numbers(videos: list[AnnotatedVideo], names: set[str]) -> Annotations:
 def _with_labels(videos: list[AnnotatedVideo], names: list[str], remedy: str = "") -> Annotations:
     """Return annotations with the classes in the order of `names`; `remedy` ends the warning of changed numbers."""
     labels = {name: label for label, name in enumerate(names)}
-    found = [video if video.class_name is None else replace(video, label=labels[video.class_name]) for video in videos]
+    found = [_with_label(video, names, labels) for video in videos]
     changed = [name for name, label in labels.items() if NUMBER.fullmatch(name) and float(name) != label]
     warnings = []
     if changed:
         first = ", ".join(f"{name!r} becomes {labels[name]}" for name in changed[:FIRST_CHANGED])
         warnings = [f"labels that are numbers are renumbered ({first}; {len(changed)} in all): {remedy}"]
     return Annotations(found, names, warnings=warnings)
+
+
+def _with_label(video: AnnotatedVideo, names: list[str], labels: dict[str, int]) -> AnnotatedVideo:
+    if video.class_name is None:
+        return video
+    label = labels[video.class_name]
+    # One string a class, however many videos have it.
+    return replace(video, class_name=names[label], label=label)

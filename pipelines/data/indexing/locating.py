@@ -28,7 +28,9 @@ class Names:
     def __init__(self, folder: str, files: VideoFiles) -> None:
         self._root = storage.absolute(folder).rstrip("/")
         self._faults = dict(files.faults)
-        self._known = set(files.videos)
+        # What is returned is one string a file, however many stretches of it are listed.
+        self._known = {name: name for name in files.videos}
+        self._uris = {name: f"{self._root}/{name}" for name in files.videos}
         self._composed = {_composed(name): name for name in self._known if not name.isascii()}
 
     def name_of(self, given: str) -> str:
@@ -36,17 +38,18 @@ class Names:
 
         What lies outside the folder keeps its absolute path or URI.
         """
-        if given in self._known:
-            return given
+        if known := self._known.get(given):
+            return known
         plain = self._plain(given)
-        for name in (plain, self._composed.get(_composed(plain))):
-            if name in self._known:
-                return str(name)
-        turned = self._plain(given.replace("\\", "/"))
-        return turned if turned in self._known else plain
+        for name in (plain, self._composed.get(_composed(plain), ""), self._plain(given.replace("\\", "/"))):
+            if known := self._known.get(name):
+                return known
+        return plain
 
     def uri_of(self, name: str) -> str:
         """Return the path or URI of a name that `name_of` returned."""
+        if known := self._uris.get(name):
+            return known
         return name if storage.is_uri(name) or name.startswith("/") else f"{self._root}/{name}"
 
     def fault_of(self, name: str) -> str:
