@@ -125,16 +125,21 @@ def counted(stream: Any, packets: Iterator[Any], by_decoding_time: bool) -> Iter
             decoding.lost()
         if frames:
             yield from _counted_frames(decoding, slots, frames, len(frames))
-    yield from _counted_frames(decoding, slots, decoding.drain(), 0)
+    yield from _counted_frames(decoding, slots, decoding.drain(), 0, last=True)
 
 
-def _counted_frames(decoding: Decoding, slots: _Slots, frames: list[Any], completed: int) -> Iterator[Shown]:
-    """Yield frames after those that should have come before them; the last packet completes `completed` of them."""
-    for place in slots.missed(completed):
-        decoding.lost()
-        yield place, None
+def _counted_frames(
+    decoding: Decoding, slots: _Slots, frames: list[Any], completed: int, last: bool = False
+) -> Iterator[Shown]:
+    """Yield frames and those that are lost before them; the last packet completes `completed` of them."""
+    slots.notice(completed)
     for frame in frames:
+        for place in slots.lost_before():
+            decoding.lost()
+            yield place, None
         yield slots.take(frame.pts), decoding.sound(frame)
+    if last:
+        yield from ((place, None) for place in slots.lost())
 
 
 class _Slots:
@@ -148,6 +153,8 @@ class _Slots:
         self._places: list[int] = []
         # `fill` packets complete no frame, at the start; `used` places are taken; `still` packets show nothing new.
         self._end = self._fill = self._used = self._still = 0
+        # `lost` frames are missing, after `held` ones that are still in the decoder.
+        self._lost = self._held = 0
         self._last, self._shift = -self._length, 0
         self._origin: int | None = None
 
@@ -158,14 +165,30 @@ class _Slots:
         self._end = self._places[-1] + (packet.duration or self._length)
         self._still += not shown
 
-    def missed(self, completed: int) -> list[int]:
-        """Return the places of the lost frames before the frames that the last packet completes."""
+    def notice(self, completed: int) -> None:
+        """Compare the frames that the last packet completes with those that are due."""
         if self._used == 0:
             self._fill = len(self._places) - completed
-        missing = len(self._places) - self._fill - self._used - completed
+        missing = len(self._places) - self._fill - self._used - self._lost - completed
         # Of packets that show nothing new, some complete a frame of the packet before.
-        lost, self._still = max(0, missing - self._still), 0
-        return [self.take() for _ in range(missing)][missing - lost :]
+        still, self._still = min(max(0, missing), self._still), 0
+        for _ in range(still):
+            self.take()
+        if missing > still:
+            # Frames that the decoder holds come before those that it has lost.
+            self._lost, self._held = self._lost + missing - still, self._fill
+
+    def lost_before(self) -> list[int]:
+        """Return the places of the frames that are lost before the next one."""
+        if self._lost and self._held:
+            self._held -= 1
+            return []
+        return self.lost()
+
+    def lost(self) -> list[int]:
+        """Return the places of all frames that are lost so far."""
+        count, self._lost = self._lost, 0
+        return [self.take() for _ in range(count)]
 
     def take(self, pts: int | None = None) -> int:
         """Return the place of the next frame, whose presentation time the file may state."""

@@ -130,7 +130,9 @@ def _h264(length: int, data: bytes) -> Seen:
 
 
 def _jpeg(data: bytes) -> Seen:
-    return Seen(entry=True) if data.startswith(b"\xff\xd8") else DAMAGED
+    # Zeros may pad a picture after its end.
+    cut = data.endswith(FILL) or (data.endswith(HOLE) and not data.rstrip(b"\0").endswith(b"\xff\xd9"))
+    return DAMAGED if cut or not data.startswith(b"\xff\xd8") else Seen(entry=True)
 
 
 def _prores(data: bytes) -> Seen:

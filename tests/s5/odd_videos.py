@@ -119,14 +119,14 @@ def write_streams(path: Path, films: Sequence[tuple[tuple[int, int], int]], fram
 
 
 def write_late_sound(path: Path) -> str:
-    """Write 7 MB without sound, and then a part with 2 s of sound and one without."""
+    """Write 6 MB without sound, and then a part with 2 s of sound and one without, of 250, 50 and 50 frames."""
     parts, start = [], 0
-    for number, (frames, sound_s) in enumerate([(700, 0), (90, 2), (200, 0)]):
+    for number, (frames, sound_s) in enumerate([(250, 0), (50, 2), (50, 0)]):
         part = path.with_name(f"part{number}{path.suffix}")
         # Program streams start half a second late, and transport streams a frame, unless told otherwise.
         offset_s = start / FPS + (0.54 if path.suffix == ".mpg" else 0.04) * bool(start)
         with av.open(str(part), "w", options={"output_ts_offset": str(offset_s)}) as container:
-            _add_film(container, "mpeg2video", range(start, start + frames), (128, 128), sound_s, noise=100)
+            _add_film(container, "mpeg2video", range(start, start + frames), (160, 160), sound_s, noise=100)
         parts.append(part.read_bytes())
         start += frames
     path.write_bytes(b"".join(parts))
@@ -170,7 +170,7 @@ def displayed(picture_HWC: npt.NDArray[np.uint8], name: str) -> npt.NDArray[np.u
 def _add_film(
     container: Any, codec: str, numbers: range, size: tuple[int, int], sound_s: int = 0, noise: int = 0
 ) -> None:
-    stream = container.add_stream(codec, rate=FPS, options={"g": "30", "bf": "0", "b": "6000000"})
+    stream = container.add_stream(codec, rate=FPS, options={"g": "30", "bf": "0", "b": "50000000"})
     stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
     sound = container.add_stream("mp2", rate=16000, layout="mono") if sound_s else None
     for place, number in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""Both decoders against a plain decoding from the start: the right frame, in every codec and container."""
+"""Both decoders: seeking, clocks, rates and sizes. `test_table` covers codecs and containers."""
 
 from __future__ import annotations
 
@@ -38,65 +38,9 @@ class Counted:
         return content
 
 
-def plainly(path: str) -> list[int]:
-    """Return what the frames show, decoded one after the other: the slow reference."""
-    with av.open(path) as container:
-        return [code(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-
-
 def shown(path: str, times_T: npt.NDArray[np.float64], decoder: Decoder) -> list[int]:
     """Return the codes of the frames of one pass."""
     return [code(frame) for frame in read_clips(path, [times_T], 64, (64, 64), decoder)[0]]
-
-
-@pytest.mark.parametrize(
-    ("codec", "bframes", "suffix", "decoder"),
-    [
-        ("libx264", 0, "mp4", "decord"),
-        ("libx264", 3, "mp4", "decord"),
-        ("libx264", 3, "mkv", "decord"),
-        ("libx264", 3, "mov", "decord"),
-        ("libx264", 0, "avi", "pyav"),
-        ("libx264", 3, "avi", "pyav"),
-        ("libx264", 3, "ts", "pyav"),
-        ("libx264", 3, "flv", "pyav"),
-        ("libx265", 3, "mp4", "pyav"),
-        ("libx265", 3, "mkv", "pyav"),
-        ("libvpx-vp9", 0, "webm", "decord"),
-        ("libvpx-vp9", 0, "mp4", "decord"),
-        ("libvpx", 0, "webm", "decord"),
-        ("libsvtav1", 0, "mp4", "pyav"),
-        ("libsvtav1", 0, "webm", "pyav"),
-        ("mpeg4", 0, "avi", "decord"),
-        ("mpeg4", 2, "avi", "pyav"),
-        ("mpeg4", 0, "mp4", "decord"),
-        ("mpeg4", 2, "mp4", "pyav"),
-        ("mpeg4", 2, "mkv", "pyav"),
-        ("msmpeg4v3", 0, "avi", "decord"),
-        ("mjpeg", 0, "avi", "decord"),
-        ("mjpeg", 0, "mov", "decord"),
-        ("mpeg2video", 2, "mpg", "pyav"),
-        ("mpeg2video", 2, "ts", "pyav"),
-        ("wmv2", 0, "wmv", "pyav"),
-        ("prores_ks", 0, "mov", "decord"),
-    ],
-)
-def test_every_frame_is_found_at_its_time(
-    tmp_path: Path, codec: str, bframes: int, suffix: str, decoder: Decoder
-) -> None:
-    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
-    path = write_coded(tmp_path / f"a.{suffix}", codec, FRAMES, FPS, bframes=bframes, options=options)
-    assert plainly(path) == list(range(FRAMES))
-    facts = probe(path)
-    assert (facts.num_frames, facts.decoder) == (FRAMES, decoder)
-    assert facts.fps == pytest.approx(FPS, rel=1e-3)
-    rng = np.random.default_rng(0)
-    for index in rng.permutation(FRAMES)[:8]:
-        assert shown(path, np.array([index / FPS]), decoder) == [index]
-    for clip in (np.arange(FRAMES), *(np.sort(rng.permutation(FRAMES)[:6]) for _ in range(4))):
-        # In the middle of a frame: containers round the times of frames to milliseconds.
-        assert shown(path, (clip + 0.5) / FPS, decoder) == clip.tolist()
-        assert shown(path, (clip + 0.5) / FPS, "pyav") == clip.tolist()
 
 
 def test_frames_before_the_key_frame_that_they_are_stored_behind(tmp_path: Path) -> None:
