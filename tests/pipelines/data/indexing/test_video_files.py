@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import storage
 from pipelines.data.indexing import video_files
 from pipelines.data.indexing.video_files import HIDDEN, LINKED_AGAIN, NO_ENDING, VideoFiles, find
 
@@ -150,3 +151,30 @@ def test_nothing_is_lost_and_other_endings_are_named(tmp_path: Path) -> None:
     assert VideoFiles().described() == "0 other files"
     many = VideoFiles(others=Counter({f".{i}": 9 - i for i in range(9)}))
     assert many.described() == "45 other files (9 .0, 8 .1, 7 .2, 6 .3, 5 .4, 4 .5, 6 with others)"
+
+
+# --- object stores --------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_listed_with_sizes_and_times(bucket: str) -> None:
+    for name in ("a/b.mp4", "c.MTS", "n.txt", "d.mp4.part", ".hidden/x.mp4"):
+        storage.write_bytes(f"{bucket}/videos/{name}", b"x" * len(name))
+    found = find(f"{bucket}/videos/")
+    assert found.videos == ["a/b.mp4", "c.MTS"]
+    assert found.faults == [("d.mp4.part", "a download that is not complete (.part)")]
+    assert found.others == {".txt": 1, HIDDEN: 1}
+    assert [found.stamps[name][0] for name in found.videos] == [7, 5]
+    assert all(found.stamps[name][1] > 0 for name in found.videos)
+
+
+def test_parts_in_a_bucket_are_listed_and_removed(bucket: str) -> None:
+    folder = f"{bucket}/out/probed"
+    assert storage.files_below(folder) == []
+    storage.remove_folder(folder)
+    for name in ("b", "a"):
+        storage.write_bytes(f"{folder}/{name}", b"x")
+    storage.write_bytes(f"{bucket}/out/run.json", b"{}")
+    assert storage.files_below(folder) == [f"{folder}/a", f"{folder}/b"]
+    storage.remove_folder(folder)
+    assert storage.files_below(folder) == []
+    assert storage.files_below(f"{bucket}/out") == [f"{bucket}/out/run.json"]
