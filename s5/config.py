@@ -266,7 +266,10 @@ class LSMCLConfig:
     """Long-short masked contrastive pretraining (arXiv 2303.14526); where it is silent, MoCo v3 (2104.02057)."""
 
     mask_ratio: float = 0.5
-    """Masking ratio eta: share of the patches of every frame, long and short, that the encoder does not see."""
+    """Masking ratio eta: share of the patches or tokens of long and short clips that is masked."""
+    mask_on: Literal["patches", "tokens"] = "patches"
+    """What is masked. `patches`: that share of every frame's patches, which the backbone does not see; `tokens`: that
+    share of all L tokens of a clip, after the backbone, as the mask generator selects them: a frame may lose all."""
     temperature: float = 0.2
     """Temperature rho of InfoNCE."""
     momentum: float = 0.99
@@ -284,6 +287,7 @@ class LSMCLConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.mask_ratio < 1, "lsmcl.mask_ratio", self.mask_ratio, "give a value in [0, 1)")
+        require(self.mask_on in ("patches", "tokens"), "lsmcl.mask_on", self.mask_on, "give patches or tokens")
         require(self.temperature > 0, "lsmcl.temperature", self.temperature, "give a positive number")
         require_range("lsmcl.momentum", self.momentum, 0, 1)
         require_range("lsmcl.jitter", self.jitter, 0, 1)
