@@ -155,6 +155,9 @@ class SelectionConfig:
     """Temperature rho at the end of training; exponential in between."""
     momentum: float = 0.99
     """Momentum of the moving average that makes the momentum S4."""
+    momentum_s4: Literal["convolution", "layer"] = "convolution"
+    """What the momentum S4 consists of. `convolution`: the linear state space alone, without GELU and channel mix;
+    `layer`: with both, as the block's S4 layer computes."""
 
     def __post_init__(self) -> None:
         for ratio in self.keep_ratio:
@@ -162,6 +165,8 @@ class SelectionConfig:
         require(self.temperature > 0, "selection.temperature", self.temperature, "give a positive number")
         require(self.temperature_end > 0, "selection.temperature_end", self.temperature_end, "give a positive number")
         require_range("selection.momentum", self.momentum, 0, 1)
+        forms = ("convolution", "layer")
+        require(self.momentum_s4 in forms, "selection.momentum_s4", self.momentum_s4, "give convolution or layer")
 
 
 @dataclass(frozen=True, kw_only=True)

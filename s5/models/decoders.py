@@ -18,7 +18,7 @@ from s5.config import DecoderConfig
 from s5.models.attention import ATTENTIONS
 from s5.models.blocks import Block, drop_channels
 from s5.models.selection import Selection, describe
-from s5.ssm.layers import LinearSSM, SSMLayer, register_hint
+from s5.ssm.layers import SSMLayer, register_hint
 
 
 class DecoderOutput(NamedTuple):
@@ -195,10 +195,10 @@ class Pyramid(Decoder):
                 keep_ratio *= selected.indices.shape[1] / length
         return DecoderOutput(x_BLD.mean(1), kept, keep_ratio, statistics)
 
-    def _selecting(self) -> list[tuple[LinearSSM, Selection]]:
-        """State spaces of the blocks that select, with their selections."""
+    def _selecting(self) -> list[tuple[SSMLayer, Selection]]:
+        """Layers of the blocks that select, with their selections."""
         return [
-            (block.layer.ssm, block.selection)
+            (block.layer, block.selection)
             for block in self.blocks
             if isinstance(block, Block) and block.selection is not None and isinstance(block.layer, SSMLayer)
         ]
