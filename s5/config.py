@@ -155,6 +155,9 @@ class SelectionConfig:
     """Temperature rho at the end of training; exponential in between."""
     momentum: float = 0.99
     """Momentum of the moving average that makes the momentum S4."""
+    momentum_s4: Literal["convolution", "layer"] = "convolution"
+    """What the momentum S4 consists of. `convolution`: the linear state space alone, without GELU and channel mix;
+    `layer`: with both, as the block's S4 layer computes."""
 
     def __post_init__(self) -> None:
         for ratio in self.keep_ratio:
@@ -162,6 +165,8 @@ class SelectionConfig:
         require(self.temperature > 0, "selection.temperature", self.temperature, "give a positive number")
         require(self.temperature_end > 0, "selection.temperature_end", self.temperature_end, "give a positive number")
         require_range("selection.momentum", self.momentum, 0, 1)
+        forms = ("convolution", "layer")
+        require(self.momentum_s4 in forms, "selection.momentum_s4", self.momentum_s4, "give convolution or layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +271,10 @@ class LSMCLConfig:
     """Long-short masked contrastive pretraining (arXiv 2303.14526); where it is silent, MoCo v3 (2104.02057)."""
 
     mask_ratio: float = 0.5
-    """Masking ratio eta: share of the patches of every frame, long and short, that the encoder does not see."""
+    """Masking ratio eta: share of the patches or tokens of long and short clips that is masked."""
+    mask_on: Literal["patches", "tokens"] = "patches"
+    """What is masked. `patches`: that share of every frame's patches, which the backbone does not see; `tokens`: that
+    share of all L tokens of a clip, after the backbone, as the mask generator selects them: a frame may lose all."""
     temperature: float = 0.2
     """Temperature rho of InfoNCE."""
     momentum: float = 0.99
@@ -284,6 +292,7 @@ class LSMCLConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.mask_ratio < 1, "lsmcl.mask_ratio", self.mask_ratio, "give a value in [0, 1)")
+        require(self.mask_on in ("patches", "tokens"), "lsmcl.mask_on", self.mask_on, "give patches or tokens")
         require(self.temperature > 0, "lsmcl.temperature", self.temperature, "give a positive number")
         require_range("lsmcl.momentum", self.momentum, 0, 1)
         require_range("lsmcl.jitter", self.jitter, 0, 1)

@@ -150,6 +150,9 @@ class PretrainConfig:
     """Folder for checkpoints and result.json; a second start with the same folder resumes."""
     manifest: ManifestPath = "out/index/manifest.parquet"
     """Manifest of the videos: a file, or the folder that `index` wrote."""
+    features: FeaturesPath = ""
+    """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen, and tokens
+    masked."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Long and short clips."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -174,6 +177,12 @@ class PretrainConfig:
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
+        if self.features:
+            frozen = self.model.backbone.frozen
+            require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
+            masked, jitter = self.lsmcl.mask_on, self.lsmcl.jitter
+            require(masked == "tokens", "lsmcl.mask_on", masked, "cached features are of whole frames; give tokens")
+            require(jitter == 0, "lsmcl.jitter", jitter, "cached features have no colours to change; give 0")
 
 
 @dataclass(frozen=True, kw_only=True)

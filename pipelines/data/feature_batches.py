@@ -80,14 +80,17 @@ class _Clip:
     frames_T: Any
 
 
-def check_stride(meta: FeatureMeta, clips: ClipConfig, protocol: EvaluationProtocol, videos: pa.Table) -> None:
+def check_stride(
+    meta: FeatureMeta, clips: ClipConfig, protocol: EvaluationProtocol, videos: pa.Table, pairs: bool = False
+) -> None:
     """Raise `UserError` where frames of clips are closer than those of the features; `whole` clips have no stride."""
     if protocol == "whole" or clips.frames == 1:
         return
-    shortest_s = min(stride_s(clips, clips.long_stride, fps) for fps in videos["fps"].to_pylist())
+    name, stride = ("short_stride", clips.short_stride) if pairs else ("long_stride", clips.long_stride)
+    shortest_s = min(stride_s(clips, stride, fps) for fps in videos["fps"].to_pylist())
     if shortest_s * meta.frames_per_second < 1 - 1e-6:
         raise UserError(
-            f"clips.long_stride is {clips.long_stride:g} {clips.unit}, {shortest_s:g} s: the cached features are "
+            f"clips.{name} is {stride:g} {clips.unit}, {shortest_s:g} s: the cached features are "
             f"{1 / meta.frames_per_second:g} s apart; raise it, or compute features with more --frames-per-second"
         )
 
@@ -99,8 +102,11 @@ def check_features(
     protocol: EvaluationProtocol,
     backbone: BackboneConfig,
     weights: dict[str, torch.Tensor] | None,
+    pairs: bool = False,
 ) -> str:
     """Return the digest of cached features after checking that they match a manifest, its clips and a backbone.
+
+    With `pairs`, short clips are read beside the long ones.
 
     Raises:
         UserError: they do not; gives the reason.
@@ -111,7 +117,7 @@ def check_features(
         )
     meta = read_meta(folder)
     check_fresh(folder, meta, backbone, weights_digest(weights), digest(manifest))
-    check_stride(meta, clips, protocol, manifest)
+    check_stride(meta, clips, protocol, manifest, pairs)
     return meta.digest
 
 
@@ -121,7 +127,8 @@ class FeatureClips:
     def __init__(self, features: str, manifest: pa.Table, spec: ClipSpec, prefetch: int) -> None:
         self._reader = FeatureReader(features)
         # Beside the prefetched ones, one that is being read and one that is trained on.
-        self._memory = BufferPool(prefetch + 2)
+        self._views = 1 + (spec.pairs and not spec.evaluated)
+        self._memory = BufferPool(self._views * (prefetch + 2))
         self._videos = manifest.select(CANDIDATE_COLUMNS)
         self._spec = spec
 
@@ -130,7 +137,7 @@ class FeatureClips:
         return list(self._videos.take(pa.array(indices, pa.int64())).to_pylist())
 
     def clips(self, video: dict[str, Any], seed: int) -> list[_Clip]:
-        """Return the clips of a video.
+        """Return the clips of a video; of a pair first the long one.
 
         Raises:
             VideoError: it is too short for them, or has no features; gives the reason.
@@ -144,11 +151,10 @@ class FeatureClips:
         return found
 
     def batch(self, clips: list[_Clip], failures: list[Failure], step: int, epoch: int) -> ClipBatch:
-        """Read clips."""
-        meta, count = self._reader.meta, self._spec.clips.frames
-        long = self._memory.take((len(clips), count, meta.tokens, meta.width))
-        for clip, out_TND in zip(clips, long.numpy(), strict=True):
-            self._reader.read(clip.video["video_id"], clip.frames_T, out_TND)
+        """Read clips, or pairs whose long and short clips take turns."""
+        long = self._tokens(clips[:: self._views])
+        short = self._tokens(clips[1::2]) if self._views == 2 else None
+        clips = clips[:: self._views]
         labels = [NO_LABEL if clip.video["label"] is None else clip.video["label"] for clip in clips]
         targets = [math.nan if clip.video["target"] is None else clip.video["target"] for clip in clips]
         return ClipBatch(
@@ -156,12 +162,20 @@ class FeatureClips:
             epoch=epoch,
             video_ids=[clip.video["video_id"] for clip in clips],
             long=long,
-            short=None,
+            short=short,
             seeds=torch.tensor([clip.seed for clip in clips], dtype=torch.int64),
             labels=torch.tensor(labels, dtype=torch.int64),
             targets=torch.tensor(targets, dtype=torch.float32),
             failures=failures,
         )
+
+    def _tokens(self, clips: list[_Clip]) -> torch.Tensor:
+        """Copy the tokens (B, T, N, D) of clips from the shards."""
+        meta = self._reader.meta
+        tokens = self._memory.take((len(clips), self._spec.clips.frames, meta.tokens, meta.width))
+        for clip, out_TND in zip(clips, tokens.numpy(), strict=True):
+            self._reader.read(clip.video["video_id"], clip.frames_T, out_TND)
+        return tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +191,9 @@ class CachedClips:
     data: DataConfig
     """Batches prefetched."""
     protocol: EvaluationProtocol = "uniform"
-    """Which clips of a video."""
+    """Which clips of a video, but for pairs."""
+    pairs: bool = False
+    """Read a short clip beside each long one in training."""
     rank: int = 0
     """This worker."""
     world_size: int = 1
@@ -225,7 +241,7 @@ class CachedClips:
         yield from _ahead(batch, range(max(1, -(-len(chosen) // batch_size))), self.data.prefetch_batches)
 
     def _opened(self, videos: pa.Table, clips_per_video: int = 0) -> FeatureClips:
-        spec = ClipSpec(self.clips, self.frame_size, protocol=self.protocol, evaluated=clips_per_video)
+        spec = ClipSpec(self.clips, self.frame_size, self.pairs, protocol=self.protocol, evaluated=clips_per_video)
         return FeatureClips(self.features, videos, spec, self.data.prefetch_batches)
 
 

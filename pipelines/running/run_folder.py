@@ -122,7 +122,9 @@ class RunFolder:
     def _check_same(self, earlier: dict[str, Any]) -> None:
         """Raise `UserError` where the earlier run differs from this one in what it computes."""
         out = self.config.out
-        before, now = _fixed(leaves_of(earlier)), _fixed(leaves_of(self._settings()))
+        # A run of an earlier version lacks the settings that came later: it had what is their default.
+        defaults = leaves_of(to_json(self.stage, type(self.config)()))
+        before, now = _fixed(defaults | leaves_of(earlier)), _fixed(leaves_of(self._settings()))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key):
                 continue

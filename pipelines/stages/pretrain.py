@@ -10,10 +10,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from pipelines import storage
 from pipelines.config import PretrainConfig
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
+from pipelines.data.feature_batches import CachedClips, check_features
 from pipelines.data.manifest import (
     check_for_training,
     digest,
@@ -31,6 +33,7 @@ from pipelines.storage import provenance
 from pipelines.storage.weights import backbone_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import model_on_worker, run_training, show_loss, training_loop
+from s5.config import BackboneConfig
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
 from s5.models.video_model import check_model
@@ -68,14 +71,27 @@ def run(config: PretrainConfig, parent_run: str = "", on_row: OnRow | None = Non
 
     def announce() -> list[str]:
         settings = job.config
-        return [
+        said = [
             f"{len(job.train)} of {listed_count(job.train, 'train')} listed videos, "
-            f"{settings.clips.frames} frames a clip, masking ratio {settings.lsmcl.mask_ratio:g}, "
-            f"{job.order.total_steps} steps of {settings.loop.batch_size}"
+            f"{settings.clips.frames} frames a clip, masking ratio {settings.lsmcl.mask_ratio:g} on "
+            f"{settings.lsmcl.mask_on}, {job.order.total_steps} steps of {settings.loop.batch_size}"
         ]
+        backbone = settings.model.backbone
+        if backbone.frozen:
+            said.append(f"the backbone stays frozen at the weights {backbone.weights!r}; the decoder is pretrained")
+        return said
 
     printer = partial(row_printer, job=job)
-    return run_training("pretrain", job, build, announce, printer, parent_run=parent_run, on_row=on_row)
+    return run_training(
+        "pretrain",
+        job,
+        build,
+        announce,
+        printer,
+        decodes=not config.features,
+        parent_run=parent_run,
+        on_row=on_row,
+    )
 
 
 def build_job(config: PretrainConfig) -> PretrainJob:
@@ -84,21 +100,54 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     train = drop_too_short(split_of(manifest, "train"), config.clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=False)
+    config = with_trained_backbone(config)
     try:
         check_model(config.model)
     except ValueError as error:
         raise UserError(str(error)) from None
     val = drop_too_short(split_of(manifest, "val"), config.clips)
+    inputs, backbone = {"manifest": digest(manifest)}, initial_backbone(config.model.backbone)
+    if config.features:
+        # Workers may have another folder.
+        config = replace(config, features=storage.absolute(config.features))
+        inputs["features"] = check_features(
+            config.features, manifest, config.clips, "uniform", config.model.backbone, backbone, pairs=True
+        )
     return PretrainJob(
         config=config,
         train=train,
         probe_train=spread(labelled(train), config.probe_videos),
         probe_val=spread(labelled(val), config.probe_videos),
         order=order_of(config.loop, len(train)),
-        inputs={"manifest": digest(manifest)},
-        backbone=backbone_weights(config.model.backbone),
+        inputs=inputs,
+        backbone=backbone,
         commit=provenance.commit(),
     )
+
+
+def with_trained_backbone(config: PretrainConfig) -> PretrainConfig:
+    """Return the settings with timm's weights for a frozen backbone that is given none."""
+    backbone = config.model.backbone
+    if not backbone.frozen or backbone.weights:
+        return config
+    return replace(config, model=replace(config.model, backbone=replace(backbone, weights="timm")))
+
+
+def initial_backbone(config: BackboneConfig) -> dict[str, Tensor] | None:
+    """Return the weights that the backbone starts from, or None for random ones, which a frozen one cannot have.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    try:
+        return backbone_weights(config)
+    except UserError as error:
+        if not config.frozen:
+            raise
+        raise UserError(
+            f"model.backbone.frozen is True: a frozen backbone needs trained weights, since random ones would stay so, "
+            f"and {error}"
+        ) from None
 
 
 def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
@@ -108,18 +157,35 @@ def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
     task = LSMCL(model_on_worker(config.model), config.lsmcl)
     if job.backbone is not None:
         task.load_backbone(job.backbone)
-    source = DecodedClips(
-        clips=config.clips,
-        frame_size=config.model.backbone.frame_size,
-        data=context.fitted(config.data),
-        decode_tasks=context.decode_tasks,
-        pairs=True,
-        rank=context.rank,
-        world_size=context.world_size,
-    )
+    source = clip_source(job, context)
     probes = config.probe_videos and len(job.probe_train) > 1
     evaluate = partial(probe, job, task, source, context) if probes else None
     return training_loop("pretrain", job, context, task, "lsmcl", task.encoder.config, source, evaluate)
+
+
+def clip_source(job: PretrainJob, context: RayContext) -> ClipSource:
+    """Return this worker's pairs of clips: decoded, or cached tokens where the settings name any."""
+    config = job.config
+    frame_size, rank, world_size = config.model.backbone.frame_size, context.rank, context.world_size
+    if config.features:
+        return CachedClips(
+            features=config.features,
+            clips=config.clips,
+            frame_size=frame_size,
+            data=config.data,
+            pairs=True,
+            rank=rank,
+            world_size=world_size,
+        )
+    return DecodedClips(
+        clips=config.clips,
+        frame_size=frame_size,
+        data=context.fitted(config.data),
+        decode_tasks=context.decode_tasks,
+        pairs=True,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def probe(job: PretrainJob, task: LSMCL, source: ClipSource, context: RayContext) -> dict[str, float]:

@@ -68,7 +68,7 @@ class Block(nn.Module):
         self.merging: Merging | None = None
         if config.selection.generator != "none" and self.keep_ratio < 1:
             if config.name == "s5" and isinstance(self.layer, SSMLayer):
-                self.selection = Selection(config.selection, self.layer.ssm)
+                self.selection = Selection(config.selection, self.layer)
             elif config.name == "vtm":
                 self.merging = Merging(width)
         linear = self.selection is None or isinstance(self.selection.generator, nn.Linear)

@@ -18,7 +18,7 @@ from s5.config import DecoderConfig
 from s5.models.attention import ATTENTIONS
 from s5.models.blocks import Block, drop_channels
 from s5.models.selection import Selection, describe
-from s5.ssm.layers import LinearSSM, SSMLayer, register_hint
+from s5.ssm.layers import SSMLayer, register_hint
 
 
 class DecoderOutput(NamedTuple):
@@ -56,16 +56,25 @@ class Decoder(nn.Module, ABC):
         """Whether `forward` looks for NaN and infinity, for which it has to wait for a GPU."""
 
     @abstractmethod
-    def decode(self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int) -> DecoderOutput:
+    def decode(
+        self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int, frames_BL: Tensor | None = None
+    ) -> DecoderOutput:
         """Decode tokens of the right shape; there are seeds in training."""
 
-    def forward(self, x_BLD: Tensor, seeds_B: Tensor | None = None, frames: int | None = None) -> DecoderOutput:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        seeds_B: Tensor | None = None,
+        frames: int | None = None,
+        frames_BL: Tensor | None = None,
+    ) -> DecoderOutput:
         """Decode the tokens of clips.
 
         Args:
             x_BLD: (B, L, D) tokens in order of time, any L of at least 1.
             seeds_B: (B,) int64 seeds of the samples' noise; None draws them from torch's generator in training.
             frames: number of frames that the tokens come from, in equal shares; None where each token is a frame's.
+            frames_BL: frame of each token, from 0, where the shares differ since some are masked.
 
         Returns:
             Features, kept indices and the entropy of the selection.
@@ -80,9 +89,9 @@ class Decoder(nn.Module, ABC):
         if x_BLD.dim() != 3 or x_BLD.shape[1] < 1 or x_BLD.shape[2] != self.width:
             raise ValueError(f"tokens have shape {tuple(x_BLD.shape)}: give (batch, length >= 1, {self.width})")
         frames = x_BLD.shape[1] if frames is None else frames
-        if frames < 1 or x_BLD.shape[1] % frames:
+        if frames < 1 or (frames_BL is None and x_BLD.shape[1] % frames):
             raise ValueError(f"frames is {frames}: give a divisor of the number of tokens, {x_BLD.shape[1]}")
-        out = self.decode(x_BLD, seeds_B, frames)
+        out = self.decode(x_BLD, seeds_B, frames, frames_BL)
         looks = self.check_finite and not torch.compiler.is_compiling()
         if looks and not torch.isfinite(out.features_BD).all():
             _explain_not_finite(x_BLD, out.features_BD)
@@ -151,23 +160,28 @@ class Pyramid(Decoder):
             drawn = nn.init.trunc_normal_(torch.empty(config.positions, width), std=0.02)
             self.positions = register_hint(nn.Parameter(drawn), weight_decay=0.0)
 
-    def _add_positions(self, x_BLD: Tensor, positions: Tensor, frames: int) -> Tensor:
+    def _add_positions(self, x_BLD: Tensor, positions: Tensor, frames: int, frames_BL: Tensor | None) -> Tensor:
         if frames > len(positions):
             raise ValueError(
                 f"decoder.positions is {len(positions)}: a clip has {frames} frames; give at least as many positions "
                 "as frames"
             )
-        added = positions[:frames].repeat_interleave(x_BLD.shape[1] // frames, dim=0)
+        if frames_BL is None:
+            added = positions[:frames].repeat_interleave(x_BLD.shape[1] // frames, dim=0)
+        else:
+            added = nn.functional.embedding(frames_BL, positions)
         return x_BLD + added.to(x_BLD.dtype)
 
-    def decode(self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int) -> DecoderOutput:
+    def decode(
+        self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int, frames_BL: Tensor | None = None
+    ) -> DecoderOutput:
         """Decode tokens of the right shape; there are seeds in training.
 
         Raises:
             ValueError: there are more frames than positions.
         """
         if self.positions is not None:
-            x_BLD = self._add_positions(x_BLD, self.positions, frames)
+            x_BLD = self._add_positions(x_BLD, self.positions, frames, frames_BL)
         kept: list[Tensor] = []
         statistics: dict[str, Tensor] = {}
         keep_ratio = 1.0
@@ -181,10 +195,10 @@ class Pyramid(Decoder):
                 keep_ratio *= selected.indices.shape[1] / length
         return DecoderOutput(x_BLD.mean(1), kept, keep_ratio, statistics)
 
-    def _selecting(self) -> list[tuple[LinearSSM, Selection]]:
-        """State spaces of the blocks that select, with their selections."""
+    def _selecting(self) -> list[tuple[SSMLayer, Selection]]:
+        """Layers of the blocks that select, with their selections."""
         return [
-            (block.layer.ssm, block.selection)
+            (block.layer, block.selection)
             for block in self.blocks
             if isinstance(block, Block) and block.selection is not None and isinstance(block.layer, SSMLayer)
         ]
@@ -226,7 +240,9 @@ class Consensus(Decoder):
         super().__init__(width, width)
         self.dropout = config.dropout
 
-    def decode(self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int) -> DecoderOutput:
+    def decode(
+        self, x_BLD: Tensor, seeds_B: Tensor | None, frames: int, frames_BL: Tensor | None = None
+    ) -> DecoderOutput:
         """Decode tokens of the right shape; there are seeds in training."""
         x_B1D = x_BLD.mean(1, keepdim=True)
         if self.training and self.dropout > 0 and seeds_B is not None:

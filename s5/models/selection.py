@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from s5 import rng
 from s5.config import SelectionConfig
 from s5.models.top_k import gumbel_scores, select
 from s5.ssm.convolution import convolve_score, convolve_score_backward
-from s5.ssm.layers import LinearSSM
+from s5.ssm.layers import LinearSSM, SSMLayer
 
 
 def normalized_entropy(logits_BL: Tensor) -> Tensor:
@@ -58,41 +58,105 @@ def frame_spread(indices_BK: Tensor, length: int, frames: int) -> Tensor:
 class MomentumSSM(nn.Module):
     """Exponential moving average of a block's state space, which gives every token its global context.
 
-    Its parameters take no gradient, which also keeps them from the optimiser, and are part of the state dict.
+    Its parameters take no gradient, which also keeps them from the optimiser, and are part of the state dict. The
+    average is of the linear state space alone; `MomentumLayer` is that of a whole S4 layer.
     """
 
-    def __init__(self, online: LinearSSM, momentum: float) -> None:
+    average: nn.Module
+
+    def __init__(self, layer: SSMLayer, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
-        self.average = copy.deepcopy(online).requires_grad_(False)
+        self.average = copy.deepcopy(self.averaged(layer)).requires_grad_(False)
+
+    def averaged(self, layer: SSMLayer) -> nn.Module:
+        """Part of the block's layer that this is an average of."""
+        return layer.ssm
+
+    @property
+    def ssm(self) -> LinearSSM:
+        """The averaged state space."""
+        return cast(LinearSSM, self.average)
 
     @torch.no_grad()
-    def update(self, online: LinearSSM) -> None:
-        """Move towards `online`: average = momentum * average + (1 - momentum) * online."""
+    def update(self, layer: SSMLayer) -> None:
+        """Move towards the block's layer: average = momentum * average + (1 - momentum) * online."""
+        online = self.averaged(layer)
         torch._foreach_lerp_(list(self.average.parameters()), list(online.parameters()), 1 - self.momentum)
 
     @torch.no_grad()
-    def reset(self, online: LinearSSM) -> None:
-        """Become a copy of `online`."""
-        torch._foreach_copy_(list(self.average.parameters()), list(online.parameters()))
+    def reset(self, layer: SSMLayer) -> None:
+        """Become a copy of the block's layer."""
+        torch._foreach_copy_(list(self.average.parameters()), list(self.averaged(layer).parameters()))
 
     @torch.no_grad()
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Linear state-space output (B, L, D) for tokens (B, L, D), without gradient."""
-        return self.average.convolve(x_BLD)
+        """Output (B, L, D) for tokens (B, L, D), without gradient."""
+        return self.ssm.convolve(x_BLD)
 
     def score(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
         """`forward(x) @ weight`, (B, L), with a gradient for the weight alone and without the features in between."""
         with torch.no_grad():
-            kernel_DM, size = self.average.taps(x_BLD.shape[1])
+            kernel_DM, size = self.ssm.taps(x_BLD.shape[1])
         logits_BL: Tensor = convolve_score(x_BLD, kernel_DM, size, weight_D)
         return logits_BL
 
     @torch.no_grad()
     def score_gradient(self, grad_BL: Tensor, x_BLD: Tensor) -> Tensor:
         """Gradient (D,) of `score` for the weight."""
-        weight_D: Tensor = convolve_score_backward(grad_BL, x_BLD, *self.average.taps(x_BLD.shape[1]))
+        weight_D: Tensor = convolve_score_backward(grad_BL, x_BLD, *self.ssm.taps(x_BLD.shape[1]))
         return weight_D
+
+
+class MomentumLayer(MomentumSSM):
+    """Exponential moving average of a block's whole S4 layer: state space, GELU and linear mix of the channels.
+
+    A linear mask generator after the mix reads `(W gelu(y) + b) . w = gelu(y) . (W^T w) + b . w`. The mixed features
+    are not built: b . w is the same for all tokens, and W^T w is one vector.
+    """
+
+    def averaged(self, layer: SSMLayer) -> nn.Module:
+        """Part of the block's layer that this is an average of."""
+        return layer
+
+    @property
+    def layer(self) -> SSMLayer:
+        """The averaged layer."""
+        return cast(SSMLayer, self.average)
+
+    @property
+    def ssm(self) -> LinearSSM:
+        """The averaged state space."""
+        return self.layer.ssm
+
+    @torch.no_grad()
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Output (B, L, D) for tokens (B, L, D), without gradient; in the parameters' type under autocast too."""
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            y_BLD: Tensor = self.layer(x_BLD.to(self.layer.output.weight.dtype))
+        return y_BLD
+
+    def score(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
+        """`forward(x) @ weight`, (B, L), with a gradient for the weight alone."""
+        output = self.layer.output
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            return self._activated(x_BLD) @ (weight_D @ output.weight) + weight_D @ output.bias
+
+    @torch.no_grad()
+    def score_gradient(self, grad_BL: Tensor, x_BLD: Tensor) -> Tensor:
+        """Gradient (D,) of `score` for the weight."""
+        output = self.layer.output
+        with torch.autocast(x_BLD.device.type, enabled=False):
+            grad_BL = grad_BL.to(output.weight.dtype)
+            total_D = torch.einsum("bl,bld->d", grad_BL, self._activated(x_BLD))
+            return output.weight @ total_D + grad_BL.sum() * output.bias
+
+    @torch.no_grad()
+    def _activated(self, x_BLD: Tensor) -> Tensor:
+        return nn.functional.gelu(self.ssm.convolve(x_BLD.to(self.layer.output.weight.dtype)))
+
+
+MOMENTUM_S4 = {"convolution": MomentumSSM, "layer": MomentumLayer}
 
 
 def _score(features_BLD: Tensor, linear: nn.Linear) -> Tensor:
@@ -152,7 +216,7 @@ class Selection(nn.Module):
 
     Args:
         config: settings; `generator` is not `none`.
-        online: state space of the block that the momentum S4 is an average of.
+        online: layer of the block that the momentum S4 is an average of.
 
     Raises:
         ValueError: the generator is `none`.
@@ -160,18 +224,18 @@ class Selection(nn.Module):
 
     temperature: Tensor
 
-    def __init__(self, config: SelectionConfig, online: LinearSSM) -> None:
+    def __init__(self, config: SelectionConfig, online: SSMLayer) -> None:
         super().__init__()
         if config.generator == "none":
             raise ValueError("selection.generator is 'none': leave the selection out of the block")
         self.config = config
         uses_momentum = config.features == "s4" and config.generator != "random"
-        self.momentum = MomentumSSM(online, config.momentum) if uses_momentum else None
+        self.momentum = MOMENTUM_S4[config.momentum_s4](online, config.momentum) if uses_momentum else None
         self.generator: nn.Linear | TransformerGenerator | None = None
         if config.generator == "linear":
-            self.generator = nn.Linear(online.width, 1, bias=False)
+            self.generator = nn.Linear(online.ssm.width, 1, bias=False)
         elif config.generator == "transformer":
-            self.generator = TransformerGenerator(online.width)
+            self.generator = TransformerGenerator(online.ssm.width)
         # A tensor, and filled in place: a number would be compiled in again at each change.
         self.register_buffer("temperature", torch.tensor(config.temperature), persistent=False)
 

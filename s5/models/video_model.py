@@ -1,6 +1,7 @@
 """The video model: frame encoder, temporal pyramid and, for a labelled task, a head. It is built from its config alone.
 
-Shapes: B batch, T frames, U time steps, N tokens of a step, K patches kept of a step, L tokens of a clip, D width.
+Shapes: B batch, T frames, U time steps, N tokens of a step, K patches of a step or tokens of a clip
+that are kept, L tokens of a clip, D width.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from s5.config import ModelConfig
 from s5.models.backbone import Backbone
 from s5.models.decoders import DecoderOutput, build_decoder
+from s5.models.top_k import rows
 
 # Weights that pretraining does not make: it runs without selection or merging, and without a head.
 NOT_PRETRAINED = ("selection.", "merging.", "head.")
@@ -65,17 +67,53 @@ class VideoModel(nn.Module):
         Raises:
             ValueError: frames or tokens are not of the backbone's size.
         """
-        if clips.ndim == 4:
-            tokens_BLD, steps = self._cached(clips), clips.shape[1]
-        else:
-            tokens_BLD, steps = self.backbone(clips, keep_BUK), self.backbone.steps(clips.shape[1])
-        return cast(DecoderOutput, self.decoder(self.projection(tokens_BLD), seeds_B, steps))
+        return self.decode(self.tokens(clips, keep_BUK), seeds_B, self.steps(clips))
+
+    def steps(self, clips: Tensor) -> int:
+        """Return the number U of time steps of clips of frames or tokens, as `encode` takes them.
+
+        Raises:
+            ValueError: the frames cannot be shared out among tubelets.
+        """
+        return clips.shape[1] if clips.ndim == 4 else self.backbone.steps(clips.shape[1])
+
+    def tokens(self, clips: Tensor, keep_BUK: Tensor | None = None, keep_BK: Tensor | None = None) -> Tensor:
+        """Return the tokens (B, L, D) of clips, or those (B, K, D) that masking leaves.
+
+        Args:
+            clips: frames or tokens, see `encode`.
+            keep_BUK: patches of frames that the backbone sees, None for all.
+            keep_BK: ascending indices of the tokens that are returned, None for all.
+
+        Raises:
+            ValueError: frames or tokens are not of the backbone's size, or patches of tokens are to be masked.
+        """
+        if clips.ndim == 4 and keep_BUK is not None:
+            raise ValueError("lsmcl.mask_on is 'patches': tokens are of whole frames; give tokens, or mask frames")
+        tokens_BLD = self._cached(clips) if clips.ndim == 4 else self.backbone(clips, keep_BUK)
+        if keep_BK is not None:
+            tokens_BLD = rows(tokens_BLD, keep_BK)
+        return tokens_BLD.to(self.backbone.mean.dtype) if clips.ndim == 4 else cast(Tensor, tokens_BLD)
+
+    def decode(
+        self, tokens_BLD: Tensor, seeds_B: Tensor | None, steps: int, keep_BK: Tensor | None = None
+    ) -> DecoderOutput:
+        """Return the features of clips from their tokens.
+
+        Args:
+            tokens_BLD: what `tokens` returns.
+            seeds_B: seeds of dropout and Gumbel noise, see `encode`.
+            steps: time steps U of the clips.
+            keep_BK: which of the clips' tokens they are, None for all or equally many of each step.
+        """
+        steps_BK = None if keep_BK is None else keep_BK // self.backbone.tokens
+        return cast(DecoderOutput, self.decoder(self.projection(tokens_BLD), seeds_B, steps, steps_BK))
 
     def _cached(self, tokens_BUND: Tensor) -> Tensor:
         number, width = self.backbone.tokens, self.backbone.width
         if tokens_BUND.shape[2:] != (number, width):
             raise ValueError(f"tokens are {tuple(tokens_BUND.shape)}: the backbone gives (B, U, {number}, {width})")
-        return rearrange(tokens_BUND, "b u n d -> b (u n) d").to(self.backbone.mean.dtype)
+        return rearrange(tokens_BUND, "b u n d -> b (u n) d")
 
     def forward(self, clips: Tensor, seeds_B: Tensor | None = None) -> Prediction:
         """Return predictions for clips: frames or tokens, see `encode`.

@@ -1,6 +1,7 @@
 """LSMCL: long-short masked contrastive learning (arXiv 2303.14526), with MoCo v3's heads and recipe (2104.02057).
 
-Shapes: B clips of this worker, G clips of all workers, U time steps, K patches kept, D width of an embedding.
+Shapes: B clips of this worker, G clips of all workers, T frames, U time steps, N tokens of a step, K patches of a step
+or tokens of a clip that are kept, L tokens of a clip, D width of an embedding.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +57,27 @@ def embedding_spread(x_BD: Tensor) -> Tensor:
     return spread
 
 
+class Views(NamedTuple):
+    """All long, then all short clips of a batch, as both branches see them."""
+
+    clips: Tensor
+    """Frames (2B, T, H, W, C) or cached tokens (2B, U, N, D)."""
+    seeds_2B: Tensor
+    """Seeds of the clips' noise."""
+    keep_2BUK: Tensor | None
+    """Patches of each time step that masking leaves; None for all."""
+    keep_2BK: Tensor | None
+    """Tokens of each clip that masking leaves; None for all."""
+    tokens_2BLD: Tensor | None
+    """The tokens left, where the backbone is frozen: the same for both branches, so that it encodes a frame once."""
+
+
 class LSMCL(nn.Module):
     """Online and momentum branch over long and short clips; the task of pretraining.
 
     `q = predictor(projector(encoder(R_mask(x))))`, `k` the same without the predictor and with moving averages of the
-    weights. Long and short clips are queries and keys in turn.
+    weights. Long and short clips are queries and keys in turn. Masked patches are dropped before the backbone, masked
+    tokens after it. A frozen backbone, the same in both branches, encodes each clip once for both.
     """
 
     def __init__(self, model: ModelConfig, config: LSMCLConfig) -> None:
@@ -90,19 +107,19 @@ class LSMCL(nn.Module):
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return scalars: the loss of a batch of pairs, and metrics that show whether the embeddings collapse."""
         views = self._views(batch)
-        encoded = {"features": self._features(self.encoder, *views)}
+        encoded = {"features": self._features(self.encoder, views)}
         with torch.no_grad():
-            targets = {"features": self._features(self.momentum_encoder, *views)}
+            targets = {"features": self._features(self.momentum_encoder, views)}
         return self.losses(encoded, targets, batch)
 
     def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return what of the online branch belongs to each pair alone: its long and short clip's features (B, 2, D)."""
-        return {"features": self._features(self.encoder, *self._views(batch))}
+        return {"features": self._features(self.encoder, self._views(batch))}
 
     @torch.no_grad()
     def targets(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return the same of the momentum branch, without gradient."""
-        return {"features": self._features(self.momentum_encoder, *self._views(batch))}
+        return {"features": self._features(self.momentum_encoder, self._views(batch))}
 
     def losses(
         self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
@@ -114,27 +131,38 @@ class LSMCL(nn.Module):
             keys = [distributed.gather(x, batch.total) for x in projected]
         return self._losses(queries, keys)
 
-    def _views(self, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return all long, then all short clips as both branches see them, their seeds and the patches that stay."""
+    def _views(self, batch: ClipBatch) -> Views:
         assert batch.short is not None, "LSMCL needs pairs of clips"
-        keep = [self._mask(batch, view) for view in ("long", "short")]
-        keep_2BUK = None if keep[0] is None else torch.cat(cast(list[Tensor], keep))
-        strength = self.config.jitter
-        frames = torch.cat(
-            [
-                colour_jitter(batch.long, batch.seeds, "long/jitter", strength),
-                colour_jitter(batch.short, batch.seeds, "short/jitter", strength),
-            ]
-        )
-        return frames, torch.cat([batch.seeds, ~batch.seeds]), keep_2BUK
+        clips = torch.cat([self._jittered(batch.long, batch, "long"), self._jittered(batch.short, batch, "short")])
+        masks = [self._mask(batch, view) for view in ("long", "short")]
+        keep = None if masks[0] is None else torch.cat(cast(list[Tensor], masks))
+        keep_2BUK, keep_2BK = (keep, None) if self.config.mask_on == "patches" else (None, keep)
+        tokens_2BLD = None
+        if self.encoder.config.backbone.frozen:
+            with torch.no_grad():
+                tokens_2BLD = self.encoder.tokens(clips, keep_2BUK, keep_2BK)
+        return Views(clips, torch.cat([batch.seeds, ~batch.seeds]), keep_2BUK, keep_2BK, tokens_2BLD)
 
-    def _features(self, encoder: VideoModel, frames: Tensor, seeds_2B: Tensor, keep_2BUK: Tensor | None) -> Tensor:
-        return torch.stack(encoder.encode(frames, seeds_2B, keep_2BUK).features_BD.chunk(2), dim=1)
+    def _jittered(self, clips: Tensor, batch: ClipBatch, view: str) -> Tensor:
+        """Clips with their colours changed; cached tokens have none."""
+        return clips if clips.ndim == 4 else colour_jitter(clips, batch.seeds, f"{view}/jitter", self.config.jitter)
+
+    def _features(self, encoder: VideoModel, views: Views) -> Tensor:
+        tokens_2BLD = views.tokens_2BLD
+        if tokens_2BLD is None:
+            tokens_2BLD = encoder.tokens(views.clips, views.keep_2BUK, views.keep_2BK)
+        out = encoder.decode(tokens_2BLD, views.seeds_2B, encoder.steps(views.clips), views.keep_2BK)
+        return torch.stack(out.features_BD.chunk(2), dim=1)
 
     def _mask(self, batch: ClipBatch, view: str) -> Tensor | None:
-        backbone = self.encoder.backbone
-        steps, kept = backbone.steps(batch.long.shape[1]), backbone.kept(self.config.mask_ratio)
-        return random_masking(batch.seeds, f"{view}/mask", steps, backbone.patches, kept)
+        """Patches (B, U, K) of each time step, or tokens (B, K) of each clip, that stay; None where all do."""
+        backbone, ratio = self.encoder.backbone, self.config.mask_ratio
+        steps = self.encoder.steps(batch.long)
+        if self.config.mask_on == "patches":
+            return random_masking(batch.seeds, f"{view}/mask", steps, backbone.patches, backbone.kept(ratio))
+        length = steps * backbone.tokens
+        keep_B1K = random_masking(batch.seeds, f"{view}/mask", 1, length, max(1, round(length * (1 - ratio))))
+        return None if keep_B1K is None else keep_B1K[:, 0]
 
     def _losses(self, queries: list[Tensor], keys: list[Tensor]) -> dict[str, Tensor]:
         total = len(keys[0])
@@ -171,5 +199,8 @@ class LSMCL(nn.Module):
         self.momentum = 1 - (1 - self.config.momentum) * (math.cos(math.pi * progress) + 1) / 2
         pairs = ((self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector))
         for online, average in pairs:
-            torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - self.momentum)
+            # What is frozen is the same in both.
+            moving = [(a, o) for a, o in zip(average.parameters(), online.parameters(), strict=True) if o.requires_grad]
+            if moving:
+                torch._foreach_lerp_([a for a, _ in moving], [o for _, o in moving], 1 - self.momentum)
         return {"momentum": self.momentum}

@@ -15,7 +15,7 @@ from s5.models.blocks import Block
 from s5.models.decoders import Pyramid
 from s5.models.selection import Selected, Selection, normalized_entropy
 from s5.models.top_k import gumbel, rows, top
-from s5.ssm.layers import LinearSSM, SSMLayer
+from s5.ssm.layers import SSMLayer
 
 ALTERNATIVES = {
     "gate": "kept tokens are multiplied by 2 sigmoid(logit), in evaluation too (Mixture-of-Depths, 2404.02258)",
@@ -68,13 +68,13 @@ def relaxed_top(
 class AlternativeSelection(Selection):
     """A selection whose gradient, noise, keep ratio or logits are one of `ALTERNATIVES`."""
 
-    def __init__(self, config: SelectionConfig, online: LinearSSM, kind: str) -> None:
+    def __init__(self, config: SelectionConfig, online: SSMLayer, kind: str) -> None:
         super().__init__(config, online)
         self.kind = kind
         self.progress = 0.0
         self.factor = {"10 x lr": 10.0, "0.1 x lr": 0.1}.get(kind, 1.0)
         self.log_scale = nn.Parameter(torch.zeros(())) if kind == "learned scale" else None
-        self.backwards = nn.Linear(online.width, 1, bias=False) if kind == "both sides" else None
+        self.backwards = nn.Linear(online.ssm.width, 1, bias=False) if kind == "both sides" else None
         if isinstance(self.generator, nn.Linear):
             with torch.no_grad():
                 self.generator.weight /= self.factor
@@ -129,5 +129,5 @@ def replace_selections(decoder: Pyramid, config: SelectionConfig, kind: str) -> 
     """Give every block that selects the alternative of that name."""
     for block in decoder.blocks:
         if isinstance(block, Block) and isinstance(block.layer, SSMLayer) and block.selection is not None:
-            block.selection = AlternativeSelection(config, block.layer.ssm, kind)
+            block.selection = AlternativeSelection(config, block.layer, kind)
             block.fused = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipelines.data.feature_reader import FeatureReader
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
 from s5.config import ClipConfig
+from s5.video.clip_times import clip_seed, long_short_times
 
 VIDEOS, FRAMES, TOKENS, WIDTH, CHUNK, CLIP = 4, 23, 3, 8, 5, 7
 CLIPS = ClipConfig(frames=CLIP, long_stride=1.0)
@@ -109,6 +111,26 @@ def test_batches_that_are_held_keep_their_tokens(written: tuple[str, pa.Table, F
     for found, wanted in held:
         if wanted is not None:
             np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_pairs_are_the_planned_long_and_short_clips(written: tuple[str, pa.Table, Float16Array], prefetch: int) -> None:
+    folder, manifest, tokens_VTND = written
+    clips = ClipConfig(frames=4, long_stride=3.0, short_stride=1.0)
+    paired = replace(source(folder, prefetch), clips=clips, pairs=True, protocol="uniform")
+    shown = 0
+    for batch in paired.training(manifest, ClipOrder(VIDEOS, 2, epochs=3, seed=3), 5):
+        assert batch.short is not None
+        for name, seed, long, short in zip(batch.video_ids, batch.seeds.tolist(), batch.long, batch.short, strict=True):
+            assert seed == clip_seed(5, batch.epoch, name)
+            for times_T, found in zip(long_short_times(clips, 0.0, FRAMES, 25.0, seed), (long, short), strict=True):
+                frames = [int(time + 1e-3) for time in times_T]
+                np.testing.assert_array_equal(found.numpy(), tokens_VTND[int(name[1:])][frames])
+                shown += 1
+    assert shown == 2 * 3 * VIDEOS
+    (evaluated, *_) = paired.evaluation(manifest, 1, VIDEOS)
+    assert evaluated.short is None
+    assert evaluated.long.shape[:2] == (VIDEOS, 4)
 
 
 def places(batches: Iterable[ClipBatch]) -> set[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import storage
+from pipelines.command_line import parse
 from pipelines.config import EvaluateConfig, PretrainConfig, TrackingConfig, override
 from pipelines.errors import StageError, StoppedError, UserError
 from pipelines.running.stage import finished, stage_run
@@ -84,6 +85,23 @@ def test_other_settings_or_inputs_are_refused_once_something_is_trained(tmp_path
     with pytest.raises(UserError, match="holds a run on another manifest"):
         finished("pretrain", config, {"manifest": "b"})
     assert finished("pretrain", override(config, {"scale.num_workers": 2, "loop.log_every": 1}), inputs) is None
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    """Its run.json lacks settings that came later: it had what is their default."""
+    config = pretraining(tmp_path / "out")
+    with stage_run("pretrain", config):
+        pass
+    (tmp_path / "out" / "checkpoints").mkdir()
+    (tmp_path / "out" / "result.json").unlink()
+    path = str(tmp_path / "out" / "run.json")
+    saved = storage.read_json(path)
+    del saved["features"], saved["lsmcl"]["mask_on"]
+    storage.write_json(path, saved)
+    assert finished("pretrain", config, {}) is None
+    with pytest.raises(UserError, match=r"holds a run with lsmcl.mask_on 'patches', not 'tokens'"):
+        finished("pretrain", override(config, {"lsmcl.mask_on": "tokens"}), {})
+    assert parse(["pretrain", "--config", path])[1] == config
 
 
 @pytest.mark.parametrize("uri", ["file:runs", "sqlite:////dev/null/runs.db"])

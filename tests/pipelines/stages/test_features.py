@@ -22,6 +22,7 @@ from pipelines.config import (
     FeaturesConfig,
     FinetuneConfig,
     IndexConfig,
+    PretrainConfig,
     SampleConfig,
     TrackingConfig,
     override,
@@ -32,7 +33,7 @@ from pipelines.data.feature_cache import frame_times, shard_path
 from pipelines.data.feature_reader import FeatureReader
 from pipelines.data.manifest import read_manifest, split_of
 from pipelines.errors import UserError
-from pipelines.stages import evaluate, features, finetune, index, sample
+from pipelines.stages import evaluate, features, finetune, index, pretrain, sample
 from pipelines.storage.weights import trained_backbone
 from s5.config import ClipConfig
 from s5.errors import VideoError
@@ -41,6 +42,7 @@ from s5.video.clip_times import clip_seed
 from s5.video.reading import read_frames
 from tests.pipelines.training.test_training import MODEL, losses
 from tests.s5.videos import truncate
+from tests.tiny import HEADS
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_local")]
 
@@ -258,6 +260,66 @@ def test_training_from_features_follows_training_from_frames(
         storage.read_table(storage.join(c.out, "rejects.parquet"))["video_id"].to_pylist() for c in (fresh, read)
     ]
     assert rejected[0] == rejected[1] != []
+
+
+def pretraining(manifest: str, weights: str, out: Path, **changes: Any) -> PretrainConfig:
+    settings = {
+        "manifest": manifest,
+        "out": str(out),
+        "model.backbone.frozen": True,
+        "model.backbone.weights": weights,
+        "data.max_failure_share": 0.5,
+        "lsmcl.mask_on": "tokens",
+        "lsmcl.jitter": 0.0,
+    }
+    return override(PretrainConfig(), MODEL | HEADS | settings | changes)
+
+
+def test_pretraining_on_features_follows_pretraining_on_frames(
+    cached: str, manifest: str, weights: str, tmp_path: Path
+) -> None:
+    fresh = pretraining(manifest, weights, tmp_path / "fresh")
+    read = replace(fresh, out=str(tmp_path / "read"), features=cached)
+    results = [pretrain.run(config) for config in (fresh, read)]
+    # Batches of 8 normalise over few rows, which enlarges the rounding of fp16.
+    assert losses(read) == pytest.approx(losses(fresh), rel=5e-3)
+    assert len(set(losses(read))) == len(losses(read)) > 2
+    assert results[0]["metrics"]["knn/videos"] == results[1]["metrics"]["knn/videos"] > 0
+    # A pretrained encoder is evaluated on the same features, with probes and without a picture.
+    settings: dict[str, Any] = {"manifest": manifest, "checkpoint": read.out, "features": cached, "split": "val"}
+    settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "probe": "both", "clips_per_video": 2}
+    found = evaluate.run(override(EvaluateConfig(), settings | {"out": str(tmp_path / "probe")}))
+    assert {"knn/top1", "linear/top1", "linear/decay", "retrieval/same_video"} <= found["metrics"].keys()
+    assert storage.read_json(str(tmp_path / "probe" / "metrics.json")) == found["metrics"]
+    assert not (tmp_path / "probe" / "neighbours.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clips.short_stride": 0.2}, r"clips.short_stride is 0.2 seconds, 0.2 s: .* are 0.25 s apart; raise"),
+        ({"model.backbone.depth": 2, "model.backbone.weights": ""}, "a frozen backbone needs trained weights, since"),
+        ({"model.backbone.cls_token": True}, r"computed with model.backbone.cls_token False, not True"),
+    ],
+)
+def test_features_of_something_else_are_refused_in_pretraining(
+    changes: dict[str, Any], message: str, cached: str, manifest: str, weights: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pretrain.build_job(pretraining(manifest, weights, tmp_path, features=cached, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.backbone.frozen": False}, "model.backbone.frozen is False: cached features are of a frozen backbone"),
+        ({"lsmcl.mask_on": "patches"}, "lsmcl.mask_on is 'patches': cached features are of whole frames; give tokens"),
+        ({"lsmcl.jitter": 0.4}, "lsmcl.jitter is 0.4: cached features have no colours to change; give 0"),
+    ],
+)
+def test_settings_that_features_cannot_follow_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pretraining("manifest", "", Path("out"), features="out/features", **changes)
 
 
 def predictions(config: EvaluateConfig) -> tuple[dict[str, list[Any]], npt.NDArray[np.float64]]:

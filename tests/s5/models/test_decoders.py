@@ -217,6 +217,30 @@ def test_momentum_follows_training() -> None:
     decoder.set_progress(1.0)
 
 
+def test_a_whole_layer_follows_and_starts_from_weights_without_selection() -> None:
+    decoder = pyramid(selection=SelectionConfig(momentum=0.5, momentum_s4="layer"))
+    plain = pyramid("vis4mer")
+    decoder.load_state_dict(plain.state_dict(), strict=False)
+    decoder.reset_momentum()
+    block = decoder.blocks[0]
+    assert isinstance(block, Block)
+    assert block.selection is not None
+    assert block.selection.momentum is not None
+    average = dict(block.selection.momentum.average.named_parameters())
+    for name, online in block.layer.named_parameters():
+        assert torch.equal(average[name], online)
+    before = average["output.weight"].clone()
+    with torch.no_grad():
+        block.layer.output.weight.add_(1)
+    decoder.update_momentum()
+    torch.testing.assert_close(average["output.weight"], before + 0.5)
+
+
+def test_momentum_s4_out_of_range_is_named() -> None:
+    with pytest.raises(ValueError, match=r"selection.momentum_s4 is 'all': give convolution or layer"):
+        SelectionConfig(momentum_s4="all")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_autocast(name: DecoderName) -> None:
     decoder = build(name).eval()

@@ -23,6 +23,7 @@ def parts(
     features: Literal["s4", "backbone"] = "s4",
     bidirectional: bool = False,
     estimator: Estimator = "own",
+    momentum_s4: Literal["convolution", "layer"] = "convolution",
 ) -> tuple[nn.LayerNorm, LinearSSM, Selection]:
     """A norm, a state space and a selection in float64, whose momentum S4 is not the online one."""
     torch.manual_seed(0)
@@ -30,8 +31,8 @@ def parts(
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     config = SSMConfig(kind=kind, state=8, bidirectional=bidirectional)
-    settings = SelectionConfig(features=features, temperature=0.7, estimator=estimator)
-    selection = Selection(settings, build_ssm(config, WIDTH).ssm)
+    settings = SelectionConfig(features=features, temperature=0.7, estimator=estimator, momentum_s4=momentum_s4)
+    selection = Selection(settings, build_ssm(config, WIDTH))
     return norm.double(), build_ssm(config, WIDTH).ssm.double(), selection.double()
 
 
@@ -65,10 +66,16 @@ def test_normed_convolution(kind: Literal["s4d", "s4"], bidirectional: bool, len
 @pytest.mark.parametrize("features", ["s4", "backbone"])
 @pytest.mark.parametrize("kind", ["s4d", "s4"])
 @pytest.mark.parametrize("estimator", ["own", "shared"])
+@pytest.mark.parametrize("momentum_s4", ["convolution", "layer"])
 def test_selective_convolution(
-    estimator: Estimator, kind: Literal["s4d", "s4"], features: Literal["s4", "backbone"], noisy: bool, k: int
+    momentum_s4: Literal["convolution", "layer"],
+    estimator: Estimator,
+    kind: Literal["s4d", "s4"],
+    features: Literal["s4", "backbone"],
+    noisy: bool,
+    k: int,
 ) -> None:
-    norm, ssm, selection = parts(kind, features, estimator=estimator)
+    norm, ssm, selection = parts(kind, features, estimator=estimator, momentum_s4=momentum_s4)
     selection.train(noisy)
     x, seeds = tokens(), torch.arange(3)
     selected, y = selective_convolution(x, norm, ssm, selection, k, seeds, "noise")
@@ -142,7 +149,7 @@ def test_only_the_input_is_kept() -> None:
 
 def test_only_the_linear_generator_is_fused() -> None:
     norm, ssm, _ = parts()
-    selection = Selection(SelectionConfig(generator="transformer"), ssm).double()
+    selection = Selection(SelectionConfig(generator="transformer"), build_ssm(SSMConfig(state=8), WIDTH)).double()
     with pytest.raises(ValueError, match=r"selection\.generator is 'transformer': only the linear one"):
         selective_convolution(tokens(), norm, ssm, selection, 5, None, "")
     with pytest.raises(ValueError, match="k is 21: give 1 to 20"):

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from s5 import rng
 from s5.config import SelectionConfig, SSMConfig
-from s5.models.selection import MomentumSSM, Selection, frame_spread, normalized_entropy
+from s5.models.selection import MOMENTUM_S4, Selection, frame_spread, normalized_entropy
 from s5.models.top_k import Estimator, gumbel, keep_count, select, select_reference
-from s5.ssm.layers import LinearSSM, build_ssm
+from s5.ssm.layers import SSMLayer, build_ssm
 
 
 def tokens(batch: int = 3, length: int = 20, width: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -18,9 +18,9 @@ def tokens(batch: int = 3, length: int = 20, width: int = 8, dtype: torch.dtype 
     return torch.randn(batch, length, width, dtype=dtype)
 
 
-def online(width: int = 8) -> LinearSSM:
+def online(width: int = 8) -> SSMLayer:
     torch.manual_seed(1)
-    return build_ssm(SSMConfig(state=8), width).double().ssm
+    return build_ssm(SSMConfig(state=8), width).double()
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])
@@ -144,30 +144,52 @@ def test_normalized_entropy() -> None:
     assert not normalized_entropy(uniform.requires_grad_()).requires_grad
 
 
-def test_momentum_is_a_moving_average() -> None:
-    ssm = online()
-    momentum = MomentumSSM(ssm, 0.9)
+@pytest.mark.parametrize("form", ["convolution", "layer"])
+def test_momentum_is_a_moving_average(form: Literal["convolution", "layer"]) -> None:
+    layer = online()
+    momentum = MOMENTUM_S4[form](layer, 0.9)
+    averaged = momentum.averaged(layer)
+    assert averaged is (layer.ssm if form == "convolution" else layer)
     assert not any(p.requires_grad for p in momentum.parameters())
-    assert set(momentum.state_dict()) == {f"average.{name}" for name in ssm.state_dict()}
+    assert set(momentum.state_dict()) == {f"average.{name}" for name in averaged.state_dict()}
     before = {name: p.clone() for name, p in momentum.average.named_parameters()}
     with torch.no_grad():
-        for parameter in ssm.parameters():
+        for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter))
-    momentum.update(ssm)
+    momentum.update(layer)
     for name, parameter in momentum.average.named_parameters():
-        torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * ssm.get_parameter(name).detach())
-    momentum.reset(ssm)
+        torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * averaged.get_parameter(name).detach())
+    momentum.reset(layer)
     for name, parameter in momentum.average.named_parameters():
-        assert torch.equal(parameter, ssm.get_parameter(name))
-    assert not momentum(tokens().requires_grad_()).requires_grad
+        assert torch.equal(parameter, averaged.get_parameter(name))
+    x = tokens().requires_grad_()
+    assert not momentum(x).requires_grad
+    torch.testing.assert_close(momentum(x), layer.convolve(x) if form == "convolution" else layer(x))
 
 
+@pytest.mark.parametrize("form", ["convolution", "layer"])
+def test_scores_are_those_of_the_momentum_features(form: Literal["convolution", "layer"]) -> None:
+    """Values and gradient, without the features that the reference builds."""
+    momentum = MOMENTUM_S4[form](online(), 0.9)
+    x, weight, upstream = tokens(), torch.randn(8).double().requires_grad_(), torch.randn(3, 20).double()
+    fast, slow = momentum.score(x, weight), momentum(x) @ weight
+    torch.testing.assert_close(fast, slow)
+    (by_features,) = torch.autograd.grad((slow * upstream).sum(), weight)
+    torch.testing.assert_close(momentum.score_gradient(upstream, x), by_features)
+    torch.testing.assert_close(torch.autograd.grad((fast * upstream).sum(), weight)[0], by_features)
+
+
+@pytest.mark.parametrize("form", ["convolution", "layer"])
 @pytest.mark.parametrize("features", ["s4", "backbone"])
 @pytest.mark.parametrize("generator", ["linear", "transformer", "random"])
-def test_generators(generator: Literal["linear", "transformer", "random"], features: Literal["s4", "backbone"]) -> None:
+def test_generators(
+    generator: Literal["linear", "transformer", "random"],
+    features: Literal["s4", "backbone"],
+    form: Literal["convolution", "layer"],
+) -> None:
     torch.manual_seed(0)
     ssm = online()
-    selection = Selection(SelectionConfig(generator=generator, features=features), ssm).double()
+    selection = Selection(SelectionConfig(generator=generator, features=features, momentum_s4=form), ssm).double()
     x = tokens().requires_grad_()
     logits = selection.logits(x)
     assert logits.shape == (3, 20)
@@ -231,8 +253,8 @@ def test_none_is_no_selection() -> None:
 
 def test_bf16_autocast_compares_logits_in_fp32() -> None:
     torch.manual_seed(0)
-    for features in ("s4", "backbone"):
-        selection = Selection(SelectionConfig(features=features), build_ssm(SSMConfig(state=8), 8).ssm)
+    for settings in ({}, {"momentum_s4": "layer"}, {"features": "backbone"}):
+        selection = Selection(SelectionConfig(**settings), build_ssm(SSMConfig(state=8), 8))  # type: ignore[arg-type]
         x = tokens(dtype=torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = selection.logits(x)
