@@ -71,6 +71,7 @@ class PyAVReader:
         frame = self._next[1]
         self.stream: int = self._stream.index
         self.turn: Turn = turn_of(frame)
+        self._stored: tuple[int, int] = frame.width, frame.height
         self._aspect: float = aspect_of(frame, self._stream.sample_aspect_ratio)
         self.display_size: tuple[int, int] = display_size(frame, self._stream.sample_aspect_ratio, self.turn)
         self._size: tuple[int, int] = size or self.display_size
@@ -128,13 +129,16 @@ class PyAVReader:
         if frame is None:
             raise VideoError(f"the frame at {at_s:.2f} s, or one that it needs, fails to decode")
         if self._picture is None or self._picture[0] is not frame:
-            if abs(aspect_of(frame, self._stream.sample_aspect_ratio) / self._aspect - 1) > ASPECT_CHANGE:
+            if (frame.width, frame.height) != self._stored and not self._keeps_shape(frame):
                 raise VideoError(f"the shape of the picture changes, to {frame.width} x {frame.height} at {at_s:.2f} s")
             width, height = self._size[::-1] if self.turn.transposed else self._size
             # Bilinear, as in decord.
             picture_HWC = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
             self._picture = frame, self.turn.applied(picture_HWC)
         return self._picture[1]
+
+    def _keeps_shape(self, frame: Any) -> bool:
+        return abs(aspect_of(frame, self._stream.sample_aspect_ratio) / self._aspect - 1) <= ASPECT_CHANGE
 
     # --- frames in order ---
 

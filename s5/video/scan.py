@@ -110,9 +110,11 @@ def scan(source: Source) -> Contents:
         first, size, turn, time_base = reader.first, reader.display_size, reader.turn, reader.time_base
         # AVI without B-frames has its frames in the order of its packets.
         decoded = not reader.seekable or packets.untimed > 0 or packets.jumps_back
-        ticks = list(reader.places()) if decoded else sorted(time - first for time in packets.times if time >= first)
-    # Frames before the first decodable one, as in a recording that starts in mid-stream, do not count.
-    starts_N = np.array(ticks, np.float64) * time_base
+        ticks_N = np.array(list(reader.places()) if decoded else packets.times, np.int64)
+    if not decoded:
+        # Frames before the first decodable one, as in a recording that starts in mid-stream, do not count.
+        ticks_N = np.sort(ticks_N[ticks_N >= first]) - first
+    starts_N = ticks_N.astype(np.float64) * time_base
     if len(starts_N) == 0:
         raise VideoError("the times of its packets and of its frames contradict each other")
     _check_clock(starts_N, name, stated_s)

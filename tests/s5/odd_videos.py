@@ -126,7 +126,7 @@ def write_late_sound(path: Path) -> str:
         # Program streams start half a second late, and transport streams a frame, unless told otherwise.
         offset_s = start / FPS + (0.54 if path.suffix == ".mpg" else 0.04) * bool(start)
         with av.open(str(part), "w", options={"output_ts_offset": str(offset_s)}) as container:
-            _add_film(container, "mpeg2video", range(start, start + frames), (160, 160), sound_s, noise=100)
+            _add_film(container, "mpeg2video", range(start, start + frames), (208, 208), sound_s, noise=100)
         parts.append(part.read_bytes())
         start += frames
     path.write_bytes(b"".join(parts))

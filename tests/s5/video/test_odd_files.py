@@ -143,7 +143,7 @@ def test_a_stream_that_appears_late(tmp_path: Path) -> None:
         facts = probe(path)
         assert facts.num_frames == 350
         times = np.array([0.02, 9.98, 10.02, 12.02, 13.98])
-        (frames,) = read_clips(path, [times], 64, (160, 160), facts.decoder)
+        (frames,) = read_clips(path, [times], 64, (208, 208), facts.decoder)
         assert [code(frame) for frame in frames] == [index % 256 for index in (0, 249, 250, 300, 349)]
 
 
@@ -171,6 +171,9 @@ def test_of_several_streams_the_largest_is_read_everywhere(tmp_path: Path, suffi
     facts = probe(path)
     assert (facts.width, facts.height, facts.decoder, stream_of(facts.decoder)) == (128, 96, f"pyav:{film}", film)
     assert alone(path, [index / FPS for index in (0, 31, 59)]) == [100, 131, 159]
+    # What `transcode` opens.
+    reader = PyAVReader(path)
+    assert (reader.stream, code(next(reader.pictures())[1])) == (film, 100)
     with pytest.raises(VideoError, match="stream 7 of the file"):
         PyAVReader(path, stream=7)
 
