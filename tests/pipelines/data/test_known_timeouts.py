@@ -1,0 +1,76 @@
+"""A video that hangs its decoder costs its whole time limit once in a job, not once in each process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+
+from pipelines.data import decode_tasks
+from pipelines.data.decode_tasks import ClipSpec, tell_timeouts
+from pipelines.data.video_process import TIMED_OUT, VideoProcess
+from pipelines.data.video_requests import ClipRequest
+from s5.errors import Failure
+from tests.pipelines.data.test_decode_tasks import SPEC, _candidate, _rows
+from tests.pipelines.data.test_decode_tasks import fake_decord as fake_decord
+from tests.s5.videos import write_video
+
+
+class Decoder:
+    """A process that decodes, as a Ray worker does, and notes the time limit of each video."""
+
+    def decode(self, fake_decord: str, rows: pa.Table, spec: ClipSpec) -> tuple[list[float], list[str], list[str]]:
+        sys.path.insert(0, fake_decord)
+        limits: list[float] = []
+        process = VideoProcess()
+        real = process.read
+
+        def read(uri: str, clips: ClipRequest, timeout_s: float) -> Any:
+            limits.append(timeout_s)
+            return real(uri, clips, timeout_s)
+
+        process.read = read  # type: ignore[method-assign]
+        decode_tasks._process = process
+        decode_tasks.REPLY_S = 60.0  # This machine may be busy.
+        columns = decode_tasks.decode_chunk(rows, spec)
+        process.close()
+        return limits, columns["video_id"].tolist(), columns["failures"].tolist()
+
+
+def _answer() -> dict[str, str]:
+    """Return what the actor knows, once it has started: decode tasks do not wait for that."""
+    known: dict[str, str] = ray.get(ray.get_actor(decode_tasks.TIMEOUTS_ACTOR).known.remote())
+    return known
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_local")
+def test_a_video_that_hangs_is_known_to_all_processes(tmp_path: Path, fake_decord: str) -> None:
+    hangs, spare = write_video(tmp_path / "hangs.mp4", 40), write_video(tmp_path / "spare.mp4", 40)
+    rows = _rows([_candidate(hangs), _candidate(spare)])
+    spec = replace(SPEC, timeout_s=10.0)
+    first, second = (ray.remote(Decoder).options(num_cpus=0).remote() for _ in range(2))
+    limits, video_ids, failures = ray.get(first.decode.remote(fake_decord, rows, spec))
+    assert (limits, video_ids) == ([10.0, 10.0], ["spare"])
+    # As a training worker does with each batch.
+    tell_timeouts([Failure(**failure) for failure in json.loads(failures[0])])
+    assert list(_answer()) == [hangs]
+    limits, video_ids, again = ray.get(second.decode.remote(fake_decord, rows, spec))
+    assert (limits, video_ids) == ([1.0, 10.0], ["spare"])
+    assert again == failures
+    # Once it can be read, all processes give it its whole time again.
+    Path(hangs).rename(tmp_path / "h.mp4")
+    tell_timeouts([Failure("h", str(tmp_path / "h.mp4"), f"{TIMED_OUT}, 10 s")])
+    assert len(_answer()) == 2
+    readable = _rows([_candidate(str(tmp_path / "h.mp4"))])
+    assert ray.get(second.decode.remote(fake_decord, readable, replace(spec, timeout_s=1e3)))[:2] == ([100.0], ["h"])
+    assert list(_answer()) == [hangs]
+    # The actor ends with the worker that started it: nothing is known then, and nothing fails.
+    ray.kill(ray.get_actor(decode_tasks.TIMEOUTS_ACTOR))
+    assert decode_tasks._known_timeouts() == {}
