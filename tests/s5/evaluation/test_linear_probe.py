@@ -39,7 +39,7 @@ def test_strength_is_chosen_among_the_training_examples() -> None:
     probe, held_out = linear_probe.fit_chosen(features, labels)
     assert held_out == max(accuracies.values()) == accuracies[probe.decay]
     # Nothing but the training examples is there to be learned by heart.
-    assert (linear_probe.fit(features, labels, 1e-5).probabilities(features).argmax(1) == labels).all()
+    assert (linear_probe.fit(features, labels, 1e-4).probabilities(features).argmax(1) == labels).all()
     assert held_out < 1
 
 
