@@ -42,7 +42,7 @@ NOT_LISTED = "videos that are not listed"
 
 
 def run(config: IndexConfig) -> dict[str, Any]:
-    """Probe all videos and write the manifest and the rejects; a run that was ended goes on with the same --out.
+    """Probe all videos and write the manifest and the rejects; the same --out resumes a run that was ended.
 
     Returns:
         The stage's result; counts of `listed` videos, `videos`, `rejects`, `ignored` files and the videos of each
