@@ -1,4 +1,4 @@
-"""The facts of each video file, probed once by Ray Data tasks, and kept in parts from which a run that was ended resumes.
+"""The facts of each video file, probed once by Ray Data tasks, in parts from which a run that was ended resumes.
 
     files -> known parts? -> Ray Data, PROBED_AT_ONCE files at a time -> a part every PART_S seconds -> facts by file
 
