@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from s5.video.scan import scan
 from tests.s5.odd_videos import (
     FPS,
     MATRICES,
-    REFRESH,
     damage,
     displayed,
     encoded,
@@ -64,10 +64,12 @@ def test_hidden_frames_are_no_frames(tmp_path: Path) -> None:
 def test_a_refresh_has_no_key_frames(tmp_path: Path, suffix: str, bframes: int) -> None:
     options = {"x264-params": f"intra-refresh=1:keyint=30:bframes={bframes}"}
     path = write_coded(tmp_path / f"a.{suffix}", bframes=bframes, options=options)
-    with av.open(path) as container:
-        assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 1
+    assert len(scan(path).keys) > 1
     assert probe(path).decoder == "pyav"
     assert alone(path, [index / FPS for index in range(25, 75)]) == list(range(25, 75))
+    reader = PyAVReader(path, (64, 64))
+    assert code(reader.read(np.array([2.8]))[0]) == 70
+    assert not reader.seekable
 
 
 def test_key_frames_that_a_file_makes_up(tmp_path: Path) -> None:
@@ -95,7 +97,6 @@ def test_other_containers_that_were_joined(tmp_path: Path, suffix: str, reason: 
 
 def test_parts_whose_clocks_continue(tmp_path: Path) -> None:
     path = write_joined(tmp_path / "a.ts", "libx264", 90, (0, 90))
-    assert probe(path).duration_s == pytest.approx(7.2)
     assert together(path, (np.arange(180) + 0.5) / FPS) == list(range(180))
 
 
@@ -179,9 +180,7 @@ def test_of_several_streams_the_largest_is_read_everywhere(tmp_path: Path, suffi
 
 
 def test_of_equally_large_streams_the_first_is_read(tmp_path: Path) -> None:
-    path = write_streams(tmp_path / "a.mp4", [((64, 64), 100), ((64, 64), 0)], 40)
-    assert probe(path).decoder == "pyav:0"
-    assert alone(path, [1.0]) == [125]
+    assert alone(write_streams(tmp_path / "a.mp4", [((64, 64), 100), ((64, 64), 0)], 40), [1.0]) == [125]
 
 
 @pytest.mark.parametrize("name", list(MATRICES))
@@ -210,7 +209,6 @@ def test_pictures_that_change_their_shape(tmp_path: Path) -> None:
 
 def test_pictures_that_change_their_size_but_not_their_shape(tmp_path: Path) -> None:
     path = write_changing(tmp_path / "a.webm", [(64, 64), (128, 128)], 45)
-    assert probe(path).decoder == "pyav"
     assert together(path, (np.arange(90) + 0.5) / FPS) == list(range(90))
 
 
@@ -294,7 +292,9 @@ def test_a_film_without_pictures_has_no_frames(tmp_path: Path) -> None:
         probe(mux(tmp_path / "a.webm", "libvpx", hidden))
 
 
-def test_refresh_is_decoded_from_the_start(tmp_path: Path) -> None:
-    reader = PyAVReader(write_coded(tmp_path / "a.mp4", options=REFRESH), (64, 64))
-    assert code(reader.read(np.array([2.8]))[0]) == 70
-    assert not reader.seekable
+def test_without_decord_pyav_reads_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Arm, for which decord has no wheel."""
+    monkeypatch.setitem(sys.modules, "decord", None)
+    path = write_coded(tmp_path / "a.mp4")
+    assert probe(path).decoder == "pyav"
+    assert code(read_clips(path, [np.array([1.0])], 64, (64, 64), "decord")[0][0]) == 25
