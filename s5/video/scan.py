@@ -14,6 +14,7 @@ import numpy as np
 
 from s5.errors import VideoError
 from s5.video.frames import RESYNC_S
+from s5.video.joined import count_parts
 from s5.video.opening import av_error, complaints, films, opened, packets_of, rate_of, short_reason, video_stream
 from s5.video.packets import Seen, look_for
 from s5.video.pictures import Turn
@@ -32,6 +33,8 @@ JUMP_S = 10.0
 """A larger gap that ends behind the length that the file states is a jump, in any format."""
 UNREAD_SHARE = 0.05
 """Largest share of an flv file behind its last packet."""
+UNSHOWN_SHARE = 0.05
+"""Largest share of the frames that may have the time of the next one, and so are never on screen."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ def scan(source: Source) -> Contents:
             its pictures changes, or no frame can be decoded.
     """
     with opened(source) as container:
+        if (parts := count_parts(source, container.format.name)) > 1:
+            raise VideoError(
+                f"{parts} videos were joined byte by byte, of which the first alone is played; join them with a "
+                "program that writes a new file"
+            )
         stream = video_stream(container)
         with complaints(container) as errors:
             packets = _read(container, stream)
@@ -226,3 +234,6 @@ def _check_clock(starts_N: FloatArray, container: str, stated_s: float) -> None:
             f"the times jump from {before:.2f} to {after:.2f} s, as in files that were joined byte by byte; join them "
             "with a program that writes new times"
         )
+    unshown = int((gaps_N == 0).sum())
+    if unshown > UNSHOWN_SHARE * len(starts_N):
+        raise VideoError(f"{unshown} of {len(starts_N)} frames have the time of the next one and would never be shown")

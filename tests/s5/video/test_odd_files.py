@@ -88,11 +88,28 @@ def test_a_clock_that_jumps(tmp_path: Path, suffix: str, starts: tuple[int, int]
         probe(write_joined(tmp_path / f"a.{suffix}", codec, 90, starts))
 
 
-@pytest.mark.parametrize(("suffix", "reason"), [("mkv", "the times jump from 3.5"), ("flv", "cannot be read")])
-def test_other_containers_that_were_joined(tmp_path: Path, suffix: str, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "codec", "reason"),
+    [
+        ("mkv", "libx264", "the times jump from 3.5"),
+        ("flv", "libx264", "cannot be read"),
+        ("mp4", "libx264", "2 videos were joined"),
+        ("mov", "mpeg4", "2 videos were joined"),
+        ("wmv", "wmv2", "2 videos were joined"),
+        ("mxf", "mpeg2video", "90 of 180 frames have the time of the next one"),
+    ],
+)
+def test_other_containers_that_were_joined(tmp_path: Path, suffix: str, codec: str, reason: str) -> None:
     for starts in ((0, 0), (0, 25000)):
         with pytest.raises(VideoError, match=reason):
-            probe(write_joined(tmp_path / f"a.{suffix}", "libx264", 90, starts))
+            probe(write_joined(tmp_path / f"a.{suffix}", codec, 90, starts))
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("wmv", "wmv2")])
+def test_an_open_file_is_read_like_a_path(tmp_path: Path, suffix: str, codec: str) -> None:
+    path = write_coded(tmp_path / f"a.{suffix}", codec, 90)
+    with open(path, "rb") as file:
+        assert probe(file).num_frames == probe(path).num_frames == 90
 
 
 def test_parts_whose_clocks_continue(tmp_path: Path) -> None:
