@@ -156,8 +156,6 @@ def test_short_frames(tmp_path: Path, codec: str, suffix: str, fps: int) -> None
 def test_a_stream_that_appears_late(tmp_path: Path) -> None:
     for suffix in ("mpg", "ts"):
         path = write_late_sound(tmp_path / f"a.{suffix}")
-        with pytest.raises(IndexError), av.open(path) as container:
-            list(container.demux())
         facts = probe(path)
         assert facts.num_frames == 350
         times = np.array([0.02, 9.98, 10.02, 12.02, 13.98])
