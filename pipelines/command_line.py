@@ -33,8 +33,11 @@ def main(argv: Sequence[str]) -> int:
         name, config = parse(argv)
         preflight.check(name, config)
         # Not before: this, and a stage, take seconds to import.
-        importlib.import_module("pipelines.running.startup").start_ray_and_import(name, config)
-        importlib.import_module(f"pipelines.stages.{name}").run(config)
+        startup = importlib.import_module("pipelines.running.startup")
+        with startup.without_garbage_collection():
+            startup.start_ray_and_import(name, config)
+            stage = importlib.import_module(f"pipelines.stages.{name}")
+        stage.run(config)
     except UserError as error:
         return _say(error, 2)
     except StageError as error:

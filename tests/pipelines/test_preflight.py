@@ -132,6 +132,15 @@ def test_a_package_that_a_stage_needs_is_named(tmp_path: Path) -> None:
     assert done.stderr == "error: the package ray is missing: run `make setup`, then .venv/bin/python\n"
 
 
+def test_exit_handlers_run_before_the_process_ends(tmp_path: Path) -> None:
+    code = "import atexit; from pipelines import __main__ as program; main = program.main; "
+    code += "program.main = lambda: (atexit.register(print, 'handled'), main())[1]; program.entry()"
+    done = command("pretian", cwd=tmp_path, code=code)
+    assert done.returncode == 2
+    assert done.stdout == "handled\n"
+    assert done.stderr == "error: unknown stage 'pretian': did you mean pretrain?\n"
+
+
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="this system has no device that is always full")
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever is opened to be written is the device that never has room.
