@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from pipelines import storage
 from pipelines.config import FinetuneConfig, flatten
-from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.feature_batches import CachedClips, check_features
+from pipelines.data.feature_batches import check_features
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
 from pipelines.errors import UserError
@@ -25,7 +24,7 @@ from pipelines.running.stage import Stage
 from pipelines.storage import provenance
 from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
 from pipelines.training.launcher import OnRow, RayContext
-from pipelines.training.training_stage import model_on_worker, run_training, show_loss, training_loop
+from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
 from s5.checkpoints import checkpoint
 from s5.config import EvaluationProtocol
 from s5.errors import CheckpointError, VideoError
@@ -152,35 +151,10 @@ def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
     if job.weights is not None:
         model.load_pretrained(job.weights)
     task = Supervised(model, config.task)
-    source = clip_source(job, context)
+    source = clip_source(job, context, protocol=job.protocol)
     evaluate = partial(validate, job, model, source, context) if len(job.val) else None
     return training_loop(
         "finetune", job, context, task, config.task, model.config, source, evaluate, classes=job.classes
-    )
-
-
-def clip_source(job: FinetuneJob, context: RayContext) -> ClipSource:
-    """Return this worker's clips: decoded, or cached tokens where the settings name any."""
-    config = job.config
-    frame_size, rank, world_size = config.model.backbone.frame_size, context.rank, context.world_size
-    if config.features:
-        return CachedClips(
-            features=config.features,
-            clips=config.clips,
-            frame_size=frame_size,
-            data=config.data,
-            protocol=job.protocol,
-            rank=rank,
-            world_size=world_size,
-        )
-    return DecodedClips(
-        clips=config.clips,
-        frame_size=frame_size,
-        data=context.fitted(config.data),
-        decode_tasks=context.decode_tasks,
-        protocol=job.protocol,
-        rank=rank,
-        world_size=world_size,
     )
 
 

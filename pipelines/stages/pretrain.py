@@ -12,10 +12,9 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.config import PretrainConfig
-from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.feature_batches import CachedClips, check_features
+from pipelines.data.feature_batches import check_features
 from pipelines.data.manifest import (
     check_for_training,
     digest,
@@ -32,7 +31,7 @@ from pipelines.running.stage import Stage
 from pipelines.storage import provenance
 from pipelines.storage.weights import backbone_weights
 from pipelines.training.launcher import OnRow, RayContext
-from pipelines.training.training_stage import model_on_worker, run_training, show_loss, training_loop
+from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
 from s5.config import BackboneConfig
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
@@ -157,35 +156,10 @@ def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
     task = LSMCL(model_on_worker(config.model), config.lsmcl)
     if job.backbone is not None:
         task.load_backbone(job.backbone)
-    source = clip_source(job, context)
+    source = clip_source(job, context, pairs=True)
     probes = config.probe_videos and len(job.probe_train) > 1
     evaluate = partial(probe, job, task, source, context) if probes else None
     return training_loop("pretrain", job, context, task, "lsmcl", task.encoder.config, source, evaluate)
-
-
-def clip_source(job: PretrainJob, context: RayContext) -> ClipSource:
-    """Return this worker's pairs of clips: decoded, or cached tokens where the settings name any."""
-    config = job.config
-    frame_size, rank, world_size = config.model.backbone.frame_size, context.rank, context.world_size
-    if config.features:
-        return CachedClips(
-            features=config.features,
-            clips=config.clips,
-            frame_size=frame_size,
-            data=config.data,
-            pairs=True,
-            rank=rank,
-            world_size=world_size,
-        )
-    return DecodedClips(
-        clips=config.clips,
-        frame_size=frame_size,
-        data=context.fitted(config.data),
-        decode_tasks=context.decode_tasks,
-        pairs=True,
-        rank=rank,
-        world_size=world_size,
-    )
 
 
 def probe(job: PretrainJob, task: LSMCL, source: ClipSource, context: RayContext) -> dict[str, float]:

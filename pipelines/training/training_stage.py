@@ -9,15 +9,17 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from pipelines.config import FinetuneConfig, PretrainConfig, to_json
+from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.clip_source import ClipSource
+from pipelines.data.feature_batches import CachedClips
 from pipelines.data.protocols import listed_count
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.training.launcher import BuildLoop, OnRow, RayContext, launch
 from s5.checkpoints.checkpoint import Kind, Meta
-from s5.config import ModelConfig
+from s5.config import EvaluationProtocol, ModelConfig
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.loop import TrainingInputs, TrainingLoop
@@ -117,6 +119,42 @@ def model_on_worker(config: ModelConfig) -> ModelConfig:
     The weights come with the job: the file that they were read from need not be where the worker is.
     """
     return replace(config, backbone=replace(config.backbone, weights=""))
+
+
+def clip_source(
+    job: TrainingJob, context: RayContext, *, pairs: bool = False, protocol: EvaluationProtocol = "uniform"
+) -> ClipSource:
+    """Return one worker's clips: decoded, or cached tokens where the settings name any.
+
+    Args:
+        job: what the worker was given.
+        context: its surroundings.
+        pairs: a short clip comes beside each long one in training.
+        protocol: which clips of a video, but for pairs.
+    """
+    config: PretrainConfig | FinetuneConfig = job.config
+    frame_size, rank, world_size = config.model.backbone.frame_size, context.rank, context.world_size
+    if config.features:
+        return CachedClips(
+            features=config.features,
+            clips=config.clips,
+            frame_size=frame_size,
+            data=config.data,
+            protocol=protocol,
+            pairs=pairs,
+            rank=rank,
+            world_size=world_size,
+        )
+    return DecodedClips(
+        clips=config.clips,
+        frame_size=frame_size,
+        data=context.fitted(config.data),
+        decode_tasks=context.decode_tasks,
+        protocol=protocol,
+        pairs=pairs,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def training_loop(
