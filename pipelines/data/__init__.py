@@ -7,11 +7,10 @@
     clip_order        which video is trained on in which step, computed from the seed in advance
     clip_source       the interface of what delivers batches in that order, with two implementations:
       clip_batches      decodes frames in Ray Data tasks
-      feature_batches   reads cached features in threads
+      features/         cached features, and what reads them in threads
     decode_tasks      what a Ray Data task does: read the clips of a chunk of videos
       video_process     the child process that decodes, so that a hanging decoder costs one video
       video_requests    what task and child send each other
-    feature_cache     cached features on storage: layout and writing; feature_reader reads them
     transcode_tasks   what stage `transcode` runs; encoding re-encodes one video in the child process
     rendering         draws one video of the sample data set
 

@@ -21,7 +21,7 @@ from pipelines import storage
 from pipelines.config import EvaluateConfig, unknown
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.feature_batches import CachedClips, check_features
+from pipelines.data.features.batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import StageError, UserError

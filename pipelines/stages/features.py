@@ -1,4 +1,4 @@
-"""Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`feature_cache.py`).
+"""Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`data.features.cache`).
 
 Copies of the backbone are actors of Ray Data. An actor makes whole shards: processes of its own read its videos in
 chunks, some ahead, so that it holds a few chunks and never a video.
@@ -26,7 +26,7 @@ from pipelines import storage
 from pipelines.config import FeaturesConfig
 from pipelines.data.clip_batches import in_chunks, limit
 from pipelines.data.decode_tasks import retried_once
-from pipelines.data.feature_cache import (
+from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
     FloatArray,

@@ -15,7 +15,7 @@ from pipelines import storage
 from pipelines.config import FinetuneConfig, flatten
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.feature_batches import check_features
+from pipelines.data.features.batches import check_features
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
 from pipelines.errors import UserError

@@ -14,7 +14,7 @@ from pipelines import storage
 from pipelines.config import PretrainConfig
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.feature_batches import check_features
+from pipelines.data.features.batches import check_features
 from pipelines.data.manifest import (
     check_for_training,
     digest,

@@ -12,7 +12,7 @@ from pipelines.config import FinetuneConfig, PretrainConfig, to_json
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.feature_batches import CachedClips
+from pipelines.data.features.batches import CachedClips
 from pipelines.data.protocols import listed_count
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster

@@ -26,8 +26,8 @@ import torch
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.feature_batches import CachedClips
-from pipelines.data.feature_cache import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
+from pipelines.data.features.batches import CachedClips
+from pipelines.data.features.cache import INDEX, FeatureMeta, finish, frame_times, shard_path, shard_writer
 from pipelines.data.manifest import SCHEMA
 from s5.config import ClipConfig
 from tests.bench.record import Row, alternate, ratio, write

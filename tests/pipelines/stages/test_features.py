@@ -28,9 +28,9 @@ from pipelines.config import (
     override,
 )
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.feature_batches import CachedClips
-from pipelines.data.feature_cache import frame_times, shard_path
-from pipelines.data.feature_reader import FeatureReader
+from pipelines.data.features.batches import CachedClips
+from pipelines.data.features.cache import frame_times, shard_path
+from pipelines.data.features.reader import FeatureReader
 from pipelines.data.manifest import read_manifest, split_of
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, features, finetune, index, pretrain, sample

@@ -24,8 +24,8 @@ from pipelines.config import DataConfig
 from pipelines.data.clip_batches import CANDIDATE_COLUMNS
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.decode_tasks import NO_LABEL, ClipSpec
-from pipelines.data.feature_cache import FeatureMeta, TokenArray, check_fresh, read_meta
-from pipelines.data.feature_reader import FeatureReader
+from pipelines.data.features.cache import FeatureMeta, TokenArray, check_fresh, read_meta
+from pipelines.data.features.reader import FeatureReader
 from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest

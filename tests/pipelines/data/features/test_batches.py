@@ -17,8 +17,8 @@ import torch
 from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.feature_batches import BufferPool, CachedClips
-from pipelines.data.feature_cache import (
+from pipelines.data.features.batches import BufferPool, CachedClips
+from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
     finish,
@@ -26,7 +26,7 @@ from pipelines.data.feature_cache import (
     shard_path,
     shard_writer,
 )
-from pipelines.data.feature_reader import FeatureReader
+from pipelines.data.features.reader import FeatureReader
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
 from s5.config import ClipConfig

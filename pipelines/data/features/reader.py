@@ -1,4 +1,4 @@
-"""Reads the tokens of clips from cached features (`feature_cache` has their layout).
+"""Reads the tokens of clips from cached features (`cache` has their layout).
 
 Shapes: T frames of a clip, N tokens a frame, D width.
 """
@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.data.feature_cache import INDEX_FILE, PADDING, FloatArray, TokenArray, read_meta, shard_path
+from pipelines.data.features.cache import INDEX_FILE, PADDING, FloatArray, TokenArray, read_meta, shard_path
 from pipelines.errors import UserError
 from s5.errors import VideoError
 from s5.video.clip_times import TOLERANCE_S
@@ -28,7 +28,7 @@ OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """The row of the index for one video; see `feature_cache.INDEX`."""
+    """The row of the index for one video; see `cache.INDEX`."""
 
     shard: int
     batch: int
