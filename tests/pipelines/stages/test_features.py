@@ -232,15 +232,19 @@ def test_an_ended_run_keeps_its_shards(
     assert features.run(config) == result
 
 
-def training(manifest: str, weights: str, out: Path, **changes: Any) -> FinetuneConfig:
-    settings = {
+def frozen(manifest: str, weights: str, out: Path) -> dict[str, Any]:
+    """Return the settings of training on a frozen backbone, in which one video may fail."""
+    return MODEL | {
         "manifest": manifest,
         "out": str(out),
         "model.backbone.frozen": True,
         "model.backbone.weights": weights,
         "data.max_failure_share": 0.5,
     }
-    return override(FinetuneConfig(), MODEL | settings | changes)
+
+
+def training(manifest: str, weights: str, out: Path, **changes: Any) -> FinetuneConfig:
+    return override(FinetuneConfig(), frozen(manifest, weights, out) | changes)
 
 
 def test_training_from_features_follows_training_from_frames(
@@ -263,16 +267,8 @@ def test_training_from_features_follows_training_from_frames(
 
 
 def pretraining(manifest: str, weights: str, out: Path, **changes: Any) -> PretrainConfig:
-    settings = {
-        "manifest": manifest,
-        "out": str(out),
-        "model.backbone.frozen": True,
-        "model.backbone.weights": weights,
-        "data.max_failure_share": 0.5,
-        "lsmcl.mask_on": "tokens",
-        "lsmcl.jitter": 0.0,
-    }
-    return override(PretrainConfig(), MODEL | HEADS | settings | changes)
+    settings = {"lsmcl.mask_on": "tokens", "lsmcl.jitter": 0.0}
+    return override(PretrainConfig(), frozen(manifest, weights, out) | HEADS | settings | changes)
 
 
 def test_pretraining_on_features_follows_pretraining_on_frames(
