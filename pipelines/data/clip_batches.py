@@ -24,8 +24,9 @@ from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.config import DataConfig
+from pipelines.data import known_timeouts
 from pipelines.data.clip_order import ClipOrder, OrderRows
-from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk, tell_timeouts
+from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk
 from s5.batch import ClipBatch
 from s5.config import ClipConfig, EvaluationProtocol
 from s5.distributed import share_of
@@ -258,7 +259,7 @@ class _Collate(NumpyBatchCollateFn):
             if name in batch
         }
         failures = [Failure(**failure) for row in batch["failures"] for failure in json.loads(str(row))]
-        tell_timeouts(failures)
+        known_timeouts.tell(failures)
         return ClipBatch(
             step=0,
             epoch=0,

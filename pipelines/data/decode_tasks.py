@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -21,10 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.video_process import TIMED_OUT, VideoProcess, VideoTimeoutError
+from pipelines.data import known_timeouts
+from pipelines.data.video_process import VideoProcess, VideoTimeoutError
 from pipelines.data.video_requests import ClipRequest
 from s5.config import ClipConfig, EvaluationProtocol
-from s5.errors import Failure, VideoError
+from s5.errors import VideoError
 from s5.video.clip_times import beyond, long_short_times, protocol_times, training_times
 from s5.video.reading import FrameArray
 
@@ -32,8 +33,6 @@ Frames = TypeVar("Frames")
 
 RETRY_TIMEOUT_SHARE = 0.1
 """Share of the time limit that a video gets after it timed out once, in whichever process of the job."""
-TIMEOUTS_ACTOR, REPLY_S = "timed_out_videos", 2.0
-"""Name of the actor that knows which videos timed out, and seconds that a decode task waits for its answer."""
 NO_LABEL = -1
 """Label of a clip whose video has none."""
 CANDIDATE = pa.struct(
@@ -72,8 +71,6 @@ PROBED = pa.schema(
 _process = VideoProcess()
 # Why videos, by URI, timed out, as far as this process knows. Later epochs retry them: the storage may have been slow.
 _timed_out: dict[str, str] = {}
-# Ray ends an actor, even a named one, once the handle is gone that started it; others do not count.
-_kept_actor: list[Any] = []
 # Columns of `decode_chunk` beside the frames.
 LINE_TYPES: dict[str, Any] = {
     "video_id": np.str_,
@@ -129,7 +126,7 @@ def decode_chunk(rows: pa.Table, spec: ClipSpec) -> dict[str, npt.NDArray[Any]]:
         Columns `video_id` (empty where no candidate can be read; its frames are black), `seed`, `label`, `target`,
         `failures` (JSON list of video_id, uri, reason) and uint8 `long` and, in pairs, `short`, (R, T, S, S, 3).
     """
-    for uri, reason in _known_timeouts().items():
+    for uri, reason in known_timeouts.known().items():
         _timed_out.setdefault(uri, reason)
     lines: list[dict[str, Any]] = []
     frames: list[FrameArray] = []
@@ -199,76 +196,8 @@ def _read(video: dict[str, Any], spec: ClipSpec) -> list[FrameArray]:
     timeout_s = spec.timeout_s * (RETRY_TIMEOUT_SHARE if video["uri"] in _timed_out else 1.0)
     frames = _process.read(storage.absolute(video["uri"]), clips, timeout_s)
     if _timed_out.pop(video["uri"], None):
-        _forget_timeout(video["uri"])
+        known_timeouts.forget(video["uri"])
     if spec.protocol == "windows":
         for clip, times_T in zip(frames, times, strict=True):
             clip[beyond(times_T, video["end_s"])] = 0
     return frames
-
-
-# --- timeouts, known to all processes of a job ----------------------------------------------------------------------
-
-
-class TimedOutVideos:
-    """An actor's state: why videos, by URI, timed out in any decode task of a job."""
-
-    def __init__(self) -> None:
-        self._reasons: dict[str, str] = {}
-
-    def add(self, reasons: dict[str, str]) -> None:
-        """Add videos; the first reason of each stays."""
-        self._reasons = reasons | self._reasons
-
-    def remove(self, uri: str) -> None:
-        """Forget a video that could be read."""
-        self._reasons.pop(uri, None)
-
-    def known(self) -> dict[str, str]:
-        """Return the reason of each video."""
-        return self._reasons
-
-
-def tell_timeouts(failures: Iterable[Failure]) -> None:
-    """Tell all decode tasks of the job which videos timed out; the first such call starts the actor.
-
-    Call it in a process that lasts, such as a training worker: the actor ends with it.
-    """
-    import ray
-
-    reasons = {failure.uri: failure.reason for failure in failures if failure.reason.startswith(TIMED_OUT)}
-    if not reasons:
-        return
-    if (actor := _timeouts_actor()) is None:
-        actor = ray.remote(TimedOutVideos).options(name=TIMEOUTS_ACTOR, get_if_exists=True, num_cpus=0).remote()
-        _kept_actor[:] = [actor]
-    actor.add.remote(reasons)
-
-
-def _known_timeouts() -> dict[str, str]:
-    """Return why videos timed out in other processes; nothing without Ray, or where no video has."""
-    actor = _timeouts_actor()
-    if actor is None:
-        return {}
-    import ray
-
-    try:
-        return dict(ray.get(actor.known.remote(), timeout=REPLY_S))
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        # It ended with a worker that is being replaced.
-        return {}
-
-
-def _forget_timeout(uri: str) -> None:
-    if (actor := _timeouts_actor()) is not None:
-        actor.remove.remote(uri)
-
-
-def _timeouts_actor() -> Any:
-    import ray
-
-    if not ray.is_initialized():
-        return None
-    try:
-        return ray.get_actor(TIMEOUTS_ACTOR)
-    except ValueError:
-        return None

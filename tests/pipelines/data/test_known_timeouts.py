@@ -12,8 +12,8 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipelines.data import decode_tasks
-from pipelines.data.decode_tasks import ClipSpec, tell_timeouts
+from pipelines.data import decode_tasks, known_timeouts
+from pipelines.data.decode_tasks import ClipSpec
 from pipelines.data.video_process import TIMED_OUT, VideoProcess
 from pipelines.data.video_requests import ClipRequest
 from s5.errors import Failure
@@ -37,7 +37,7 @@ class Decoder:
 
         process.read = read  # type: ignore[method-assign]
         decode_tasks._process = process
-        decode_tasks.REPLY_S = 60.0  # This machine may be busy.
+        known_timeouts.REPLY_S = 60.0  # This machine may be busy.
         columns = decode_tasks.decode_chunk(rows, spec)
         process.close()
         return limits, columns["video_id"].tolist(), columns["failures"].tolist()
@@ -45,7 +45,7 @@ class Decoder:
 
 def _known(folder: Path) -> list[str]:
     """Return the videos of a folder that the actor knows, once it has started: decode tasks do not wait for that."""
-    known: dict[str, str] = ray.get(ray.get_actor(decode_tasks.TIMEOUTS_ACTOR).known.remote())
+    known: dict[str, str] = ray.get(ray.get_actor(known_timeouts.ACTOR).known.remote())
     return [uri for uri in known if uri.startswith(str(folder))]
 
 
@@ -59,18 +59,18 @@ def test_a_video_that_hangs_is_known_to_all_processes(tmp_path: Path, fake_decor
     limits, video_ids, failures = ray.get(first.decode.remote(fake_decord, rows, spec))
     assert (limits, video_ids) == ([10.0, 10.0], ["spare"])
     # As a training worker does with each batch.
-    tell_timeouts([Failure(**failure) for failure in json.loads(failures[0])])
+    known_timeouts.tell([Failure(**failure) for failure in json.loads(failures[0])])
     assert _known(tmp_path) == [hangs]
     limits, video_ids, again = ray.get(second.decode.remote(fake_decord, rows, spec))
     assert (limits, video_ids) == ([1.0, 10.0], ["spare"])
     assert again == failures
     # Once it can be read, all processes give it its whole time again.
     Path(hangs).rename(tmp_path / "h.mp4")
-    tell_timeouts([Failure("h", str(tmp_path / "h.mp4"), f"{TIMED_OUT}, 10 s")])
+    known_timeouts.tell([Failure("h", str(tmp_path / "h.mp4"), f"{TIMED_OUT}, 10 s")])
     assert len(_known(tmp_path)) == 2
     readable = _rows([_candidate(str(tmp_path / "h.mp4"))])
     assert ray.get(second.decode.remote(fake_decord, readable, replace(spec, timeout_s=1e3)))[:2] == ([100.0], ["h"])
     assert _known(tmp_path) == [hangs]
     # The actor ends with the worker that started it: nothing is known then, and nothing fails.
-    ray.kill(ray.get_actor(decode_tasks.TIMEOUTS_ACTOR))
-    assert decode_tasks._known_timeouts() == {}
+    ray.kill(ray.get_actor(known_timeouts.ACTOR))
+    assert known_timeouts.known() == {}
