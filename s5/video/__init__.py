@@ -9,7 +9,7 @@ pyav_reader    FFmpeg: everything else; seeks, and checks that key frames are su
 frames         FFmpeg's frames in order, each with its time; lost and damaged ones are known
 scan           what is in a file, from its packets, or from its frames where packets do not say it
 packets        what the bytes of a packet say: hidden frames, key frames, holes
-joined         files that were joined byte by byte
+outline        is a file fragmented, or were several joined byte by byte
 opening        open a file, and choose its video stream
 pictures       how a frame is displayed: turned, mirrored, of square pixels
 

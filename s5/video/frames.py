@@ -162,7 +162,8 @@ class _Slots:
         """Take note of a packet that was decoded."""
         numbered = self._by_decoding_time and packet.dts is not None
         self._places.append(packet.dts if numbered else self._end)
-        self._end = self._places[-1] + (packet.duration or self._length)
+        # The first packet of a stream that was cut may state half a frame.
+        self._end = self._places[-1] + max(packet.duration or 0, self._length)
         self._still += not shown
 
     def notice(self, completed: int) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from s5.errors import VideoError
 from s5.video.frames import RESYNC_S
-from s5.video.joined import count_parts
 from s5.video.opening import av_error, complaints, films, opened, packets_of, rate_of, short_reason, video_stream
+from s5.video.outline import outline
 from s5.video.packets import Seen, look_for
 from s5.video.pictures import Turn
 from s5.video.pyav_reader import ASPECT_CHANGE, PyAVReader
@@ -29,8 +29,9 @@ MISSING_SHARE, MISSING_S = 0.05, 0.5
 LARGEST_GAP_S = {"mpeg": RESYNC_S, "mpegts": 10.0}
 """By FFmpeg's name of a format, the largest gap between two frames that is no jump of the clock. Both state times every
 0.7 s at least; program streams not that of each frame."""
-JUMP_S = 10.0
-"""A larger gap that ends behind the length that the file states is a jump, in any format."""
+JUMP_S, REORDERED_FRAMES = 10.0, 16
+"""A larger gap that ends behind the length that the file states is a jump, in any format, if more frames follow it than
+codecs show out of order: the stated length may be that of decoding."""
 UNREAD_SHARE = 0.05
 """Largest share of an flv file behind its last packet."""
 UNSHOWN_SHARE = 0.05
@@ -98,7 +99,8 @@ def scan(source: Source) -> Contents:
             its pictures changes, or no frame can be decoded.
     """
     with opened(source) as container:
-        if (parts := count_parts(source, container.format.name)) > 1:
+        parts, fragmented = outline(source, container.format.name)
+        if parts > 1:
             raise VideoError(
                 f"{parts} videos were joined byte by byte, of which the first alone is played; join them with a "
                 "program that writes a new file"
@@ -106,7 +108,7 @@ def scan(source: Source) -> Contents:
         stream = video_stream(container)
         with complaints(container) as errors:
             packets = _read(container, stream)
-        _check_length(container, stream, packets)
+        _check_length(container, stream, packets, fragmented)
         for _, part, text in errors:
             # A little may be missing at the end.
             if part.startswith("matroska") and "prematurely" not in text:
@@ -119,6 +121,9 @@ def scan(source: Source) -> Contents:
         # AVI without B-frames has its frames in the order of its packets.
         decoded = not reader.seekable or packets.untimed > 0 or packets.jumps_back
         ticks_N = np.array(list(reader.places()) if decoded else packets.times, np.int64)
+        lost = 0 if reader.counted else packets.untimed
+    if lost > UNSHOWN_SHARE * len(ticks_N):
+        raise VideoError(f"{lost} frames have no time in the file; have a program write it with new times")
     if not decoded:
         # Frames before the first decodable one, as in a recording that starts in mid-stream, do not count.
         ticks_N = np.sort(ticks_N[ticks_N >= first]) - first
@@ -204,13 +209,13 @@ class _Shapes:
         return size == first
 
 
-def _check_length(container: av.container.InputContainer, stream: Any, packets: _Packets) -> None:
+def _check_length(container: av.container.InputContainer, stream: Any, packets: _Packets, fragmented: bool) -> None:
     """Raise `VideoError` if the file ends well before the length that its header states."""
     if container.format.name == "avi" and stream.average_rate:
         # If the end of the file is missing, FFmpeg estimates a duration from its size.
         stated_s, found_s = float(stream.frames / stream.average_rate), packets.end_s
     elif container.format.name.startswith("mov") and stream.duration:
-        start_s = float((stream.start_time or 0) * stream.time_base)
+        start_s = 0.0 if fragmented else float((stream.start_time or 0) * stream.time_base)
         stated_s, found_s = float(stream.duration * stream.time_base), packets.end_s - start_s
     else:
         # Other containers state the length of the longest stream; sound may continue after the last frame.
@@ -226,13 +231,14 @@ def _check_length(container: av.container.InputContainer, stream: Any, packets: 
 def _check_clock(starts_N: FloatArray, container: str, stated_s: float) -> None:
     """Raise `VideoError` if the clock of a file jumps, as where two recordings were joined byte by byte."""
     gaps_N = np.diff(starts_N)
-    beyond_N = (gaps_N > JUMP_S) & (starts_N[1:] > stated_s) & (stated_s > 0)
+    follow_N = np.arange(len(gaps_N), 0, -1) > REORDERED_FRAMES
+    beyond_N = (gaps_N > JUMP_S) & (starts_N[1:] > stated_s) & (stated_s > 0) & follow_N
     jumps = np.flatnonzero((gaps_N < 0) | (gaps_N > LARGEST_GAP_S.get(container, np.inf)) | beyond_N)
     if len(jumps):
         before, after = starts_N[jumps[0]], starts_N[jumps[0] + 1]
         raise VideoError(
-            f"the times jump from {before:.2f} to {after:.2f} s, as in files that were joined byte by byte; join them "
-            "with a program that writes new times"
+            f"the times jump from {before:.2f} to {after:.2f} s, as in files that were joined byte by byte, or whose "
+            "recorder paused; have a program write it with new times"
         )
     unshown = int((gaps_N == 0).sum())
     if unshown > UNSHOWN_SHARE * len(starts_N):

@@ -1,0 +1,76 @@
+"""The outline of mp4, mov and wmv files: are they fragmented, and were several joined byte by byte? FFmpeg plays the
+first of these alone, and says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, NamedTuple
+
+from s5.video.reader import Source
+
+HEADER_BYTES = 24
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+ASF_DATA_HEADER_BYTES = 50
+
+
+class Outline(NamedTuple):
+    """What the top level of a file shows."""
+
+    parts: int = 1
+    """Videos that it holds one after the other; 1 for containers that are not looked into."""
+    fragmented: bool = False
+    """It is an mp4 file of fragments, whose stated length counts from time 0."""
+
+
+def outline(source: Source, container: str) -> Outline:
+    """Return the outline of a file, by FFmpeg's name of its format."""
+    if container != "asf" and not container.startswith("mov"):
+        return Outline()
+    with _file(source) as file:
+        kinds = Counter(_kinds(file, _asf if container == "asf" else _iso))
+    if container == "asf":
+        return Outline(max(1, kinds[ASF_HEADER]))
+    # A header that is repeated, for fragments or in another place, brings no pictures of its own.
+    fragmented = kinds[b"moof"] > 0
+    return Outline(1 if fragmented else max(1, min(kinds[b"moov"], kinds[b"mdat"])), fragmented)
+
+
+@contextmanager
+def _file(source: Source) -> Iterator[IO[bytes]]:
+    """Open a path; leave an open file, which FFmpeg is reading, where it stands."""
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            yield file
+        return
+    place = source.tell()
+    yield source
+    source.seek(place)
+
+
+def _kinds(file: IO[bytes], read: Callable[[bytes], tuple[bytes, int]]) -> Iterator[bytes]:
+    """Yield the kind of each top-level box or object, up to one that has no length of its own."""
+    end, place = file.seek(0, os.SEEK_END), 0
+    while place < end:
+        file.seek(place)
+        kind, size = read(file.read(HEADER_BYTES))
+        yield kind
+        if size < 8:
+            return
+        place += size
+
+
+def _iso(header: bytes) -> tuple[bytes, int]:
+    """Kind and size of a box (ISO 14496-12, 4.2)."""
+    size = int.from_bytes(header[:4], "big")
+    return header[4:8], int.from_bytes(header[8:16], "big") if size == 1 else size
+
+
+def _asf(header: bytes) -> tuple[bytes, int]:
+    """GUID and size of an object (ASF specification, 2.1); a live recording does not state the size of its data."""
+    guid, size = header[:16], int.from_bytes(header[16:24], "little")
+    return guid, 0 if guid == ASF_DATA and size <= ASF_DATA_HEADER_BYTES else size
