@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any, NoReturn
 
 from pipelines import preflight
@@ -26,10 +29,10 @@ python -m pipelines STAGE --help lists a stage's settings; every stage takes --o
 
 def main(argv: Sequence[str]) -> int:
     """Run a stage and return the exit status: 0 done, 1 failed, 2 the user's mistake, 128 + signal when stopped."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, flush=True)
+            return 0 if argv else 2
         name, config = parse(argv)
         preflight.check(name, config)
         # Not before: this, and a stage, take seconds to import.
@@ -47,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return _without_reader()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _say(f"the disk is full ({error.filename or '--out'}): make room and run the same command again", 1)
         return _say(f"{error.filename or 'storage'}: {error.strerror or error}", 1)
@@ -123,6 +128,20 @@ def _read_json(path: str) -> Any:
     from pipelines import storage
 
     return storage.read_json(path)
+
+
+def _reader_left() -> bool:
+    """Whether it is the output's pipe that is broken, and not a connection to a server."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _without_reader() -> int:
+    """End as a shell's tools do when the program that reads their output has left (`| head`)."""
+    # What is still buffered would raise again when it is flushed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _say("the program that read the output has ended: run the same command again to resume", 128 + SIGPIPE)
 
 
 def _say(message: object, code: int) -> int:
