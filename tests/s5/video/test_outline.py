@@ -1,4 +1,4 @@
-"""Files that look joined, cut or jumping, and are not: recorded live, in fragments, with further boxes, or with pauses."""
+"""Files that look joined, cut or jumping, and are not: live, in fragments, with further boxes, or with pauses."""
 
 from __future__ import annotations
 
