@@ -173,7 +173,7 @@ class PretrainConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require_shared(self.loop.batch_size, self.scale.num_workers)
+        require_shared(self.loop.batch_size, self.scale.world_size)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
@@ -264,7 +264,7 @@ class FinetuneConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require_shared(self.loop.batch_size, self.scale.num_workers)
+        require_shared(self.loop.batch_size, self.scale.world_size)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         if self.features:

@@ -106,7 +106,7 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     protocol = protocol_of(manifest, config.protocol)
     clips = checked_clips(config.clips, protocol)
     train = drop_too_short(split_of(manifest, "train"), clips)
-    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
+    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.world_size))
     check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
     weights = None
     inputs = {"manifest": digest(manifest)}

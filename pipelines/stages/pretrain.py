@@ -97,7 +97,7 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
     train = drop_too_short(split_of(manifest, "train"), config.clips)
-    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
+    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.world_size))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=False)
     config = with_trained_backbone(config)
     try:
