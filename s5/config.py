@@ -89,7 +89,18 @@ class BackboneConfig:
     """Frames that one token spans; a clip's frames must be a multiple. Weights of an image model are spread evenly over
     them, and stay so where `lsmcl.freeze_patches` keeps the patch projection as it is."""
 
+    tokens: int = 0
+    """Tokens of a frame of imported features, which stand in for the frame encoder and set this themselves; 0 for a
+    model of timm."""
+    width: int = 0
+    """Width of these tokens."""
+
     def __post_init__(self) -> None:
+        if self.tokens:
+            require(self.width > 0, "backbone.width", self.width, "give the width of the imported features")
+            require(
+                self.frozen, "backbone.frozen", self.frozen, "imported features have no encoder to train; give True"
+            )
         require(self.frame_size >= 8, "backbone.frame_size", self.frame_size, "give at least 8 pixels")
         for name in ("depth", "embed_dim", "num_heads", "patch_size"):
             value = getattr(self, name)

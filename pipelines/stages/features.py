@@ -44,8 +44,10 @@ from pipelines.data.video_requests import ClipRequest
 from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run
+from pipelines.stages import imported
+from pipelines.stages.imported import summarise
 from pipelines.storage.weights import trained_backbone, weights_digest
-from s5.errors import Failure, VideoError
+from s5.errors import VideoError
 from s5.models.backbone import Backbone
 from s5.video.reading import FrameArray
 
@@ -60,6 +62,8 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
         StageError: no video can be read, or encoding failed.
     """
+    if config.import_:
+        return imported.run(config)
     manifest = read_manifest(config.manifest)
     backbone = trained_backbone(config.model.backbone, config.checkpoint)
     meta = meta_of(config, backbone, digest(manifest))
@@ -81,7 +85,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         )
         black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
         index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
-        summarise(stage, index, meta, kept=len(done))
+        summarise(stage, index, meta, kept=len(done), strangers=[])
     return stage.result
 
 
@@ -115,27 +119,6 @@ def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> Featur
         width=backbone.width,
         chunk_frames=config.chunk_frames,
     )
-
-
-def summarise(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
-    """Set the counts of the result, list what could not be read, and print both.
-
-    Raises:
-        StageError: no video could be read.
-    """
-    rows = index.to_pylist()
-    failures = [Failure(row["video_id"], row["uri"], row["reason"]) for row in rows if row["reason"]]
-    stage.replace_rejects(failures)
-    if len(failures) == len(rows):
-        raise StageError(
-            f"none of the {len(rows)} videos can be read, as {failures[0].video_id!r}: {failures[0].reason}"
-        )
-    videos, frames = len(rows) - len(failures), sum(row["frames"] for row in rows)
-    gigabytes = frames * meta.tokens * meta.width * 2 / 1e9
-    stage.counts |= {"videos": videos, "rejects": len(failures), "frames": frames}
-    stage.counts |= {"shards_kept": kept}
-    stage.metrics |= {"features/gigabytes": gigabytes}
-    stage.info(f"{frames} frames of {videos} videos, {gigabytes:.2f} GB, {len(failures)} rejects -> {stage.out}")
 
 
 def encode_all(

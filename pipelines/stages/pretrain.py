@@ -15,6 +15,7 @@ from pipelines.config import PretrainConfig
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import check_features
+from pipelines.data.features.cache import with_imported
 from pipelines.data.manifest import (
     check_for_training,
     digest,
@@ -97,8 +98,8 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     train = drop_too_short(split_of(manifest, "train"), config.clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=False)
-    model = replace(config.model, backbone=with_trained_weights(config.model.backbone))
-    config = replace(config, model=model)
+    frame_encoder = with_trained_weights(with_imported(config.model.backbone, config.features))
+    config = replace(config, model=replace(config.model, backbone=frame_encoder))
     try:
         check_lsmcl(config.model, config.lsmcl)
     except ValueError as error:

@@ -54,7 +54,8 @@ def local_checkpoint(path: str) -> Iterator[Path]:
 
 def with_trained_weights(config: BackboneConfig) -> BackboneConfig:
     """Return the settings with timm's weights for a frozen backbone that is given none."""
-    return replace(config, weights="timm") if config.frozen and not config.weights else config
+    untrained = config.frozen and not config.weights and not config.tokens
+    return replace(config, weights="timm") if untrained else config
 
 
 def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:

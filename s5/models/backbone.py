@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from s5 import rng
 from s5.config import BackboneConfig
-from s5.models.timm_models import build_model, is_plain_vit, load_weights, probe_layout, read_weights
+from s5.models.timm_models import TokenLayout, build_model, is_plain_vit, load_weights, probe_layout, read_weights
 
 
 class Backbone(nn.Module):
@@ -33,20 +33,26 @@ class Backbone(nn.Module):
         self.recompute = False
         """Whether blocks keep their input alone for the backward pass."""
         self.vit = build_model(config)
-        """timm's model, a Vision Transformer or not, under the name that checkpoints have for it."""
-        self.layout = None if is_plain_vit(self.vit) else probe_layout(config)
+        """timm's model, a Vision Transformer or not, under the name that checkpoints have for it; nothing where
+        imported features stand in its place."""
+        self.layout = self._layout(config)
         """How the features of a model that sees whole frames are laid out; None where patches can be dropped."""
         self.width = int(self.layout.width if self.layout else self.vit.embed_dim)
         self.patches = int(self.layout.grid if self.layout else self.vit.patch_embed.num_patches)
         self.tokens = self.patches + config.cls_token
-        statistics = cast(dict[str, Any], self.vit.pretrained_cfg)
-        for name in ("mean", "std"):
-            values = torch.tensor(statistics[name], dtype=torch.float32).view(1, 3, 1, 1) * 255
+        statistics = {} if config.tokens else cast(dict[str, Any], self.vit.pretrained_cfg)
+        for name, plain in (("mean", [0.0] * 3), ("std", [1.0] * 3)):
+            values = torch.tensor(statistics.get(name, plain), dtype=torch.float32).view(1, 3, 1, 1) * 255
             self.register_buffer(name, values, persistent=False)
         if config.frozen:
             self.vit.requires_grad_(False).eval()
         if config.weights not in ("", "timm"):
             self.load(read_weights(config.weights))
+
+    def _layout(self, config: BackboneConfig) -> TokenLayout | None:
+        if config.tokens:
+            return TokenLayout("NLC", config.tokens, config.width, prefix=0, cls_token=False)
+        return None if is_plain_vit(self.vit) else probe_layout(config)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Load weights in timm's layout; positional embeddings are interpolated to the model's frame size.
@@ -67,8 +73,8 @@ class Backbone(nn.Module):
         """Raise `ValueError` where patches are to be dropped for a model that sees whole frames."""
         if on_patches and self.layout:
             raise ValueError(
-                f"lsmcl.mask_on is 'patches': {self.config.name} (timm's class {type(self.vit).__name__}) sees whole "
-                "frames, patches can be dropped for plain Vision Transformers alone; give tokens"
+                f"lsmcl.mask_on is 'patches': {self.config.name} sees whole frames, patches can be dropped "
+                "for plain Vision Transformers alone; give tokens"
             )
 
     def kept(self, mask_ratio: float) -> int:
@@ -98,6 +104,8 @@ class Backbone(nn.Module):
             ValueError: frames are not of the model's size, cannot be shared out among tubelets, or are to be masked
                 for a model that sees whole ones.
         """
+        if self.config.tokens:
+            raise ValueError(f"frames are given: the model reads imported features of {self.config.name!r}; give those")
         self.check_masking(keep_BUK is not None)
         size = self.config.frame_size
         if frames_BTHWC.ndim != 5 or frames_BTHWC.shape[2:] != (size, size, 3):

@@ -32,10 +32,14 @@ PROJECTION = "patch_embed.proj.weight"
 def build_model(config: BackboneConfig) -> Any:
     """Return timm's model for the settings; a plain Vision Transformer without what follows its blocks and their norm.
 
+    Where imported features stand in for it, it is empty.
+
     Raises:
         ValueError: timm has no model of that name or cannot build it so, it is no plain Vision Transformer and is
             asked for what these alone can do, the frame is no multiple of the patch, or the class token is missing.
     """
+    if config.tokens:
+        return nn.Module()
     model = _create(config)
     if not is_plain_vit(model):
         _check_runs_whole(config, model)

@@ -328,7 +328,7 @@ def test_a_backbone_of_another_kind_runs_through_all_stages(manifest: str, tmp_p
         ({"model.backbone.depth": 2, "model.backbone.weights": ""}, "a frozen backbone needs trained weights, since"),
         (
             OTHER | {"lsmcl.mask_on": "patches", "features": ""},
-            r"lsmcl.mask_on is 'patches': swin_tiny_patch4_window7_224 .* sees whole frames, .* give tokens",
+            r"lsmcl.mask_on is 'patches': swin_tiny_patch4_window7_224 sees whole frames, .* give tokens",
         ),
         ({"model.backbone.cls_token": True}, r"computed with model.backbone.cls_token False, not True"),
     ],

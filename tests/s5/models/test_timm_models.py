@@ -152,7 +152,7 @@ def test_tokens_are_masked_behind_it_and_only_the_decoder_learns(name: str) -> N
 
 def test_its_patches_cannot_be_masked() -> None:
     backbone = config_of("test_convnext")
-    message = r"lsmcl.mask_on is 'patches': test_convnext \(timm's class ConvNeXt\) sees whole frames, .*; give tokens"
+    message = r"lsmcl.mask_on is 'patches': test_convnext sees whole frames, .*; give tokens"
     with pytest.raises(ValueError, match=message):
         check_lsmcl(ModelConfig(backbone=backbone), LSMCLConfig())
     check_lsmcl(ModelConfig(backbone=backbone), LSMCLConfig(mask_on="tokens"))
