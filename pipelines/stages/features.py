@@ -30,6 +30,7 @@ from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
     FloatArray,
+    ShardWriter,
     TokenArray,
     backbone_settings,
     finish,
@@ -53,6 +54,8 @@ from s5.video.reading import FrameArray
 
 COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
 """Columns of the manifest that encoding needs."""
+STORED_AHEAD = 2
+"""Encoded chunks that wait to be copied from the device and written."""
 
 
 def run(config: FeaturesConfig) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
             config, stage, meta, backbone, manifest, left, decoders
         )
         black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
-        index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
+        index = finish(stage.out, meta, shards, on_host(encode(backbone, black, config.precision))[0])
         summarise(stage, index, meta, kept=len(done), strangers=[])
     return stage.result
 
@@ -177,19 +180,41 @@ def encoded(
     yield from tables
 
 
-def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> TokenArray:
-    """Return the tokens (T, N, D) of frames, fp16.
+def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> Tensor:
+    """Return the tokens (T, N, D) of frames, fp16, on the backbone's device, which may still be computing them."""
+    device = backbone.mean.device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        tokens: Tensor = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
+    return tokens.view(len(frames_THWC), backbone.tokens, backbone.width)
+
+
+def on_host(tokens: Tensor) -> TokenArray:
+    """Return encoded tokens in host memory.
 
     Raises:
         VideoError: they are not finite, or too large for fp16.
     """
-    device = backbone.mean.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        tokens = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
     if not bool(torch.isfinite(tokens).all()):
         raise VideoError("tokens are not finite in fp16")
-    array: TokenArray = tokens.view(len(frames_THWC), backbone.tokens, backbone.width).cpu().numpy()
+    array: TokenArray = tokens.cpu().numpy()
     return array
+
+
+def store(writer: ShardWriter, row: dict[str, Any], times_T: FloatArray, tokens: Tensor | VideoError | None) -> None:
+    """Append a chunk of a video to a shard, and note in its row of the index where it is, or why it cannot be."""
+    if row["reason"] or tokens is None:
+        return
+    try:
+        if isinstance(tokens, VideoError):
+            raise tokens
+        array = on_host(tokens)
+    except VideoError as error:
+        # What is written of it by now stays in the shard, and nothing points there.
+        row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
+        return
+    row["batch"] = row["batch"] if row["frames"] else writer.batches
+    row["frames"] += len(times_T)
+    writer.add(times_T, array)
 
 
 class Encoder:
@@ -215,22 +240,27 @@ class Encoder:
             | {"start_s": video["start_s"], "batch": 0, "frames": 0}
             for video in videos.to_pylist()
         ]
-        with shard_writer(self.out, shard, self.meta) as writer:
+        # One thread, so that a video's chunks are stored in order while the next one is encoded.
+        with shard_writer(self.out, shard, self.meta) as writer, ThreadPoolExecutor(1, "store") as thread:
+            stored: deque[Future[None]] = deque()
             for number, times_T, coming in self._read_ahead(videos.to_pylist(), rows):
-                row = rows[number]
-                try:
-                    frames = coming.result()
-                    if not row["reason"]:
-                        tokens = encode(self.backbone, frames, self.config.precision)
-                        row["batch"] = row["batch"] if row["frames"] else writer.batches
-                        row["frames"] += len(times_T)
-                        writer.add(times_T, tokens)
-                except VideoError as error:
-                    # What is written of it by now stays in the shard, and nothing points there.
-                    row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
+                tokens = self._encoded(coming, rows[number])
+                stored.append(thread.submit(store, writer, rows[number], times_T, tokens))
+                if len(stored) > STORED_AHEAD:
+                    stored.popleft().result()
+            while stored:
+                stored.popleft().result()
         index = pa.Table.from_pylist(rows, INDEX)
         storage.write_table(shard_path(self.out, shard, "parquet"), index)
         return index
+
+    def _encoded(self, coming: Future[FrameArray], row: dict[str, Any]) -> Tensor | VideoError | None:
+        """Tokens of a chunk, or why there are none; None of a video that has failed before."""
+        try:
+            frames = coming.result()
+        except VideoError as error:
+            return error
+        return None if row["reason"] else encode(self.backbone, frames, self.config.precision)
 
     def _read_ahead(
         self, videos: list[dict[str, Any]], rows: list[dict[str, Any]]
