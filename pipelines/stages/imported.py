@@ -35,7 +35,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
     manifest = read_manifest(config.manifest)
     files, others = list_files(config.import_, config.format)
     check_formats({file.format for file in files})
-    inputs = {"manifest": digest(manifest), "files of features": files_digest(files)}
+    inputs = {"manifest": digest(manifest), "set of feature files": files_digest(files)}
     if (result := finished("features", config, inputs, redo="import again")) is not None:
         return result
     rows, strangers = plan(manifest, files, config.import_, config.shard_gigabytes * 1e9)
@@ -63,7 +63,7 @@ def meta_of(config: FeaturesConfig, inputs: dict[str, str], tokens: int, width: 
     """Return what the features are made from."""
     return FeatureMeta(
         backbone={"name": config.backbone},
-        weights=IMPORTED + inputs["files of features"],
+        weights=IMPORTED + inputs["set of feature files"],
         mean=[],
         std=[],
         precision="",

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -48,8 +48,9 @@ class StoredArray:
         Raises:
             VideoError: they are not finite, or too large for fp16.
         """
-        part = self.read(first, stop)
-        part = part.half().numpy() if isinstance(part, torch.Tensor) else part
+        with _failures_told():
+            part = self.read(first, stop)
+        part = part.detach().half().numpy() if isinstance(part, torch.Tensor) else part
         with np.errstate(over="ignore"):
             array: TokenArray = np.ascontiguousarray(part, np.float16).reshape(stop - first, *self.shape[1:])
         # A sum is not finite where a number is not, and is found without an array of answers.
@@ -73,9 +74,19 @@ def open_array(path: str, file_format: str) -> Iterator[StoredArray]:
     Raises:
         VideoError: the file cannot be read, or has no array of features.
     """
+    # What fails while the array is used, as a full disk, is no fault of the file.
+    with ExitStack() as stack:
+        with _failures_told():
+            name = stack.enter_context(_local(path))
+            shape, dtype, read = stack.enter_context(_OPENERS[file_format](name))
+        yield StoredArray(_checked(tuple(shape), str(dtype)), read)
+
+
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """Turn what libraries raise at files that they cannot read into `VideoError`."""
     try:
-        with _local(path) as name, _OPENERS[file_format](name) as (shape, dtype, read):
-            yield StoredArray(_checked(tuple(shape), str(dtype)), read)
+        yield
     except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
         raise VideoError(f"its file cannot be read ({_reason(error)})") from None
     except (pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:

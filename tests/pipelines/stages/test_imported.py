@@ -92,8 +92,8 @@ def test_an_ended_import_keeps_its_shards_and_is_trained_from(
     counts = {"videos": VIDEOS - 2, "rejects": 2, "strangers": 1, "frames": (VIDEOS - 2) * SECONDS}
     assert result["counts"] | counts == result["counts"]
     check(folder, config.out)
-    with pytest.raises(UserError, match="holds a run on another files of features"):
-        np.save(folder / "files" / "more.npy", np.zeros((2, 2, 2)))
+    np.save(folder / "files" / "more.npy", np.zeros((2, 2, 2)))
+    with pytest.raises(UserError, match="holds a run on another set of feature files"):
         features.run(config)
     (folder / "files" / "more.npy").unlink()
     trained_from(folder, tmp_path, config.out)

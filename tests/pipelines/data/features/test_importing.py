@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from pipelines import storage
 from pipelines.config import FeaturesConfig, FinetuneConfig, override
 from pipelines.data.features.arrays import FORMATS, check_formats, open_array
-from pipelines.data.features.cache import IMPORTED, FeatureMeta, check_fresh, finish, with_imported
+from pipelines.data.features.cache import IMPORTED, FeatureMeta, ShardWriter, check_fresh, finish, with_imported
 from pipelines.data.features.importing import (
     common_shape,
     files_digest,
@@ -172,6 +173,26 @@ def test_several_arrays_without_a_name_are_refused(tmp_path: Path) -> None:
     message = r"2 arrays \(one, two\) and none is named 'features'"
     with pytest.raises(VideoError, match=message), open_array(str(tmp_path / "a.npz"), "npz"):
         pass
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(writer: ShardWriter, *chunk: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(tmp_path / "in" / "a.npy", frames(10))
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        imported(tmp_path / "in", tmp_path / "out", manifest(video("a", 10.0)))
+
+
+def test_a_file_that_ends_early_is_a_reject(tmp_path: Path) -> None:
+    """Found where it is opened, or at the part that is missing."""
+    for name in ("a.npy", "b.npz", "c.safetensors", "d.pt"):
+        write(tmp_path / "in" / name, frames(10))
+        path = tmp_path / "in" / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    rows, _ = imported(tmp_path / "in", tmp_path / "out", manifest(*(video(name, 10.0) for name in "abcd")))
+    assert all(row["reason"].startswith("its file ") for row in rows)
 
 
 def test_a_missing_h5py_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
