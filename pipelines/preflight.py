@@ -74,6 +74,8 @@ def check_inputs(config: StageConfig) -> None:
         if role.kind != "input" or storage.is_uri(storage.absolute(value)):
             continue
         path = Path(value.removeprefix("file://")).expanduser()
+        # A keyword of Python is no name of a field, but it is one of an option.
+        key = key.removesuffix("_")
         if not path.exists():
             kind, remedy = MISSING.get(role.what, (role.what, "give one that exists"))
             raise UserError(f"{key} is {value!r}: there is no such {kind}; {_nearby(path) or remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import types
 import typing
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def _key(name: str, known: dict[str, Any]) -> tuple[str, bool]:
     key = name.replace("-", "_")
     if key in known:
         return key, False
+    if keyword.iskeyword(key) and f"{key}_" in known:
+        return f"{key}_", False
     *groups, leaf = key.split(".")
     positive = ".".join([*groups, leaf.removeprefix("no_")])
     if leaf.startswith("no_") and known.get(positive) is bool:

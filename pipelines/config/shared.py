@@ -12,6 +12,7 @@ VideoFolder = Annotated[str, PathRole("input", "folder")]
 AnnotationsPath = Annotated[str, PathRole("input", "file or folder")]
 ManifestPath = Annotated[str, PathRole("input", "manifest")]
 CheckpointPath = Annotated[str, PathRole("input", "checkpoint")]
+FeaturesFiles = Annotated[str, PathRole("input", "folder")]
 FeaturesPath = Annotated[str, PathRole("input", "features")]
 RunsFolder = Annotated[str, PathRole("scope", "folder")]
 

@@ -12,6 +12,7 @@ from pipelines.config.dotted import unknown as unknown
 from pipelines.config.shared import (
     AnnotationsPath,
     CheckpointPath,
+    FeaturesFiles,
     FeaturesPath,
     ManifestPath,
     OutFolder,
@@ -32,6 +33,7 @@ from s5.config import (
     require,
 )
 
+IMPORT_NEEDS = "name what made the features of --import, as in model.backbone.name of training; else leave it out"
 ProtocolSetting = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
 
 
@@ -174,6 +176,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         require_shared(self.loop.batch_size, self.scale.world_size)
+        require_features(self.model.backbone, self.features)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
@@ -195,7 +198,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """Encode the frames of a manifest's videos once, by a backbone that stays as it is, for fine-tuning and sweeps."""
+    """Encode the frames of a manifest's videos once, by a backbone that stays as it is; or import such features."""
 
     out: OutFolder = "out/features"
     """Folder for the shards, index.parquet and features.json; a second start with the same folder resumes."""
@@ -204,16 +207,25 @@ class FeaturesConfig:
     checkpoint: CheckpointPath = ""
     """Checkpoint that the backbone's weights are taken from: its folder or the --out of `pretrain` or `finetune`; empty
     for model.backbone.weights."""
+    import_: FeaturesFiles = ""
+    """Folder of features that another program made, a file (T, N, D) or (T, D) per video, named by the video's id or
+    its file; empty to encode frames. On the command line: --import."""
+    format: Literal["auto", "npy", "npz", "pt", "safetensors", "h5"] = "auto"
+    """Format of these files; `auto`: what their endings say."""
+    backbone: str = ""
+    """Name of what made these features; training has to give the same as model.backbone.name."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     """What encodes the frames."""
     frames_per_second: float = 1.0
-    """Frames encoded of a second of video."""
+    """Frames encoded of a second of video; of imported features their frame rate."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast. What is stored is fp16."""
     chunk_frames: int = 64
     """Frames that are read, encoded and stored together."""
     shard_videos: int = 8
     """Videos of a shard: what a run that was ended has to recompute."""
+    shard_gigabytes: float = 1.0
+    """Size of a shard of imported features, whose videos are not counted; a larger video has one of its own."""
     data: DecodeConfig = field(default_factory=DecodeConfig)
     """Decoding, shared out among the workers; the time limit is for one chunk."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -225,6 +237,11 @@ class FeaturesConfig:
         require(self.frames_per_second > 0, "frames_per_second", self.frames_per_second, "give more than 0")
         for name in ("chunk_frames", "shard_videos"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        require(self.shard_gigabytes > 0, "shard_gigabytes", self.shard_gigabytes, "give more than 0")
+        require(bool(self.import_) == bool(self.backbone), "backbone", self.backbone, IMPORT_NEEDS)
+        require(not (self.import_ and self.checkpoint), "checkpoint", self.checkpoint, "imported features take none")
+        tokens = self.model.backbone.tokens
+        require(tokens == 0, "model.backbone.tokens", tokens, "imported files say it themselves; leave it out")
         tubelet = self.model.backbone.tubelet
         require(tubelet == 1, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
         weights = self.model.backbone.weights
@@ -265,6 +282,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require_shared(self.loop.batch_size, self.scale.world_size)
+        require_features(self.model.backbone, self.features)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         if self.features:
@@ -367,6 +385,12 @@ def require_shared(batch_size: int, num_workers: int) -> None:
     """Raise `ValueError` unless every worker gets a video of each global batch."""
     remedy = f"give at least scale.num_workers, {num_workers}, or 0"
     require(batch_size == 0 or batch_size >= num_workers, "loop.batch_size", batch_size, remedy)
+
+
+def require_features(backbone: BackboneConfig, features: str) -> None:
+    """Raise `ValueError` where imported features are to stand for the frame encoder and none are given."""
+    remedy = "imported features stand in for the frame encoder then; give features, or leave it out"
+    require(bool(features) or not backbone.tokens, "model.backbone.tokens", backbone.tokens, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,10 +64,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         videos = drop_too_short(rows, checked)
         learned = pretrained.training_videos(manifest, config, meta, videos, checked)
         inputs = {}
+        backbone = config_from_json(BackboneConfig, meta.model["backbone"])
+        if backbone.tokens and not config.features:
+            raise UserError(
+                f"features is '': the checkpoint has no frame encoder, it reads imported features of "
+                f"{backbone.name!r}; give --features"
+            )
         if config.features:
             # Replicas may have another folder.
             config = replace(config, features=storage.absolute(config.features))
-            backbone = config_from_json(BackboneConfig, meta.model["backbone"])
             inputs["features"] = check_features(
                 config.features, manifest, clips, protocol, backbone, of_backbone(weights)
             )

@@ -30,6 +30,7 @@ from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
     FloatArray,
+    ShardWriter,
     TokenArray,
     backbone_settings,
     finish,
@@ -44,13 +45,17 @@ from pipelines.data.video_requests import ClipRequest
 from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run
+from pipelines.stages import imported
+from pipelines.stages.imported import summarise
 from pipelines.storage.weights import trained_backbone, weights_digest
-from s5.errors import Failure, VideoError
+from s5.errors import VideoError
 from s5.models.backbone import Backbone
 from s5.video.reading import FrameArray
 
 COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
 """Columns of the manifest that encoding needs."""
+STORED_AHEAD = 2
+"""Encoded chunks that wait to be copied from the device and written."""
 
 
 def run(config: FeaturesConfig) -> dict[str, Any]:
@@ -60,6 +65,8 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
         StageError: no video can be read, or encoding failed.
     """
+    if config.import_:
+        return imported.run(config)
     manifest = read_manifest(config.manifest)
     backbone = trained_backbone(config.model.backbone, config.checkpoint)
     meta = meta_of(config, backbone, digest(manifest))
@@ -80,8 +87,8 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
             config, stage, meta, backbone, manifest, left, decoders
         )
         black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
-        index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
-        summarise(stage, index, meta, kept=len(done))
+        index = finish(stage.out, meta, shards, on_host(encode(backbone, black, config.precision))[0])
+        summarise(stage, index, meta, kept=len(done), strangers=[])
     return stage.result
 
 
@@ -115,27 +122,6 @@ def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> Featur
         width=backbone.width,
         chunk_frames=config.chunk_frames,
     )
-
-
-def summarise(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
-    """Set the counts of the result, list what could not be read, and print both.
-
-    Raises:
-        StageError: no video could be read.
-    """
-    rows = index.to_pylist()
-    failures = [Failure(row["video_id"], row["uri"], row["reason"]) for row in rows if row["reason"]]
-    stage.replace_rejects(failures)
-    if len(failures) == len(rows):
-        raise StageError(
-            f"none of the {len(rows)} videos can be read, as {failures[0].video_id!r}: {failures[0].reason}"
-        )
-    videos, frames = len(rows) - len(failures), sum(row["frames"] for row in rows)
-    gigabytes = frames * meta.tokens * meta.width * 2 / 1e9
-    stage.counts |= {"videos": videos, "rejects": len(failures), "frames": frames}
-    stage.counts |= {"shards_kept": kept}
-    stage.metrics |= {"features/gigabytes": gigabytes}
-    stage.info(f"{frames} frames of {videos} videos, {gigabytes:.2f} GB, {len(failures)} rejects -> {stage.out}")
 
 
 def encode_all(
@@ -194,19 +180,41 @@ def encoded(
     yield from tables
 
 
-def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> TokenArray:
-    """Return the tokens (T, N, D) of frames, fp16.
+def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> Tensor:
+    """Return the tokens (T, N, D) of frames, fp16, on the backbone's device, which may still be computing them."""
+    device = backbone.mean.device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        tokens: Tensor = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
+    return tokens.view(len(frames_THWC), backbone.tokens, backbone.width)
+
+
+def on_host(tokens: Tensor) -> TokenArray:
+    """Return encoded tokens in host memory.
 
     Raises:
         VideoError: they are not finite, or too large for fp16.
     """
-    device = backbone.mean.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        tokens = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
     if not bool(torch.isfinite(tokens).all()):
         raise VideoError("tokens are not finite in fp16")
-    array: TokenArray = tokens.view(len(frames_THWC), backbone.tokens, backbone.width).cpu().numpy()
+    array: TokenArray = tokens.cpu().numpy()
     return array
+
+
+def store(writer: ShardWriter, row: dict[str, Any], times_T: FloatArray, tokens: Tensor | VideoError | None) -> None:
+    """Append a chunk of a video to a shard, and note in its row of the index where it is, or why it cannot be."""
+    if row["reason"] or tokens is None:
+        return
+    try:
+        if isinstance(tokens, VideoError):
+            raise tokens
+        array = on_host(tokens)
+    except VideoError as error:
+        # What is written of it by now stays in the shard, and nothing points there.
+        row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
+        return
+    row["batch"] = row["batch"] if row["frames"] else writer.batches
+    row["frames"] += len(times_T)
+    writer.add(times_T, array)
 
 
 class Encoder:
@@ -232,22 +240,27 @@ class Encoder:
             | {"start_s": video["start_s"], "batch": 0, "frames": 0}
             for video in videos.to_pylist()
         ]
-        with shard_writer(self.out, shard, self.meta) as writer:
+        # One thread, so that a video's chunks are stored in order while the next one is encoded.
+        with shard_writer(self.out, shard, self.meta) as writer, ThreadPoolExecutor(1, "store") as thread:
+            stored: deque[Future[None]] = deque()
             for number, times_T, coming in self._read_ahead(videos.to_pylist(), rows):
-                row = rows[number]
-                try:
-                    frames = coming.result()
-                    if not row["reason"]:
-                        tokens = encode(self.backbone, frames, self.config.precision)
-                        row["batch"] = row["batch"] if row["frames"] else writer.batches
-                        row["frames"] += len(times_T)
-                        writer.add(times_T, tokens)
-                except VideoError as error:
-                    # What is written of it by now stays in the shard, and nothing points there.
-                    row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
+                tokens = self._encoded(coming, rows[number])
+                stored.append(thread.submit(store, writer, rows[number], times_T, tokens))
+                if len(stored) > STORED_AHEAD:
+                    stored.popleft().result()
+            while stored:
+                stored.popleft().result()
         index = pa.Table.from_pylist(rows, INDEX)
         storage.write_table(shard_path(self.out, shard, "parquet"), index)
         return index
+
+    def _encoded(self, coming: Future[FrameArray], row: dict[str, Any]) -> Tensor | VideoError | None:
+        """Tokens of a chunk, or why there are none; None of a video that has failed before."""
+        try:
+            frames = coming.result()
+        except VideoError as error:
+            return error
+        return None if row["reason"] else encode(self.backbone, frames, self.config.precision)
 
     def _read_ahead(
         self, videos: list[dict[str, Any]], rows: list[dict[str, Any]]

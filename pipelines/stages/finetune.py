@@ -16,13 +16,14 @@ from pipelines.config import FinetuneConfig, flatten
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import check_features
+from pipelines.data.features.cache import with_imported
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
 from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
+from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone, with_trained_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
 from s5.checkpoints import checkpoint
@@ -108,6 +109,10 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     train = drop_too_short(split_of(manifest, "train"), clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.world_size))
     check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
+    frame_encoder = with_imported(config.model.backbone, config.features)
+    if not config.checkpoint:
+        frame_encoder = with_trained_weights(frame_encoder)
+    config = replace(config, model=replace(config.model, backbone=frame_encoder))
     weights = None
     inputs = {"manifest": digest(manifest)}
     try:

@@ -111,12 +111,12 @@ def check_features(
     Raises:
         UserError: they do not; gives the reason.
     """
-    if weights is None:
+    meta = read_meta(folder)
+    if weights is None and not meta.imported:
         raise UserError(
             "features come from a trained backbone: give the checkpoint or model.backbone.weights that computed them"
         )
-    meta = read_meta(folder)
-    check_fresh(folder, meta, backbone, weights_digest(weights), digest(manifest))
+    check_fresh(folder, meta, backbone, weights_digest(weights or {}), digest(manifest))
     check_stride(meta, clips, protocol, manifest, pairs)
     return meta.digest
 
