@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -367,32 +366,3 @@ def require_shared(batch_size: int, num_workers: int) -> None:
     """Raise `ValueError` unless every worker gets a video of each global batch."""
     remedy = f"give at least scale.num_workers, {num_workers}, or 0"
     require(batch_size == 0 or batch_size >= num_workers, "loop.batch_size", batch_size, remedy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One value for every stage: what a preset is. `python -m pipelines STAGE` uses the field of that name."""
-
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    index: IndexConfig = field(default_factory=IndexConfig)
-    transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-
-
-StageConfig = (
-    SampleConfig
-    | IndexConfig
-    | TranscodeConfig
-    | PretrainConfig
-    | FeaturesConfig
-    | FinetuneConfig
-    | EvaluateConfig
-    | SweepConfig
-    | ReportConfig
-)
-STAGES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig))

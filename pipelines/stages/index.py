@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.config import IndexConfig
-from pipelines.data.annotations import breakfast, coin, kinetics, lvu, own
+from pipelines.data.annotations import benchmarks, own
 from pipelines.data.annotations.shared import AnnotatedVideo, Annotations
 from pipelines.data.indexing.holding_out import hold_out, keep_learnable, listed_counts, shares
 from pipelines.data.indexing.locating import Names, by_id, by_name
@@ -30,8 +30,6 @@ from pipelines.running.resources import ensure_ray
 from pipelines.running.stage import Stage, stage_run
 from s5.errors import Failure
 
-BENCHMARKS = {"lvu": lvu.read, "breakfast": breakfast.read, "coin": coin.read, "kinetics": kinetics.read}
-"""Readers of annotations whose videos are named by ids without endings."""
 FIRST_CLASSES = 5
 """Classes named in a warning."""
 NOT_LISTED = "videos that are not listed"
@@ -119,9 +117,9 @@ def list_videos(config: IndexConfig) -> tuple[Annotations, VideoFiles]:
         UserError: the folder or annotations are missing or have no videos, or the annotations are wrong.
     """
     source = config.source if config.source != "auto" else "csv" if config.annotations else "folder"
-    if source in BENCHMARKS:
+    if source in benchmarks.READERS:
         # Before the folder, whose listing may take minutes.
-        annotations = BENCHMARKS[source](config.annotations)
+        annotations = benchmarks.READERS[source](config.annotations)
         files = find(config.videos)
         videos = by_id(annotations.videos, files, config.videos)
         if all(video.reason for video in videos):

@@ -1,0 +1,9 @@
+"""What a recipe consists of. Read in this order:
+
+steps      the stages that run, with their settings and folders
+published  the tables of the paper and its peers
+row        our row beside them, with mean and interval over seeds
+counts     clips, steps and tokens of each stage, from annotations alone
+rates      measured rates of nodes, and what they are of
+dry_run    what a recipe would cost, from counts and rates
+"""
