@@ -91,7 +91,7 @@ NODES = {
             "performer": _on_gpu(25.2, 10.6, 2881, 45.1, 19.1, 5381),
         },
         sources={
-            "backbone": "MFU 0.31 of 989 TFLOP/s, training ViT-L/16, 4 pairs of 60 frames (GPU: pretraining, 2026-11-27)",
+            "backbone": "MFU 0.31 of 989 TFLOP/s, ViT-L/16, 4 pairs of 60 frames (GPU: pretraining, 2026-11-27)",
             "decoder": "16 x 3,136 and 8 x 11,820 tokens, S4D (GPU: decoders, 2026-11-27)",
             "decoding": f"14 tasks at {DECODING}",
             "features": FEATURES,
