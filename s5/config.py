@@ -64,17 +64,17 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Frame encoder: any Vision Transformer of timm."""
+    """Frame encoder: a Vision Transformer of timm, or frozen any other model of timm whose features are a grid."""
 
     name: str = "vit_base_patch16_224"
     """timm's name of the model."""
     frame_size: int = 224
     """Height and width of a frame in pixels; positional embeddings are made for (or interpolated to) it."""
     weights: Annotated[str, PathRole("input", "weights", ("", "timm"))] = ""
-    """Where the weights come from: empty for random ones, `timm` for timm's own (cached or from the hub), or a file
-    (.safetensors, .pt) in timm's layout."""
+    """Where the weights come from: empty for random ones (where the backbone is frozen for timm's), `timm` for timm's
+    own (cached or from the hub), or a file (.safetensors, .pt) in timm's layout."""
     frozen: bool = False
-    """Keep the backbone's weights as they are and run it without gradient."""
+    """Keep the backbone's weights as they are and run it without gradient, in evaluation mode."""
     cls_token: bool = False
     """Hand the class token on as one more token a frame."""
     depth: int | None = None

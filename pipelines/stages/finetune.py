@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
+from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone, with_trained_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
 from s5.checkpoints import checkpoint
@@ -108,6 +108,9 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     train = drop_too_short(split_of(manifest, "train"), clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
+    if not config.checkpoint:
+        model = replace(config.model, backbone=with_trained_weights(config.model.backbone))
+        config = replace(config, model=model)
     weights = None
     inputs = {"manifest": digest(manifest)}
     try:

@@ -29,14 +29,12 @@ from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.weights import backbone_weights
+from pipelines.storage.weights import backbone_weights, with_trained_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
-from s5.config import BackboneConfig
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
-from s5.models.video_model import check_model
-from s5.tasks.lsmcl import LSMCL
+from s5.tasks.lsmcl import LSMCL, check_lsmcl
 from s5.training.loop import TrainingLoop
 
 
@@ -99,13 +97,14 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     train = drop_too_short(split_of(manifest, "train"), config.clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=False)
-    config = with_trained_backbone(config)
+    model = replace(config.model, backbone=with_trained_weights(config.model.backbone))
+    config = replace(config, model=model)
     try:
-        check_model(config.model)
+        check_lsmcl(config.model, config.lsmcl)
     except ValueError as error:
         raise UserError(str(error)) from None
     val = drop_too_short(split_of(manifest, "val"), config.clips)
-    inputs, backbone = {"manifest": digest(manifest)}, initial_backbone(config.model.backbone)
+    inputs, backbone = {"manifest": digest(manifest)}, backbone_weights(config.model.backbone)
     if config.features:
         # Workers may have another folder.
         config = replace(config, features=storage.absolute(config.features))
@@ -122,31 +121,6 @@ def build_job(config: PretrainConfig) -> PretrainJob:
         backbone=backbone,
         commit=provenance.commit(),
     )
-
-
-def with_trained_backbone(config: PretrainConfig) -> PretrainConfig:
-    """Return the settings with timm's weights for a frozen backbone that is given none."""
-    backbone = config.model.backbone
-    if not backbone.frozen or backbone.weights:
-        return config
-    return replace(config, model=replace(config.model, backbone=replace(backbone, weights="timm")))
-
-
-def initial_backbone(config: BackboneConfig) -> dict[str, Tensor] | None:
-    """Return the weights that the backbone starts from, or None for random ones, which a frozen one cannot have.
-
-    Raises:
-        UserError: they cannot be loaded.
-    """
-    try:
-        return backbone_weights(config)
-    except UserError as error:
-        if not config.frozen:
-            raise
-        raise UserError(
-            f"model.backbone.frozen is True: a frozen backbone needs trained weights, since random ones would stay so, "
-            f"and {error}"
-        ) from None
 
 
 def build(job: PretrainJob, context: RayContext) -> TrainingLoop:

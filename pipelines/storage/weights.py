@@ -52,6 +52,11 @@ def local_checkpoint(path: str) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
+def with_trained_weights(config: BackboneConfig) -> BackboneConfig:
+    """Return the settings with timm's weights for a frozen backbone that is given none."""
+    return replace(config, weights="timm") if config.frozen and not config.weights else config
+
+
 def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
     """Return the weights that the backbone starts from, or None for random ones.
 
@@ -63,13 +68,16 @@ def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
     if not config.weights:
         return None
     try:
-        return Backbone(config).vit.state_dict()
+        weights: dict[str, Tensor] = Backbone(config).vit.state_dict()
+        return weights
     except ValueError as error:
         raise UserError(str(error)) from None
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
+        why = "; a frozen backbone needs trained weights, since random ones would stay so" if config.frozen else ""
         raise UserError(
-            f"backbone.weights is {config.weights!r}: timm cannot load them ({reason}); give a file, or go online once"
+            f"backbone.weights is {config.weights!r}: timm cannot load them ({reason}){why}; give a file, or go online "
+            "once"
         ) from None
 
 
@@ -80,20 +88,19 @@ def of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_backbone(config: BackboneConfig, path: str) -> Backbone:
-    """Return a frozen backbone with the weights of a checkpoint, or where `path` is empty with its own.
+    """Return a frozen backbone with the weights of a checkpoint, or where `path` is empty with its own or timm's.
 
     Raises:
         UserError: there are no weights, or they are of another backbone.
     """
-    if not path and not config.weights:
-        raise UserError("model.backbone.weights is '': a random backbone has no features; give weights or --checkpoint")
-    weights = backbone_weights(config)
+    config = replace(config, frozen=True)
+    weights = None if path else backbone_weights(with_trained_weights(config))
     try:
         if weights is None:
             with local_checkpoint(path) as folder:
                 check_architecture(folder, {f"backbone.{name}": value for name, value in asdict(config).items()})
                 weights = of_backbone(encoder_weights(folder))
-        backbone = Backbone(replace(config, weights="", frozen=True))
+        backbone = Backbone(replace(config, weights=""))
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from None
     backbone.vit.load_state_dict(weights)

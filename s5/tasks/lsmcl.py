@@ -81,12 +81,18 @@ class LSMCL(nn.Module):
     """
 
     def __init__(self, model: ModelConfig, config: LSMCLConfig) -> None:
+        """Build both branches.
+
+        Raises:
+            ValueError: patches are to be masked for a backbone that sees whole frames.
+        """
         super().__init__()
         self.config = config
         # Random masking stands in for the mask generator while pretraining, so the pyramid keeps all tokens.
         selection = replace(model.decoder.selection, generator="none")
         self.encoder = VideoModel(replace(model, decoder=replace(model.decoder, selection=selection)))
-        if config.freeze_patches:
+        self.encoder.backbone.check_masking(config.mask_on == "patches")
+        if config.freeze_patches and not model.backbone.frozen:
             self.encoder.backbone.vit.patch_embed.requires_grad_(False)
         width = self.encoder.decoder.out_width
         self.projector = head([width, config.hidden, config.hidden, config.dim], last_affine=False)
@@ -204,3 +210,13 @@ class LSMCL(nn.Module):
             if moving:
                 torch._foreach_lerp_([a for a, _ in moving], [o for _, o in moving], 1 - self.momentum)
         return {"momentum": self.momentum}
+
+
+def check_lsmcl(model: ModelConfig, config: LSMCLConfig) -> None:
+    """Build the task without memory for its weights, to find settings that do not fit together.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    with torch.device("meta"):
+        LSMCL(replace(model, backbone=replace(model.backbone, weights="")), config)
