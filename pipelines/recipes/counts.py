@@ -14,6 +14,7 @@ from pipelines.data.annotations.benchmarks import READERS, annotations_of, lengt
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.features.cache import frame_times
 from pipelines.data.indexing.holding_out import hold_out, shares
+from pipelines.data.manifest import SPLITS
 from pipelines.data.protocols import clips_per_video
 from pipelines.errors import UserError
 from pipelines.recipes.steps import task_of
@@ -63,6 +64,7 @@ def listing_of(config: RecipeConfig) -> Listing:
     for video, length in zip(videos, lengths, strict=True):
         split = held.get(video.video_id) or video.split or "train"
         seconds.setdefault(split, []).append(fmean(known) if length is None else length)
+    seconds = {split: seconds[split] for split in SPLITS if split in seconds}
     labelled = any(video.label is not None for video in videos)
     return Listing(seconds, labelled, annotations.protocol or "uniform", len(lengths) - len(known))
 

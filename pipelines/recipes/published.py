@@ -1,7 +1,7 @@
 """The tables that recipes are compared with: top-1 in percent, or mean squared error.
 
-Source: read in the tables of a later paper ("Video Token Merging for Long-form Video Understanding", arXiv 2410.23782),
-not in the papers of the methods. LVU: all videos of its test split, frozen ViT-L/16 tokens of ImageNet-21k.
+Source: read in the tables of later papers, not in those of the methods themselves. LVU: all videos of its test split,
+frozen ViT-L/16 tokens of ImageNet-21k.
 """
 
 from __future__ import annotations
