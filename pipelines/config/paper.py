@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from pipelines.config.dotted import override
+from pipelines.config.recipes import STAGE_ORDER
 from pipelines.config.run import RunConfig
 
 CLASS_TASKS = ("relationship", "way_speaking", "scene", "director", "genre", "writer", "year")
@@ -73,11 +74,11 @@ SUPERVISED: dict[str, Any] = {
 }
 
 
-def _recipe(name: str, recipe: dict[str, Any], **stages: dict[str, Any]) -> RunConfig:
-    """Return the preset of a recipe; the stages have its settings when they are run alone, too."""
-    settings = {f"{stage}.{key}": value for stage, changes in stages.items() for key, value in changes.items()}
+def _recipe(name: str, stages: tuple[str, ...] = STAGE_ORDER, **groups: dict[str, Any]) -> RunConfig:
+    """Return the preset of a recipe; its stages have the settings of their groups when they are run alone, too."""
+    settings = {f"{group}.{key}": value for group, changes in groups.items() for key, value in changes.items()}
     alone = {key.replace("encode.", "features.", 1): value for key, value in settings.items()}
-    named = {"name": name, "out": f"out/{name}"} | recipe | settings
+    named = {"name": name, "out": f"out/{name}", "stages": stages} | settings
     return override(RunConfig(), alone | {f"recipe.{key}": value for key, value in named.items()})
 
 
@@ -86,7 +87,6 @@ def lvu(task: str) -> RunConfig:
     second = {"clips.frames": 60, "clips.long_stride": 1.0, "clips.short_stride": 1.0}
     return _recipe(
         f"paper-lvu-{task}",
-        {"benchmark": "lvu"},
         encode=VIT | {"frames_per_second": 1.0},
         pretrain=VIT | DECODER | CACHED | second | {"clips.long_stride": 2.0},
         finetune=VIT | DECODER | SUPERVISED | second | {"task": "class" if task in CLASS_TASKS else "regression"},
@@ -98,7 +98,6 @@ def _whole(benchmark: str) -> RunConfig:
     strides = {"clips.long_stride": 2.0, "clips.short_stride": 0.5}
     return _recipe(
         f"paper-{benchmark}",
-        {"benchmark": benchmark},
         encode=SWIN | {"frames_per_second": 2.0},
         pretrain=SWIN | DECODER | CACHED | strides | {"clips.frames": 64},
         finetune=SWIN | DECODER | SUPERVISED | {"clips.frames": 64},
@@ -123,7 +122,7 @@ def kinetics() -> RunConfig:
     clips = {"clips.frames": 16, "clips.long_stride": 0.5, "clips.short_stride": 0.125}
     return _recipe(
         "paper-kinetics",
-        {"benchmark": "kinetics", "stages": ("index", "pretrain", "report")},
+        stages=("index", "pretrain", "report"),
         pretrain=VIT | DECODER | CONTRASTIVE | clips | {"loop.batch_size": 256},
     )
 

@@ -23,7 +23,6 @@ from pipelines.config.stages import (
 )
 from s5.config import require
 
-Benchmark = Literal["", "lvu", "breakfast", "coin", "kinetics"]
 StageName = Literal["index", "features", "pretrain", "finetune", "evaluate", "report"]
 NodeName = Literal["cpu-2", "h200"]
 
@@ -52,8 +51,6 @@ class RecipeConfig:
     """Folder with one of each stage, and row.json; a second start with the same folder goes on where it stood."""
     name: str = ""
     """Name of the recipe, which `recipe NAME` gives together with all of its settings."""
-    benchmark: Benchmark = ""
-    """Benchmark whose annotations are read."""
     videos: VideoFolder = ""
     """Folder of the benchmark's videos, ID.ENDING at any depth."""
     annotations: AnnotationsPath = ""
@@ -99,6 +96,16 @@ class RecipeConfig:
         require(not (pretrained and checkpoint), "finetune.checkpoint", checkpoint, remedy)
         for stage, names in LINKS.items():
             self._check_links(stage, names)
+
+    @property
+    def benchmark(self) -> str:
+        """Benchmark whose annotations are read: of `paper-lvu-genre` lvu."""
+        return self.name.removeprefix("paper-").partition("-")[0]
+
+    @property
+    def task(self) -> str:
+        """Task of a benchmark that has several: of `paper-lvu-genre` genre."""
+        return self.name.removeprefix("paper-").partition("-")[2]
 
     def _check_links(self, stage: str, names: tuple[str, ...]) -> None:
         settings = getattr(self, GROUPS[stage])

@@ -5,5 +5,6 @@ published  the tables of the paper and its peers
 row        our row beside them, with mean and interval over seeds
 counts     clips, steps and tokens of each stage, from annotations alone
 rates      measured rates of nodes, and what they are of
-dry_run    what a recipe would cost, from counts and rates
+costs      what each stage would cost, from counts and rates
+dry_run    the costs as a text
 """

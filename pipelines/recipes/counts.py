@@ -17,7 +17,6 @@ from pipelines.data.indexing.holding_out import hold_out, shares
 from pipelines.data.manifest import SPLITS
 from pipelines.data.protocols import clips_per_video
 from pipelines.errors import UserError
-from pipelines.recipes.steps import task_of
 from s5.config import ClipConfig, EvaluationProtocol
 from s5.video.clip_times import fits, lvu_windows, stride_s
 
@@ -50,8 +49,7 @@ def listing_of(config: RecipeConfig) -> Listing:
     Raises:
         UserError: they are wrong, or state no lengths.
     """
-    task = task_of(config)
-    path = annotations_of(config.benchmark, task, config.annotations)
+    path = annotations_of(config.benchmark, config.task, config.annotations)
     annotations = READERS[config.benchmark](path)
     stated = lengths_s(config.benchmark, annotations, path)
     videos = [video for video in annotations.videos if not video.reason]

@@ -10,7 +10,6 @@ from typing import Any
 from pipelines.config import RecipeConfig
 from pipelines.data.annotations.benchmarks import NAMES
 from pipelines.recipes.published import published
-from pipelines.recipes.steps import task_of
 
 ROW = "row.json"
 DECODERS = {"s5": "S5", "vis4mer": "ViS4mer", "lst": "LST", "performer": "Performer", "orthoformer": "Orthoformer"}
@@ -50,7 +49,7 @@ def row_of(config: RecipeConfig, results: Sequence[Mapping[str, Any]]) -> dict[s
     return {
         "recipe": config.name,
         "benchmark": config.benchmark,
-        "task": task_of(config),
+        "task": config.task,
         "metric": "mean squared error" if regression else "top-1 %",
         "split": split,
         "method": method_of(config),
@@ -60,7 +59,7 @@ def row_of(config: RecipeConfig, results: Sequence[Mapping[str, Any]]) -> dict[s
         "listed": listed,
         "videos": min(videos),
         "rejects": listed - min(videos),
-        "published": published(config.benchmark, task_of(config)),
+        "published": published(config.benchmark, config.task),
     }
 
 

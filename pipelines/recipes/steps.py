@@ -27,11 +27,6 @@ class Step:
     config: StageConfig
 
 
-def task_of(config: RecipeConfig) -> str:
-    """Return the task of a recipe of LVU; empty for the other benchmarks."""
-    return config.name.removeprefix("paper-lvu-") if config.benchmark == "lvu" else ""
-
-
 def check(config: RecipeConfig) -> None:
     """Check that a recipe is named and has what it starts from: videos and annotations of its benchmark, or a manifest.
 
@@ -45,11 +40,13 @@ def check(config: RecipeConfig) -> None:
     if config.manifest:
         _check_manifest(config)
         return
+    if "index" not in config.stages:
+        raise UserError(f"stages is {config.stages!r}: without index, give the manifest that it made as --manifest")
     for name in ("annotations",) if config.dry_run else ("videos", "annotations"):
         if not getattr(config, name):
             remedy = "or the manifest that `index` made of them as --manifest"
             raise UserError(f"{name} is '': recipe {config.name} needs --{name}, those of its benchmark, {remedy}")
-    annotations_of(config.benchmark, task_of(config), config.annotations)
+    annotations_of(config.benchmark, config.task, config.annotations)
 
 
 def _check_manifest(config: RecipeConfig) -> None:
@@ -63,9 +60,9 @@ def _check_manifest(config: RecipeConfig) -> None:
             "dry_run is True: it counts what the annotations list; give --annotations in place of --manifest"
         )
     about = description(read_manifest(config.manifest))
-    if (about.dataset, about.task) != (config.benchmark, task_of(config)):
+    if (about.dataset, about.task) != (config.benchmark, config.task):
         held = " ".join(filter(None, (NAMES.get(about.dataset, "own videos"), about.task)))
-        wanted = " ".join(filter(None, (NAMES[config.benchmark], task_of(config))))
+        wanted = " ".join(filter(None, (NAMES[config.benchmark], config.task)))
         raise UserError(
             f"manifest is {config.manifest!r}: it is of {held}, and recipe {config.name} needs {wanted}; index that"
         )
@@ -93,7 +90,7 @@ def _changes(config: RecipeConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     out, stages = storage.absolute(config.out), config.stages
     reading = {"manifest": storage.absolute(config.manifest) if config.manifest else storage.join(out, "index")}
     if "index" in stages and not config.manifest:
-        given = annotations_of(config.benchmark, task_of(config), config.annotations)
+        given = annotations_of(config.benchmark, config.task, config.annotations)
         changes = {"source": config.benchmark, "videos": storage.absolute(config.videos)}
         yield "index", "index", changes | {"annotations": storage.absolute(given)}
     if config.features:

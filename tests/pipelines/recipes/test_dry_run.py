@@ -17,7 +17,7 @@ from pipelines.data.annotations import benchmarks
 from pipelines.data.clip_order import ClipOrder
 from pipelines.errors import UserError
 from pipelines.recipes import counts, dry_run
-from pipelines.recipes.dry_run import Cost, Facts, Work
+from pipelines.recipes.costs import Cost, Facts, Work, costs_of, facts_of
 from pipelines.recipes.rates import NODES
 from s5.config import BackboneConfig
 from s5.models.backbone import Backbone
@@ -47,9 +47,9 @@ def year(tmp_path: Path) -> RecipeConfig:
 
 
 def costs(config: RecipeConfig) -> dict[str, Cost]:
-    facts = dry_run.facts_of(config.pretrain.model.backbone)
+    facts = facts_of(config.pretrain.model.backbone)
     work = Work(NODES[config.node], facts, "features" in config.stages)
-    return {cost.stage: cost for cost in dry_run.costs_of(config, counts.listing_of(config), work)}
+    return {cost.stage: cost for cost in costs_of(config, counts.listing_of(config), work)}
 
 
 def slow_windows(seconds: float) -> int:
@@ -150,7 +150,7 @@ def test_hours_are_proportional_to_tokens_and_unknown_rates_are_said(year: Recip
 
 def test_facts_are_those_of_the_model() -> None:
     config = BackboneConfig(name="vit_tiny_patch16_224", depth=1, frame_size=64, cls_token=True)
-    facts, backbone = dry_run.facts_of(config), Backbone(config)
+    facts, backbone = facts_of(config), Backbone(config)
     assert (facts.tokens, facts.width) == (backbone.tokens, backbone.width)
     assert facts.parameters == sum(weight.numel() for weight in backbone.parameters())
     # A block multiplies each of 17 tokens with 12 matrices of 192 x 192, and the tokens with each other twice.

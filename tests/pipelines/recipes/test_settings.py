@@ -86,7 +86,7 @@ def test_settings_are_the_papers(name: str) -> None:
 def test_lvu_reads_windows_of_a_minute(name: str) -> None:
     config = recipe(name)
     assert config.encode.frames_per_second == config.finetune.clips.long_stride == 1
-    assert config.finetune.task == ("regression" if steps.task_of(config) in lvu.COUNTS else "class")
+    assert config.finetune.task == ("regression" if config.task in lvu.COUNTS else "class")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -163,6 +163,7 @@ def test_run_json_names_the_recipe(tmp_path: Path) -> None:
         ),
         (["paper-lvu-year", "--stages", "pretrain", "index"], "stages is ('pretrain', 'index'): give some of index, "),
         (["paper-lvu-year", "--stages", "finetune"], "stages is ('finetune',): give finetune and evaluate together"),
+        (["paper-lvu-year", "--stages", "pretrain"], "stages is ('pretrain',): without index, give the manifest"),
         (["paper-lvu-year", "--node", "h100"], "node is 'h100': input should be 'cpu-2' or 'h200'"),
     ],
 )
