@@ -14,16 +14,20 @@ from signal import SIGPIPE
 from typing import Any, NoReturn
 
 from pipelines import preflight
-from pipelines.config import INPUTS, STAGES, StageConfig, leaves_of, override, unknown
+from pipelines.config import INPUTS, STAGES, RecipeConfig, StageConfig, leaves_of, override, unknown
 from pipelines.config.arguments import parse_settings
+from pipelines.config.paper import RECIPES
 from pipelines.config.presets import PRESETS, preset
+from pipelines.config.recipes import GROUPS
 from pipelines.errors import StageError, UserError, missing_package
 
 USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
 
 stages:   {", ".join(STAGES)}
-presets:  {", ".join(PRESETS)}
+presets:  {", ".join(name for name in PRESETS if name not in RECIPES)}
+recipes:  {", ".join(RECIPES)}
 
+python -m pipelines recipe NAME runs all stages of a recipe; --preset NAME has its settings for a stage alone.
 python -m pipelines STAGE --help lists a stage's settings; every stage takes --out, a folder or a URI."""
 
 
@@ -35,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
             return 0 if argv else 2
         name, config = parse(argv)
         preflight.check(name, config)
+        if isinstance(config, RecipeConfig) and config.dry_run:
+            print(importlib.import_module("pipelines.recipes.dry_run").plan_of(config), flush=True)
+            return 0
         # Not before: this, and a stage, take seconds to import.
         startup = importlib.import_module("pipelines.running.startup")
         with startup.without_garbage_collection():
@@ -68,6 +75,10 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
     name, *rest = argv
     if name not in STAGES:
         raise UserError(unknown("stage", name, STAGES))
+    if name == "recipe" and rest and not rest[0].startswith("-"):
+        if rest[0] not in RECIPES:
+            raise UserError(unknown("recipe", rest[0], tuple(RECIPES)))
+        rest = ["--preset", *rest]
     chosen, rest = _take(rest, "preset")
     path, rest = _take(rest, "config")
     if chosen is not None and path is not None:
@@ -77,7 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
         config = _saved(name, config, path)
     if "--help" in rest or "-h" in rest:
         _help(name, config)
-    return name, override(config, parse_settings(rest, config))
+    groups = tuple(GROUPS.values()) if name == "recipe" else ()
+    return name, override(config, parse_settings(rest, config, groups))
 
 
 def _help(name: str, config: StageConfig) -> NoReturn:

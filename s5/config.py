@@ -316,7 +316,10 @@ class OptimConfig:
     """AdamW with linear warm-up and a cosine."""
 
     lr: float = 1.5e-4
-    """Peak learning rate for the whole (global) batch."""
+    """Peak learning rate for the whole (global) batch, or for `lr_batch` where that is given."""
+    lr_batch: int = 0
+    """Global batch that `lr` is meant for: the peak is lr x loop.batch_size / lr_batch (256 in MoCo v3, arXiv
+    2104.02057); 0 for the batch as it is."""
     weight_decay: float = 0.1
     """Decoupled weight decay; norms, biases and state-space parameters have none."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -330,9 +333,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "give a positive number")
+        require(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "give 0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "give 0 or more")
         require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "give a value in [0, 1)")
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "give 0 or more")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Return the peak learning rate of a global batch of so many videos."""
+        return self.lr * batch_size / self.lr_batch if self.lr_batch else self.lr
 
 
 @dataclass(frozen=True, kw_only=True)

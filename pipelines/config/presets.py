@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.config import RunConfig, override, unknown
+from pipelines.config.paper import RECIPES
 from pipelines.errors import UserError
 
 
@@ -87,7 +88,7 @@ def videos() -> RunConfig:
     return override(quickstart(), changes)
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"base": base, "quickstart": quickstart, "videos": videos}
+PRESETS: dict[str, Callable[[], RunConfig]] = {"base": base, "quickstart": quickstart, "videos": videos} | RECIPES
 
 
 def preset(name: str) -> RunConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -391,32 +390,3 @@ def require_features(backbone: BackboneConfig, features: str) -> None:
     """Raise `ValueError` where imported features are to stand for the frame encoder and none are given."""
     remedy = "imported features stand in for the frame encoder then; give features, or leave it out"
     require(bool(features) or not backbone.tokens, "model.backbone.tokens", backbone.tokens, remedy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One value for every stage: what a preset is. `python -m pipelines STAGE` uses the field of that name."""
-
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    index: IndexConfig = field(default_factory=IndexConfig)
-    transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-
-
-StageConfig = (
-    SampleConfig
-    | IndexConfig
-    | TranscodeConfig
-    | PretrainConfig
-    | FeaturesConfig
-    | FinetuneConfig
-    | EvaluateConfig
-    | SweepConfig
-    | ReportConfig
-)
-STAGES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig))
