@@ -278,6 +278,51 @@ class ClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Random views of clips in training, as in MoCo v3 (arXiv 2104.02057): one draw for all frames of a clip, and one
+    of its own for each clip of a pair. Off where nothing is given, and in evaluation."""
+
+    crop_scale: tuple[float, ...] = ()
+    """Smallest and largest share of the picture that a random resized crop shows (MoCo v3: 0.08 1); empty for the
+    largest square at the centre."""
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of a random resized crop."""
+    flip: float = 0.0
+    """Share of clips that are mirrored, left to right (MoCo v3: 0.5)."""
+    jitter: float = 0.0
+    """Strength of the colour jitter: brightness, contrast and saturation change by up to this share; 0 for none."""
+    jitter_share: float = 1.0
+    """Share of clips with colour jitter (MoCo v3: 0.8)."""
+    grey: float = 0.0
+    """Share of clips that lose their colours (MoCo v3: 0.2)."""
+    blur: tuple[float, ...] = (0.0, 0.0)
+    """Shares of long clips, or of clips that are no pairs, and of short ones that are blurred, by a Gaussian of 0.1 to
+    2 pixels in frames of 224 pixels, and in proportion in others (MoCo v3: 1 0.1)."""
+    solarise: tuple[float, ...] = (0.0, 0.0)
+    """Shares of the same clips whose values from 128 on are inverted (MoCo v3: 0 0.2)."""
+
+    def __post_init__(self) -> None:
+        scale, ratio = self.crop_scale, self.crop_ratio
+        fits = scale == () or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1)
+        remedy = "give a smallest and a largest share of the picture, above 0 and up to 1, or nothing"
+        require(fits, "views.crop_scale", scale, remedy)
+        fits = len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf
+        require(fits, "views.crop_ratio", ratio, "give a smallest and a largest ratio above 0")
+        for name in ("flip", "jitter", "jitter_share", "grey"):
+            require_range(f"views.{name}", getattr(self, name), 0, 1)
+        for name in ("blur", "solarise"):
+            shares = getattr(self, name)
+            fits = len(shares) == 2 and all(0 <= share <= 1 for share in shares)
+            require(fits, f"views.{name}", shares, "give two shares from 0 to 1, of long and of short clips")
+
+    def changing(self) -> dict[str, tuple[Any, str]]:
+        """Return what changes frames, under dotted keys: each setting with what to give to turn it off."""
+        off = {"crop_scale": "", "flip": "0", "jitter": "0", "grey": "0", "blur": "0 0", "solarise": "0 0"}
+        changed = [name for name in off if getattr(self, name) != getattr(ViewsConfig, name)]
+        return {f"views.{name}": (getattr(self, name), off[name]) for name in changed}
+
+
+@dataclass(frozen=True, kw_only=True)
 class LSMCLConfig:
     """Long-short masked contrastive pretraining (arXiv 2303.14526); where it is silent, MoCo v3 (2104.02057)."""
 
@@ -294,8 +339,6 @@ class LSMCLConfig:
     """Width of the hidden layers of projector and predictor."""
     dim: int = 256
     """Width of the embeddings that are compared."""
-    jitter: float = 0.4
-    """Strength of the colour jitter, drawn for each clip of a pair; 0 for none."""
     freeze_patches: bool = True
     """Keep the patch projection at its initial weights, which MoCo v3 found to be stabler."""
     collapse_spread: float = 0.1
@@ -306,7 +349,6 @@ class LSMCLConfig:
         require(self.mask_on in ("patches", "tokens"), "lsmcl.mask_on", self.mask_on, "give patches or tokens")
         require(self.temperature > 0, "lsmcl.temperature", self.temperature, "give a positive number")
         require_range("lsmcl.momentum", self.momentum, 0, 1)
-        require_range("lsmcl.jitter", self.jitter, 0, 1)
         require(self.hidden >= 1, "lsmcl.hidden", self.hidden, "give at least 1")
         require(self.dim >= 2, "lsmcl.dim", self.dim, "give at least 2")
 

@@ -45,7 +45,7 @@ def quickstart() -> RunConfig:
         "pretrain.lsmcl.hidden": 256,
         "pretrain.lsmcl.dim": 64,
         # Colour tells the steps apart here, so it is not to be learned as noise.
-        "pretrain.lsmcl.jitter": 0.0,
+        "pretrain.views.jitter": 0.0,
         "pretrain.optim.lr": 1e-3,
         "pretrain.loop.batch_size": 28,
         "pretrain.loop.epochs": 15,
@@ -78,7 +78,7 @@ def videos() -> RunConfig:
         "pretrain.clips.long_stride": 0.5,
         "pretrain.clips.short_stride": 0.1,
         "pretrain.clips.too_short": "shrink",
-        "pretrain.lsmcl.jitter": 0.4,
+        "pretrain.views.jitter": 0.4,
         "pretrain.loop.batch_size": 0,
         "pretrain.loop.steps": 100,
         "pretrain.loop.checkpoint_every": 50,

@@ -29,6 +29,7 @@ from s5.config import (
     LSMCLConfig,
     ModelConfig,
     OptimConfig,
+    ViewsConfig,
     require,
 )
 
@@ -158,6 +159,8 @@ class PretrainConfig:
     """Long and short clips."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder."""
+    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(jitter=0.4))
+    """Random views of clips."""
     lsmcl: LSMCLConfig = field(default_factory=LSMCLConfig)
     """Contrastive task."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -182,9 +185,9 @@ class PretrainConfig:
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
-            masked, jitter = self.lsmcl.mask_on, self.lsmcl.jitter
+            masked = self.lsmcl.mask_on
             require(masked == "tokens", "lsmcl.mask_on", masked, "cached features are of whole frames; give tokens")
-            require(jitter == 0, "lsmcl.jitter", jitter, "cached features have no colours to change; give 0")
+            require_no_views(self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +269,8 @@ class FinetuneConfig:
     """Clips; only the long stride is used."""
     protocol: ProtocolSetting = "auto"
     """Which clips are learned from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Random views of training clips."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Video model."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.05))
@@ -287,6 +292,7 @@ class FinetuneConfig:
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
+            require_no_views(self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,3 +396,11 @@ def require_features(backbone: BackboneConfig, features: str) -> None:
     """Raise `ValueError` where imported features are to stand for the frame encoder and none are given."""
     remedy = "imported features stand in for the frame encoder then; give features, or leave it out"
     require(bool(features) or not backbone.tokens, "model.backbone.tokens", backbone.tokens, remedy)
+
+
+def require_no_views(views: ViewsConfig) -> None:
+    """Raise `ValueError`, which names all that is set, unless views leave frames as they are."""
+    if changing := views.changing():
+        given = " and ".join(f"{key} is {value!r}" for key, (value, _) in changing.items())
+        off = " ".join(f"--{key.replace('_', '-')} {value}".strip() for key, (_, value) in changing.items())
+        raise ValueError(f"{given}: cached features have no pixels to change; give {off}")

@@ -155,7 +155,7 @@ def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
         model.load_backbone(job.backbone)
     if job.weights is not None:
         model.load_pretrained(job.weights)
-    task = Supervised(model, config.task)
+    task = Supervised(model, config.task, config.views)
     source = clip_source(job, context, protocol=job.protocol)
     evaluate = partial(validate, job, model, source, context) if len(job.val) else None
     return training_loop(

@@ -128,7 +128,7 @@ def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
-    task = LSMCL(model_on_worker(config.model), config.lsmcl)
+    task = LSMCL(model_on_worker(config.model), config.lsmcl, config.views)
     if job.backbone is not None:
         task.load_backbone(job.backbone)
     source = clip_source(job, context, pairs=True)

@@ -160,6 +160,7 @@ def clip_source(
         decode_tasks=context.decode_tasks,
         protocol=protocol,
         pairs=pairs,
+        views=config.views,
         rank=rank,
         world_size=world_size,
     )

@@ -274,7 +274,7 @@ def test_training_from_features_follows_training_from_frames(
 
 
 def pretraining(manifest: str, weights: str, out: Path, **changes: Any) -> PretrainConfig:
-    settings = {"lsmcl.mask_on": "tokens", "lsmcl.jitter": 0.0}
+    settings = {"lsmcl.mask_on": "tokens", "views.jitter": 0.0}
     return override(PretrainConfig(), frozen(manifest, weights, out) | HEADS | settings | changes)
 
 
@@ -345,7 +345,11 @@ def test_features_of_something_else_are_refused_in_pretraining(
     [
         ({"model.backbone.frozen": False}, "model.backbone.frozen is False: cached features are of a frozen backbone"),
         ({"lsmcl.mask_on": "patches"}, "lsmcl.mask_on is 'patches': cached features are of whole frames; give tokens"),
-        ({"lsmcl.jitter": 0.4}, "lsmcl.jitter is 0.4: cached features have no colours to change; give 0"),
+        ({"views.jitter": 0.4}, "views.jitter is 0.4: cached features have no pixels to change; give --views.jitter 0"),
+        (
+            {"views.crop_scale": (0.1, 1), "views.blur": (1, 0)},
+            r"views.crop_scale is .* and views.blur is .* no pixels to change; give --views.crop-scale --views.blur 0 0",
+        ),
     ],
 )
 def test_settings_that_features_cannot_follow_are_refused(changes: dict[str, Any], message: str) -> None:
