@@ -29,6 +29,7 @@ head=$SLURMD_NODENAME
 workers=$((SLURM_JOB_NUM_NODES - 1))
 folder=/tmp/ray-$SLURM_JOB_ID
 address=$(python -c 'import ray; print(ray.util.get_node_ip_address())'):$port
+export RAY_ADDRESS=$address
 
 # Other users of the network need this job's token, which is in no command line.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/.ray-token-$SLURM_JOB_ID"
@@ -39,38 +40,41 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1 RAY_USAGE_STATS_ENABLED=0
 nodes=()
 trap 'kill "${nodes[@]}" 2>/dev/null || true; wait; rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
+# Return once as many nodes as asked for have joined.
+wait_for() {
+    python - "$1" <<'PYTHON'
+import sys
+import time
+
+import ray
+
+asked, alive, end = int(sys.argv[1]), 0, time.monotonic() + 600
+while alive < asked:
+    if time.monotonic() > end:
+        sys.exit(f"{alive} of {asked} nodes joined Ray within 10 minutes; the lines above may say why")
+    time.sleep(1)
+    try:
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        alive = sum(node["Alive"] for node in ray.nodes())
+    except ConnectionError:
+        continue
+PYTHON
+}
+
 # srun does not take over the job's CPUs a task by itself.
 step=(srun --overlap --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0)
 resources=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --temp-dir="$folder")
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head" \
     ray start --head --block --port="$port" --dashboard-host=127.0.0.1 "${resources[@]}" &
 nodes+=($!)
+wait_for 1
 if ((workers > 0)); then
     "${step[@]}" --nodes="$workers" --ntasks="$workers" --exclude="$head" \
         ray start --address="$address" --block "${resources[@]}" &
     nodes+=($!)
 fi
-
-# Workers start once the head answers, and the stage once all nodes have joined: it checks that it fits on them.
-export RAY_ADDRESS=$address
-python - "$SLURM_JOB_NUM_NODES" <<'PYTHON'
-import sys
-import time
-
-import ray
-
-end = time.monotonic() + 600
-alive = 0
-while time.monotonic() < end and alive < int(sys.argv[1]):
-    try:
-        ray.init(log_to_driver=False, ignore_reinit_error=True)
-        alive = sum(node["Alive"] for node in ray.nodes())
-    except ConnectionError:
-        pass
-    time.sleep(1)
-if alive < int(sys.argv[1]):
-    sys.exit(f"{alive} of {sys.argv[1]} nodes joined Ray within 10 minutes; see the lines above")
-PYTHON
+wait_for "$SLURM_JOB_NUM_NODES"
 
 python -m pipelines "${stage[@]}" &
 driver=$!

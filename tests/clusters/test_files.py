@@ -201,6 +201,17 @@ def test_workers_join_the_head(name: str) -> None:
     assert worker["address"].rpartition(":")[2] in (str(head["port"]), "$address")
 
 
+def test_docs_name_what_the_files_make() -> None:
+    text = (ROOT / "docs/cluster.md").read_text()
+    cluster, job = document("kuberay/cluster.yaml", "RayCluster"), document("kuberay/job.yaml", "RayJob")
+    name = cluster["metadata"]["name"]
+    # KubeRay names the service of the head and the secret of the token after the cluster.
+    for made in (f"svc/{name}-head-svc ", f"get secret {name} ", f"job/{job['metadata']['name']}\n"):
+        assert made in text
+    assert set(re.findall(r"--namespace (\S+)", text)) == {cluster["metadata"]["namespace"]}
+    assert f"registry.example.com/s5:{PINNED['ray']} ." in text
+
+
 # --- MLflow -----------------------------------------------------------------------------------------------------------
 
 

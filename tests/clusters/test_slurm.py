@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.clusters.files import FILES, ROOT
-from tests.clusters.local_cluster import descendants, free_port, kill, wait_gone
+from tests.clusters.local_cluster import descendants, kill, wait_gone
 
-# Like Slurm's, it starts the command that follows its own options; more than one node on a machine need their own ports.
+JOB = str(os.getpid())
+# Like Slurm's, it starts the command that follows its own options; nodes on one machine need ports of their own.
 SRUN = """#!/usr/bin/env bash
 echo "$@" >>"$COMMANDS"
 while [[ $1 == --* ]]; do shift; done
@@ -35,8 +39,13 @@ echo "scontrol $*" >>"$COMMANDS"
 """
 
 
-def start(folder: Path, stage: str) -> tuple[subprocess.Popen[str], Path]:
-    """Start the script in a checkout of its own, with another stage in it, on two nodes of one CPU; return the log too."""
+@contextmanager
+def running(folder: Path, stage: str, nodes: int) -> Iterator[tuple[subprocess.Popen[str], set[int]]]:
+    """Run the script in a checkout of its own, with another stage, on nodes of one CPU; none of its processes is left.
+
+    Yields:
+        The script's process, and a set that the caller adds its descendants to.
+    """
     checkout, tools = folder / "checkout", folder / "tools"
     for made in (checkout, tools):
         made.mkdir()
@@ -45,48 +54,70 @@ def start(folder: Path, stage: str) -> tuple[subprocess.Popen[str], Path]:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tools / name).write_text(text)
         (tools / name).chmod(stat.S_IRWXU)
-    script = folder / "slurm.sh"
     text, changed = re.subn(r"^stage=\(.*?\)$", f"stage=({stage})", FILES["slurm.sh"].read_text(), flags=re.M | re.S)
     assert changed == 1
-    script.write_text(text)
-    port = free_port()
+    (folder / "slurm.sh").write_text(text)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "COMMANDS": str(folder / "commands"),
         "SLURM_SUBMIT_DIR": str(checkout),
-        "SLURM_JOB_ID": str(port - 20000 + (10000 if port < 20000 else 0)),
-        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": JOB,
+        "SLURM_JOB_NUM_NODES": str(nodes),
         "SLURMD_NODENAME": "node1",
         "SLURM_CPUS_PER_TASK": "1",
     }
-    log = folder / "log"
-    with log.open("w") as file:
-        return subprocess.Popen(
-            ["bash", str(script)], env=environment, stdout=file, stderr=subprocess.STDOUT, text=True
-        ), log
+    with (folder / "log").open("w") as log:
+        job = subprocess.Popen(["bash", str(folder / "slurm.sh")], env=environment, stdout=log, stderr=log, text=True)
+    seen = {job.pid}
+    try:
+        yield job, seen
+    finally:
+        kill(seen | descendants(seen), signal.SIGKILL)
+        job.wait()
+        shutil.rmtree(f"/tmp/ray-{JOB}", ignore_errors=True)
+
+
+def follow(job: subprocess.Popen[str], seen: set[int], until: Callable[[], bool]) -> None:
+    """Return once something holds or the script has ended; note its processes meanwhile."""
+    while job.poll() is None and not until():
+        seen |= descendants({job.pid})
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_script_runs_a_stage_on_its_nodes(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    job, log = start(tmp_path, f"sample --videos 4 --seconds 10 --tracking.uri off --out {out}")
-    nodes: set[int] = set()
-    try:
-        tokens: set[str] = set()
-        while job.poll() is None:
-            nodes |= descendants({job.pid})
-            tokens |= {path.read_text() for path in (tmp_path / "checkout").glob(".ray-token-*")}
-            time.sleep(0.2)
-        assert job.returncode == 0, log.read_text()
-        assert json.loads((out / "result.json").read_text())
-    finally:
-        kill({job.pid} | nodes, signal.SIGKILL)
-    (token,) = {token.strip() for token in tokens} - {""}
+    out, tokens = tmp_path / "out", set[str]()
+
+    def read_token() -> bool:
+        tokens.update(path.read_text().strip() for path in (tmp_path / "checkout").glob(".ray-token-*"))
+        return False
+
+    with running(tmp_path, f"sample --videos 4 --seconds 10 --tracking.uri off --out {out}", nodes=2) as (job, seen):
+        follow(job, seen, read_token)
+        log = (tmp_path / "log").read_text()
+        assert job.returncode == 0, log
+        assert wait_gone(seen, [], seconds=20) == set()
+    assert json.loads((out / "result.json").read_text())
     commands = (tmp_path / "commands").read_text()
-    assert commands.count("ray start") == 2
+    assert re.search(r"ray start --head .*\n.*ray start --address=[\d.]+:\d+ ", commands)
     assert "--nodelist=node1" in commands
     assert "--exclude=node1" in commands
-    assert token not in commands + log.read_text()
+    (token,) = tokens - {""}
+    assert token not in commands + log
     assert not list((tmp_path / "checkout").glob(".ray-token-*"))
-    assert wait_gone(nodes, [], seconds=20) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_script_queues_again_what_its_time_ended(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with running(tmp_path, f"sample --videos 2000 --seconds 10 --tracking.uri off --out {out}", nodes=1) as (job, seen):
+        follow(job, seen, lambda: any(out.rglob("*.mp4")))
+        assert job.poll() is None, (tmp_path / "log").read_text()
+        job.send_signal(signal.SIGTERM)
+        follow(job, seen, lambda: False)
+        assert job.returncode == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+        assert wait_gone(seen, [], seconds=20) == set()
+    assert (tmp_path / "commands").read_text().splitlines()[-1] == f"scontrol requeue {JOB}"
+    assert not list((tmp_path / "checkout").glob(".ray-token-*"))
