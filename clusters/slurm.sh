@@ -38,11 +38,12 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/.ray-token-$SLURM_JOB_ID"
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1 RAY_USAGE_STATS_ENABLED=0
 
 nodes=()
-trap 'kill "${nodes[@]}" 2>/dev/null || true; wait; rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+waiter=
+trap 'kill "${nodes[@]}" $waiter 2>/dev/null || true; wait; rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
-# Return once as many nodes as asked for have joined.
+# Return once as many nodes as asked for have joined; fail once one of them ends.
 wait_for() {
-    python - "$1" <<'PYTHON'
+    python - "$1" <<'PYTHON' &
 import sys
 import time
 
@@ -60,6 +61,8 @@ while alive < asked:
     except ConnectionError:
         continue
 PYTHON
+    waiter=$!
+    wait -n "$waiter" "${nodes[@]}"
 }
 
 # srun does not take over the job's CPUs a task by itself.

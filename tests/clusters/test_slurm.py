@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.clusters.files import FILES, ROOT
-from tests.clusters.local_cluster import descendants, kill, wait_gone
+from tests.clusters.local_cluster import MARK, descendants, kill, marked, wait_gone
 
 JOB = str(os.getpid())
 # Like Slurm's, it starts the command that follows its own options; nodes on one machine need ports of their own.
@@ -40,12 +40,8 @@ echo "scontrol $*" >>"$COMMANDS"
 
 
 @contextmanager
-def running(folder: Path, stage: str, nodes: int) -> Iterator[tuple[subprocess.Popen[str], set[int]]]:
-    """Run the script in a checkout of its own, with another stage, on nodes of one CPU; none of its processes is left.
-
-    Yields:
-        The script's process, and a set that the caller adds its descendants to.
-    """
+def running(folder: Path, stage: str, nodes: int) -> Iterator[subprocess.Popen[str]]:
+    """Run the script in a checkout of its own, with another stage, on nodes of one CPU; leave no process of it."""
     checkout, tools = folder / "checkout", folder / "tools"
     for made in (checkout, tools):
         made.mkdir()
@@ -65,22 +61,22 @@ def running(folder: Path, stage: str, nodes: int) -> Iterator[tuple[subprocess.P
         "SLURM_JOB_NUM_NODES": str(nodes),
         "SLURMD_NODENAME": "node1",
         "SLURM_CPUS_PER_TASK": "1",
+        MARK: str(folder),
     }
     with (folder / "log").open("w") as log:
         job = subprocess.Popen(["bash", str(folder / "slurm.sh")], env=environment, stdout=log, stderr=log, text=True)
-    seen = {job.pid}
     try:
-        yield job, seen
+        yield job
+        assert wait_gone(marked(str(folder)), [], seconds=20) == set()
     finally:
-        kill(seen | descendants(seen), signal.SIGKILL)
+        kill(marked(str(folder)) | descendants({job.pid}), signal.SIGKILL)
         job.wait()
         shutil.rmtree(f"/tmp/ray-{JOB}", ignore_errors=True)
 
 
-def follow(job: subprocess.Popen[str], seen: set[int], until: Callable[[], bool]) -> None:
-    """Return once something holds or the script has ended; note its processes meanwhile."""
-    while job.poll() is None and not until():
-        seen |= descendants({job.pid})
+def wait_until(job: subprocess.Popen[str], holds: Callable[[], bool]) -> None:
+    """Return once something holds or the script has ended."""
+    while job.poll() is None and not holds():
         time.sleep(0.1)
 
 
@@ -93,11 +89,10 @@ def test_script_runs_a_stage_on_its_nodes(tmp_path: Path) -> None:
         tokens.update(path.read_text().strip() for path in (tmp_path / "checkout").glob(".ray-token-*"))
         return False
 
-    with running(tmp_path, f"sample --videos 4 --seconds 10 --tracking.uri off --out {out}", nodes=2) as (job, seen):
-        follow(job, seen, read_token)
+    with running(tmp_path, f"sample --videos 4 --seconds 10 --tracking.uri off --out {out}", nodes=2) as job:
+        wait_until(job, read_token)
         log = (tmp_path / "log").read_text()
         assert job.returncode == 0, log
-        assert wait_gone(seen, [], seconds=20) == set()
     assert json.loads((out / "result.json").read_text())
     commands = (tmp_path / "commands").read_text()
     assert re.search(r"ray start --head .*\n.*ray start --address=[\d.]+:\d+ ", commands)
@@ -112,12 +107,11 @@ def test_script_runs_a_stage_on_its_nodes(tmp_path: Path) -> None:
 @pytest.mark.cluster
 def test_script_queues_again_what_its_time_ended(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with running(tmp_path, f"sample --videos 2000 --seconds 10 --tracking.uri off --out {out}", nodes=1) as (job, seen):
-        follow(job, seen, lambda: any(out.rglob("*.mp4")))
+    with running(tmp_path, f"sample --videos 2000 --seconds 10 --tracking.uri off --out {out}", nodes=1) as job:
+        wait_until(job, lambda: any(out.rglob("*.mp4")))
         assert job.poll() is None, (tmp_path / "log").read_text()
         job.send_signal(signal.SIGTERM)
-        follow(job, seen, lambda: False)
+        wait_until(job, lambda: False)
         assert job.returncode == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
-        assert wait_gone(seen, [], seconds=20) == set()
     assert (tmp_path / "commands").read_text().splitlines()[-1] == f"scontrol requeue {JOB}"
     assert not list((tmp_path / "checkout").glob(".ray-token-*"))
