@@ -69,7 +69,7 @@ def test_pods_are_reached_within_the_cluster_alone(name: str) -> None:
     trees = documents(f"kuberay/{name}.yaml")
     keys = {path[-1]: node for path, node in walk(trees) if path}
     assert not {"hostPort", "hostNetwork", "enableIngress", "nodePort", "externalIPs", "loadBalancerIP"} & set(keys)
-    types = {node for path, node in walk(trees) if path and path[-1] in ("serviceType", "type") and "Port" not in path}
+    types = {node for path, node in walk(trees) if path and path[-1] in ("serviceType", "type")}
     assert {"ClusterIP"} <= types <= {"ClusterIP", "Recreate"}
     assert {tree["metadata"]["namespace"] for tree in trees} == {"s5"}
     assert all(
@@ -138,6 +138,8 @@ def test_image_has_the_pinned_packages_and_no_root() -> None:
     assert all("-c constraints.txt" in words for words in installs)
     assert next(words for name, words in found if name == "FROM").startswith("python:3.11")
     assert [words for name, words in found if name == "USER"] == ["ray"]
+    (volume,) = compose()["mlflow"]["volumes"]
+    assert f"install --directory --owner=ray {volume.partition(':')[2]}" in FILES["Dockerfile"].read_text()
     assert not any(SECRET.search(words) for name, words in found if name == "ARG")
 
 
