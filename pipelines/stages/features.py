@@ -223,7 +223,7 @@ class Encoder:
     def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, weights: Any, decoders: int) -> None:
         self.config, self.out, self.meta = config, out, meta
         self.backbone = Backbone(replace(config.model.backbone, weights="", frozen=True))
-        state: dict[str, Tensor] = ray.get(weights)
+        state: dict[str, Tensor] = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
         self.backbone.vit.load_state_dict(state)
         self.backbone.eval().to("cuda" if config.scale.gpus_per_worker else "cpu")
         self.pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
