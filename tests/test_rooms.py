@@ -26,7 +26,19 @@ FACES = (
     "pipelines/__init__.py",
     "s5/__init__.py",
 )
-STAGES = ("sample", "index", "transcode", "pretrain", "features", "finetune", "evaluate", "sweep", "predict", "report")
+STAGES = (
+    "sample",
+    "index",
+    "transcode",
+    "narrate",
+    "pretrain",
+    "features",
+    "finetune",
+    "evaluate",
+    "sweep",
+    "predict",
+    "report",
+)
 FORBIDDEN = {"s5": ("ray", "mlflow", "pipelines", "clusters"), "pipelines": ("clusters",)}
 # Who alone may import a package: a folder, or a file.
 HOMES = {

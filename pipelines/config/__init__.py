@@ -7,6 +7,7 @@ from pipelines.config.dotted import override as override
 from pipelines.config.dotted import paths as paths
 from pipelines.config.dotted import to_json as to_json
 from pipelines.config.dotted import unknown as unknown
+from pipelines.config.narration import NarrateConfig as NarrateConfig
 from pipelines.config.shared import DataConfig as DataConfig
 from pipelines.config.shared import DecodeConfig as DecodeConfig
 from pipelines.config.shared import ScaleConfig as ScaleConfig

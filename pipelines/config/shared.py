@@ -13,6 +13,8 @@ AnnotationsPath = Annotated[str, PathRole("input", "file or folder")]
 ManifestPath = Annotated[str, PathRole("input", "manifest")]
 CheckpointPath = Annotated[str, PathRole("input", "checkpoint")]
 FeaturesPath = Annotated[str, PathRole("input", "features")]
+TextPath = Annotated[str, PathRole("input", "file")]
+LabelsPath = Annotated[str, PathRole("input", "file or folder")]
 RunsFolder = Annotated[str, PathRole("scope", "folder")]
 
 

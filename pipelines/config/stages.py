@@ -9,10 +9,12 @@ from typing import Literal
 from pipelines.config.dotted import flatten as flatten
 from pipelines.config.dotted import override as override
 from pipelines.config.dotted import unknown as unknown
+from pipelines.config.narration import NarrateConfig as NarrateConfig
 from pipelines.config.shared import (
     AnnotationsPath,
     CheckpointPath,
     FeaturesPath,
+    LabelsPath,
     ManifestPath,
     OutFolder,
     RunsFolder,
@@ -244,8 +246,11 @@ class FinetuneConfig:
     """Pretrained checkpoint to start from: its folder or the --out of `pretrain`; empty to start from scratch."""
     features: FeaturesPath = ""
     """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen."""
-    task: Literal["class", "regression"] = "class"
-    """What is learned: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
+    task: Literal["class", "regression", "distant"] = "class"
+    """What is learned: the manifest's `label` (cross-entropy), its `target` (squared error), or the written steps of
+    narrated segments (distant supervision: divergence from their soft labels)."""
+    labels: LabelsPath = ""
+    """Soft labels of the manifest's segments, for task distant: the --out of `narrate`."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Clips; only the long stride is used."""
     protocol: ProtocolSetting = "auto"
@@ -267,6 +272,10 @@ class FinetuneConfig:
         require_shared(self.loop.batch_size, self.scale.num_workers)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
+        remedy = "task distant learns them; give the --out of `narrate`, or another task"
+        require(bool(self.labels) or self.task != "distant", "labels", self.labels, remedy)
+        remedy = f"task {self.task} has none; leave it out, or give --task distant"
+        require(not self.labels or self.task == "distant", "labels", self.labels, remedy)
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
@@ -329,7 +338,8 @@ class SweepConfig:
     stages: Literal["pretrain", "finetune", "pretrain+finetune"] = "pretrain+finetune"
     """What a trial runs."""
     metric: str = ""
-    """Metric to compare; empty for `val/accuracy` (`val/mse` in regression) or, after pretraining alone, `knn/top1`."""
+    """Metric to compare; empty for `val/accuracy` (`val/mse` in regression, `val/loss` in task distant) or, after
+    pretraining alone, `knn/top1`."""
     samples: int = 1
     """Draws from the random parts of the space."""
     concurrent_trials: int = 0
@@ -376,6 +386,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
+    narrate: NarrateConfig = field(default_factory=NarrateConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -388,6 +399,7 @@ StageConfig = (
     SampleConfig
     | IndexConfig
     | TranscodeConfig
+    | NarrateConfig
     | PretrainConfig
     | FeaturesConfig
     | FinetuneConfig
