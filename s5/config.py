@@ -18,6 +18,10 @@ EvaluationProtocol = Literal["uniform", "windows", "whole", "multi-clip"]
 """Which clips of a video are learned from and which its result is put together from (`s5.video.clip_times`)."""
 
 
+SEGMENTS = "segments"
+"""Name of a backbone that is none: cached embeddings of segments stand for its tokens."""
+
+
 @dataclass(frozen=True)
 class PathRole:
     """Marks a setting that names a file or folder, in `typing.Annotated`."""
@@ -67,7 +71,7 @@ class BackboneConfig:
     """Frame encoder: any Vision Transformer of timm."""
 
     name: str = "vit_base_patch16_224"
-    """timm's name of the model."""
+    """timm's name of the model; `segments`: none, but cached embeddings of segments (`features --segment-s`)."""
     frame_size: int = 224
     """Height and width of a frame in pixels; positional embeddings are made for (or interpolated to) it."""
     weights: Annotated[str, PathRole("input", "weights", ("", "timm"))] = ""
@@ -89,7 +93,11 @@ class BackboneConfig:
     """Frames that one token spans; a clip's frames must be a multiple. Weights of an image model are spread evenly over
     them, and stay so where `lsmcl.freeze_patches` keeps the patch projection as it is."""
 
+    made_by: str = ""
+    """Digest of the encoder that made the embeddings of `segments`: filled in from the cached features."""
+
     def __post_init__(self) -> None:
+        require(self.frozen or self.name != SEGMENTS, "backbone.frozen", self.frozen, "embeddings stay; give True")
         require(self.frame_size >= 8, "backbone.frame_size", self.frame_size, "give at least 8 pixels")
         for name in ("depth", "embed_dim", "num_heads", "patch_size"):
             value = getattr(self, name)

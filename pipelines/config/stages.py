@@ -25,6 +25,7 @@ from pipelines.config.shared import DecodeConfig as DecodeConfig
 from pipelines.config.shared import ScaleConfig as ScaleConfig
 from pipelines.config.shared import TrackingConfig as TrackingConfig
 from s5.config import (
+    SEGMENTS,
     BackboneConfig,
     ClipConfig,
     LoopConfig,
@@ -183,6 +184,8 @@ class PretrainConfig:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
             masked, jitter = self.lsmcl.mask_on, self.lsmcl.jitter
+            name = self.model.backbone.name
+            require(name != SEGMENTS, "model.backbone.name", name, "LSMCL learns from frames; give a frame encoder")
             require(masked == "tokens", "lsmcl.mask_on", masked, "cached features are of whole frames; give tokens")
             require(jitter == 0, "lsmcl.jitter", jitter, "cached features have no colours to change; give 0")
 
@@ -210,6 +213,9 @@ class FeaturesConfig:
     """What encodes the frames."""
     frames_per_second: float = 1.0
     """Frames encoded of a second of video."""
+    segment_s: float = 0.0
+    """Seconds of each of the segments that videos are cut into, of which the checkpoint's whole video model makes one
+    embedding each (for `model.backbone.name segments`), in place of tokens of single frames; 0 for frames."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast. What is stored is fp16."""
     chunk_frames: int = 64
@@ -225,10 +231,14 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         require(self.frames_per_second > 0, "frames_per_second", self.frames_per_second, "give more than 0")
+        require(0 <= self.segment_s < float("inf"), "segment_s", self.segment_s, "give 0 or more seconds")
+        remedy = "embeddings of segments are made by a whole video model; give its checkpoint"
+        require(bool(self.checkpoint) or not self.segment_s, "checkpoint", self.checkpoint, remedy)
         for name in ("chunk_frames", "shard_videos"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         tubelet = self.model.backbone.tubelet
-        require(tubelet == 1, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
+        single = tubelet == 1 or self.segment_s > 0
+        require(single, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
         weights = self.model.backbone.weights
         if self.checkpoint:
             require(not weights, "model.backbone.weights", weights, "the checkpoint has weights; leave one of them out")
@@ -276,6 +286,8 @@ class FinetuneConfig:
         require(bool(self.labels) or self.task != "distant", "labels", self.labels, remedy)
         remedy = f"task {self.task} has none; leave it out, or give --task distant"
         require(not self.labels or self.task == "distant", "labels", self.labels, remedy)
+        name, remedy = self.model.backbone.name, "embeddings are read from cached features; give them"
+        require(bool(self.features) or name != SEGMENTS, "features", self.features, remedy)
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")

@@ -31,7 +31,7 @@ from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
-from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
+from s5.config import SEGMENTS, BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.config import from_json as config_from_json
 from s5.errors import CheckpointError
 from s5.evaluation import inference, metrics
@@ -62,6 +62,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         videos = drop_too_short(rows, checked)
         learned = pretrained.training_videos(manifest, config, meta, videos, checked)
         inputs = {}
+        if meta.model["backbone"]["name"] == SEGMENTS and not config.features:
+            raise UserError("features is '': the checkpoint's model reads embeddings of segments; give the cached ones")
         if config.features:
             # Replicas may have another folder.
             config = replace(config, features=storage.absolute(config.features))

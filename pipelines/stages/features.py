@@ -1,7 +1,8 @@
 """Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`data.features.cache`).
 
 Copies of the backbone are actors of Ray Data. An actor makes whole shards: processes of its own read its videos in
-chunks, some ahead, so that it holds a few chunks and never a video.
+chunks, some ahead, so that it holds a few chunks and never a video. Where segments are asked for, a whole video model
+stands for the backbone, and the frames of a segment for one frame.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -20,7 +20,6 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 import torch
-from torch import Tensor
 
 from pipelines import storage
 from pipelines.config import FeaturesConfig
@@ -35,6 +34,7 @@ from pipelines.data.features.cache import (
     finish,
     finished_shards,
     frame_times,
+    segment_times,
     shard_path,
     shard_writer,
 )
@@ -44,11 +44,14 @@ from pipelines.data.video_requests import ClipRequest
 from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run
-from pipelines.storage.weights import trained_backbone, weights_digest
+from pipelines.storage.weights import segment_encoder, trained_backbone, weights_digest
 from s5.errors import Failure, VideoError
 from s5.models.backbone import Backbone
+from s5.models.segments import SegmentEncoder
 from s5.video.reading import FrameArray
 
+FrameEncoder = Backbone | SegmentEncoder
+"""What makes tokens of frames, or of segments of several frames."""
 COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
 """Columns of the manifest that encoding needs."""
 
@@ -61,7 +64,11 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         StageError: no video can be read, or encoding failed.
     """
     manifest = read_manifest(config.manifest)
-    backbone = trained_backbone(config.model.backbone, config.checkpoint)
+    backbone: FrameEncoder
+    if config.segment_s:
+        backbone = segment_encoder(config.checkpoint)
+    else:
+        backbone = trained_backbone(config.model.backbone, config.checkpoint)
     meta = meta_of(config, backbone, digest(manifest))
     inputs = {"manifest": meta.manifest, "weights of the backbone": meta.weights}
     if (result := finished("features", config, inputs, redo="encode again")) is not None:
@@ -71,15 +78,15 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         shards = -(-len(manifest) // config.shard_videos)
         done = finished_shards(stage.out)
         stage.info(
-            f"{len(manifest)} videos in {shards} shards, {config.frames_per_second:g} frames a second, "
-            f"{meta.tokens} tokens of width {meta.width} a frame, {config.scale.num_workers} workers with {decoders} "
-            f"decoders each" + (f"; {len(done)} shards are there already" if done else "")
+            f"{len(manifest)} videos in {shards} shards, {units_in_words(config, meta)}, "
+            f"{config.scale.num_workers} workers with {decoders} decoders each"
+            + (f"; {len(done)} shards are there already" if done else "")
         )
         left = [shard for shard in range(shards) if shard not in done]
         stage.metrics["features/frames_per_second"] = encode_all(
             config, stage, meta, backbone, manifest, left, decoders
         )
-        black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
+        black = np.zeros((frames_each(backbone), *[backbone.config.frame_size] * 2, 3), np.uint8)
         index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
         summarise(stage, index, meta, kept=len(done))
     return stage.result
@@ -101,19 +108,37 @@ def decoders_each(config: FeaturesConfig, tasks: int, nodes: list[float]) -> int
     return 1
 
 
-def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> FeatureMeta:
+def frames_each(backbone: FrameEncoder) -> int:
+    """Return how many frames are encoded together: those of a segment, or one."""
+    return backbone.frames if isinstance(backbone, SegmentEncoder) else 1
+
+
+def units_in_words(config: FeaturesConfig, meta: FeatureMeta) -> str:
+    """Return what is encoded, for the user."""
+    if config.segment_s:
+        return f"segments of {config.segment_s:g} s, an embedding of width {meta.width} each"
+    return f"{meta.frames_per_second:g} frames a second, {meta.tokens} tokens of width {meta.width} a frame"
+
+
+def meta_of(config: FeaturesConfig, backbone: FrameEncoder, manifest: str) -> FeatureMeta:
     """Return what the features are made from."""
+    settings = config.model.backbone
+    if isinstance(backbone, SegmentEncoder):
+        weights = f"{weights_digest(backbone.model.state_dict())}, {backbone.frames} frames"
+        settings = backbone.settings(weights)
+    else:
+        weights = weights_digest(backbone.vit.state_dict())
     return FeatureMeta(
-        backbone=backbone_settings(config.model.backbone),
-        weights=weights_digest(backbone.vit.state_dict()),
+        backbone=backbone_settings(settings),
+        weights=weights,
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
         precision=config.precision,
-        frames_per_second=config.frames_per_second,
+        frames_per_second=1 / config.segment_s if config.segment_s else config.frames_per_second,
         manifest=manifest,
         tokens=backbone.tokens,
         width=backbone.width,
-        chunk_frames=config.chunk_frames,
+        chunk_frames=max(1, config.chunk_frames // frames_each(backbone)),
     )
 
 
@@ -142,7 +167,7 @@ def encode_all(
     config: FeaturesConfig,
     stage: Stage,
     meta: FeatureMeta,
-    backbone: Backbone,
+    backbone: FrameEncoder,
     manifest: pa.Table,
     shards: list[int],
     decoders: int,
@@ -166,7 +191,7 @@ def encoded(
     config: FeaturesConfig,
     out: str,
     meta: FeatureMeta,
-    backbone: Backbone,
+    backbone: FrameEncoder,
     manifest: pa.Table,
     shards: list[int],
     decoders: int,
@@ -183,7 +208,7 @@ def encoded(
     limit(dataset, workers * cpus)
     made = dataset.map_batches(
         Encoder,
-        fn_constructor_args=(config, out, meta, ray.put(backbone.vit.state_dict()), decoders),
+        fn_constructor_args=(config, out, meta, ray.put(backbone), decoders),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -194,8 +219,8 @@ def encoded(
     yield from tables
 
 
-def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> TokenArray:
-    """Return the tokens (T, N, D) of frames, fp16.
+def encode(backbone: FrameEncoder, frames_THWC: FrameArray, precision: str) -> TokenArray:
+    """Return the tokens (T, N, D) of frames, or (U, 1, D) of segments, fp16.
 
     Raises:
         VideoError: they are not finite, or too large for fp16.
@@ -205,18 +230,16 @@ def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> Token
         tokens = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
     if not bool(torch.isfinite(tokens).all()):
         raise VideoError("tokens are not finite in fp16")
-    array: TokenArray = tokens.view(len(frames_THWC), backbone.tokens, backbone.width).cpu().numpy()
+    array: TokenArray = tokens.view(-1, backbone.tokens, backbone.width).cpu().numpy()
     return array
 
 
 class Encoder:
     """One copy of the backbone, with the processes that read frames for it, as an actor of Ray Data."""
 
-    def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, weights: Any, decoders: int) -> None:
+    def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, backbone: Any, decoders: int) -> None:
         self.config, self.out, self.meta = config, out, meta
-        self.backbone = Backbone(replace(config.model.backbone, weights="", frozen=True))
-        state: dict[str, Tensor] = ray.get(weights)
-        self.backbone.vit.load_state_dict(state)
+        self.backbone: FrameEncoder = ray.get(backbone)
         self.backbone.eval().to("cuda" if config.scale.gpus_per_worker else "cpu")
         self.pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self.ahead = 2 * decoders
@@ -255,18 +278,20 @@ class Encoder:
         """Yield a video's number, the times (T,) of a chunk and its frames to come; none more of one that failed."""
         window: deque[tuple[int, FloatArray, Future[FrameArray]]] = deque()
         for number, video in enumerate(videos):
-            times = frame_times(video["start_s"], video["end_s"], self.config.frames_per_second)
-            for first in range(0, len(times), self.config.chunk_frames):
+            times = frame_times(video["start_s"], video["end_s"], self.meta.frames_per_second)
+            for first in range(0, len(times), self.meta.chunk_frames):
                 if rows[number]["reason"]:
                     break
-                chunk = times[first : first + self.config.chunk_frames]
+                chunk = times[first : first + self.meta.chunk_frames]
                 window.append((number, chunk, self.pool.submit(self._read, video, chunk)))
                 if len(window) > self.ahead:
                     yield window.popleft()
         yield from window
 
     def _read(self, video: dict[str, Any], times_T: FloatArray) -> FrameArray:
-        size = self.config.model.backbone.frame_size
+        size = self.backbone.config.frame_size
+        if self.config.segment_s:
+            times_T = segment_times(times_T, self.config.segment_s, video["end_s"], frames_each(self.backbone))
         clips = ClipRequest([times_T], size, (video["width"], video["height"]), video["decoder"])
         process, timeout_s = self.processes.get(), self.config.data.decode_timeout_s
         try:

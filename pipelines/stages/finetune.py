@@ -18,7 +18,7 @@ from pipelines import storage
 from pipelines.config import FinetuneConfig, flatten
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.features.batches import check_features
+from pipelines.data.features.batches import check_features, with_segments
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.narration.labels import NarratedSteps, read_labels
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
@@ -117,6 +117,11 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     train = drop_too_short(split_of(manifest, "train"), clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
+    if config.features:
+        # Workers may have another folder.
+        features = storage.absolute(config.features)
+        backbone_config = with_segments(config.model.backbone, features)
+        config = replace(config, features=features, model=replace(config.model, backbone=backbone_config))
     weights = None
     inputs = {"manifest": digest(manifest)}
     narrated = read_labels(config.labels, manifest) if config.task == "distant" else None
@@ -133,8 +138,6 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
         raise UserError(str(error)) from None
     backbone = None if weights else backbone_weights(config.model.backbone)
     if config.features:
-        # Workers may have another folder.
-        config = replace(config, features=storage.absolute(config.features))
         used = of_backbone(weights) if weights else backbone
         inputs["features"] = check_features(
             config.features, manifest, config.clips, protocol, config.model.backbone, used

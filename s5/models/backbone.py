@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from s5 import rng
-from s5.config import BackboneConfig
+from s5.config import SEGMENTS, BackboneConfig
 
 PROJECTION = "patch_embed.proj.weight"
 
@@ -204,6 +204,34 @@ class Backbone(nn.Module):
             # Registers, which come after the class token, only serve the blocks.
             return torch.cat([x[:, :1], x[:, prefix:]], dim=1)
         return cast(Tensor, x[:, prefix:])
+
+
+class CachedBackbone(Backbone):
+    """No frame encoder: the model reads embeddings of segments, one token of width `embed_dim` each."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        nn.Module.__init__(self)
+        if config.embed_dim is None:
+            raise ValueError(
+                f"backbone.name is {config.name!r}: a model of it reads embeddings; give cached features of segments"
+            )
+        self.config, self.recompute = config, False
+        self.width, self.patches, self.tokens = config.embed_dim, 1, 1
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.zeros(1, 3, 1, 1), persistent=False)
+
+    def forward(self, frames_BTHWC: Tensor, keep_BUK: Tensor | None = None) -> Tensor:
+        """Raise `ValueError`: there is nothing that could see frames."""
+        raise ValueError(f"backbone.name is {self.config.name!r}: the model reads embeddings of segments, not frames")
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """Return the frame encoder for the settings.
+
+    Raises:
+        ValueError: see `build_vit`.
+    """
+    return CachedBackbone(config) if config.name == SEGMENTS else Backbone(config)
 
 
 def random_masking(seeds_B: Tensor, stream: str, steps: int, patches: int, kept: int) -> Tensor | None:

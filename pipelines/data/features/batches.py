@@ -30,7 +30,7 @@ from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest
 from s5.batch import ClipBatch
-from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
+from s5.config import SEGMENTS, BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.errors import Failure, VideoError
 from s5.video.clip_times import beyond, clip_seed, stride_s
 
@@ -111,14 +111,32 @@ def check_features(
     Raises:
         UserError: they do not; gives the reason.
     """
-    if weights is None:
+    if weights is None and backbone.name != SEGMENTS:
         raise UserError(
             "features come from a trained backbone: give the checkpoint or model.backbone.weights that computed them"
         )
     meta = read_meta(folder)
-    check_fresh(folder, meta, backbone, weights_digest(weights), digest(manifest))
+    made_by = backbone.made_by if weights is None or backbone.name == SEGMENTS else weights_digest(weights)
+    check_fresh(folder, meta, backbone, made_by, digest(manifest))
     check_stride(meta, clips, protocol, manifest, pairs)
     return meta.digest
+
+
+def with_segments(backbone: BackboneConfig, folder: str) -> BackboneConfig:
+    """Return the settings of a backbone, for embeddings of segments with the width and the maker of cached ones.
+
+    Raises:
+        UserError: there are no features, or they are tokens of frames.
+    """
+    if backbone.name != SEGMENTS:
+        return backbone
+    meta = read_meta(folder)
+    if (name := meta.backbone["name"]) != SEGMENTS:
+        raise UserError(
+            f"features is {folder!r}: they are tokens of frames, not embeddings of segments; give "
+            f"--model.backbone.name {name}, or the --out of `features --segment-s`"
+        )
+    return replace(backbone, embed_dim=meta.width, made_by=meta.weights)
 
 
 class FeatureClips:

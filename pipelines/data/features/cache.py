@@ -53,7 +53,7 @@ INDEX = pa.schema(
 """Where the frames of a video are: shard, first record batch, number of frames, time of the first; or why there are
 none (`reason`)."""
 # Settings of the backbone that do not change its tokens, or that the digest of its weights covers.
-NOT_COMPARED = ("weights", "frozen")
+NOT_COMPARED = ("weights", "frozen", "made_by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,16 @@ def frame_times(start_s: float, end_s: float, frames_per_second: float) -> Float
     """Return the times (T,) of a segment's frames at a constant rate: those before its end, at least one."""
     count = max(1, math.ceil((end_s - start_s - TOLERANCE_S) * frames_per_second))
     return start_s + np.arange(count, dtype=np.float64) / frames_per_second
+
+
+def segment_times(starts_U: FloatArray, segment_s: float, end_s: float, frames: int) -> FloatArray:
+    """Return the times (U x T,) of the frames of segments, each in the middle of one of T equal parts.
+
+    The last segment of a video may be shorter.
+    """
+    parts_U = (np.minimum(starts_U + segment_s, end_s) - starts_U) / frames
+    times_UT: FloatArray = starts_U[:, None] + parts_U[:, None] * (np.arange(frames) + 0.5)
+    return times_UT.reshape(-1)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from pipelines import storage
 from pipelines.config import (
     EvaluateConfig,
+    FeaturesConfig,
     FinetuneConfig,
     IndexConfig,
     NarrateConfig,
@@ -18,11 +21,15 @@ from pipelines.config import (
     TrackingConfig,
     override,
 )
+from pipelines.data.features.reader import FeatureReader
 from pipelines.data.manifest import description, read_manifest
 from pipelines.data.narration.labels import read_labels
 from pipelines.errors import UserError
-from pipelines.stages import evaluate, finetune, index, narrate, sample
+from pipelines.stages import evaluate, features, finetune, index, narrate, sample
 from s5.checkpoints.checkpoint import load_model
+from s5.config import ClipConfig
+from s5.video.clip_times import whole
+from s5.video.reading import read_frames
 from tests.pipelines.data.narration.test_labels import slow_labels
 from tests.tiny import TINY
 
@@ -34,9 +41,9 @@ OFF = TrackingConfig(uri="off")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make 20 small videos with an index, the narration of their steps, and the written steps."""
+    """Make 30 small videos with an index, the narration of their steps, and the written steps."""
     path = tmp_path_factory.mktemp("data")
-    settings = {"videos": 20, "seconds": 12, "fps": 4, "size": 32, "val_share": 0.25, "test_share": 0.25}
+    settings = {"videos": 30, "seconds": 12, "fps": 4, "size": 32, "val_share": 0.33, "test_share": 0.33}
     sample.run(SampleConfig(out=str(path / "videos"), tracking=OFF, **settings))  # type: ignore[arg-type]
     index.run(IndexConfig(videos=str(path / "videos"), out=str(path / "index"), tracking=OFF))
     (path / "steps.csv").write_text(
@@ -141,10 +148,8 @@ def training(manifest: str, out: Path, **changes: Any) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def distant(narrated: str, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     """Learn the steps of narrated segments."""
-    out = tmp_path_factory.mktemp("distant")
-    config = training(
-        narrated, out, **{"task": "distant", "labels": narrated, "scale.num_workers": 2, "loop.micro_batch": 3}
-    )
+    changes = {"task": "distant", "labels": narrated, "loop.micro_batch": 3}
+    config = training(narrated, tmp_path_factory.mktemp("distant"), **changes)
     result = finetune.run(config)
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy", "best/val/loss"} <= result["metrics"].keys()
     assert result["counts"]["classes"] == 9
@@ -162,8 +167,76 @@ def test_the_encoder_is_evaluated_and_fine_tuned(distant: FinetuneConfig, folder
     settings |= {"tracking.uri": "off", "data.cpus_per_decode": 0.5, "scale.cpus_per_worker": 0.5}
     found = evaluate.run(override(EvaluateConfig(), settings | {"probe": "both", "protocol": "whole"}))
     assert {"knn/top1", "linear/top1"} <= found["metrics"].keys()
-    tuned = finetune.run(training(settings["manifest"], tmp_path / "tuned", checkpoint=distant.out))
-    assert "val/accuracy" in tuned["metrics"]
+    job = finetune.build_job(training(settings["manifest"], tmp_path / "tuned", checkpoint=distant.out))
+    assert job.weights is not None
+
+
+# --- a head over the segments of whole videos -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segments(distant: FinetuneConfig, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FeaturesConfig:
+    """Embed the segments of 3 s of all videos."""
+    settings = {"manifest": str(folder / "index"), "checkpoint": distant.out, "segment_s": 3, "chunk_frames": 8}
+    settings |= {"tracking.uri": "off", "data.cpus_per_decode": 0.5, "scale.cpus_per_worker": 0.5}
+    config = override(FeaturesConfig(), settings | {"out": str(tmp_path_factory.mktemp("segments"))})
+    features.run(config)
+    return config
+
+
+def test_embeddings_are_those_of_fresh_clips(segments: FeaturesConfig, distant: FinetuneConfig) -> None:
+    model, _ = load_model(Path(storage.read_json(storage.join(distant.out, "result.json"))["checkpoint"]))
+    reader = FeatureReader(segments.out)
+    assert (reader.meta.tokens, reader.meta.width, reader.meta.chunk_frames) == (1, model.decoder.out_width, 2)
+    for video in read_manifest(segments.manifest).to_pylist()[::10]:
+        starts = [start for start in (0.0, 3.0, 6.0, 9.0, 12.0) if start < video["end_s"] - 1e-3]
+        found = np.empty((len(starts), 1, reader.meta.width), np.float16)
+        reader.read(video["video_id"], np.arange(len(starts)), found)
+        for start, embedding in zip(starts, found[:, 0], strict=True):
+            times_T = whole(ClipConfig(frames=4), start, min(start + 3, video["end_s"]), 0.5)
+            clip = torch.from_numpy(read_frames(video["uri"], times_T, 32))
+            with torch.no_grad():
+                fresh = model.encode(clip[None]).features_BD[0]
+            torch.testing.assert_close(torch.from_numpy(embedding).float(), fresh, rtol=2e-3, atol=2e-3)
+
+
+def heading(segments: FeaturesConfig, out: Path, **changes: Any) -> FinetuneConfig:
+    settings: dict[str, Any] = {key: value for key, value in TINY.items() if not key.startswith("model.backbone.")}
+    settings |= {"model.backbone.name": "segments", "model.backbone.frozen": True, "model.decoder.width": 32}
+    settings |= {"features": segments.out, "protocol": "whole", "tracking.uri": "off", "loop.epochs": 1}
+    return override(FinetuneConfig(), settings | {"manifest": segments.manifest, "out": str(out)} | changes)
+
+
+def test_a_head_reads_the_segments_of_whole_videos(segments: FeaturesConfig, tmp_path: Path) -> None:
+    for name in ("s5", "lst"):
+        result = finetune.run(heading(segments, tmp_path / name, **{"model.decoder.name": name}))
+        assert "val/accuracy" in result["metrics"]
+    settings = {"manifest": segments.manifest, "checkpoint": str(tmp_path / "s5"), "out": str(tmp_path / "evaluate")}
+    config = override(EvaluateConfig(), settings | {"tracking.uri": "off", "scale.cpus_per_worker": 0.5})
+    with pytest.raises(
+        UserError, match="features is '': the checkpoint's model reads embeddings of segments; give the"
+    ):
+        evaluate.run(config)
+    found = evaluate.run(override(config, {"features": segments.out}))
+    assert (found["metrics"]["test/videos"], found["metrics"]["test/clips"]) == (10, 10)
+
+
+def test_segments_of_something_else_are_refused(segments: FeaturesConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"features is '': embeddings are read from cached features; give them"):
+        heading(segments, tmp_path, features="")
+    with pytest.raises(
+        UserError, match=r"checkpoint is '': embeddings of segments are made by a whole video model; give"
+    ):
+        override(segments, {"checkpoint": ""})
+    meta = storage.read_json(storage.join(segments.out, "features.json"))
+    storage.write_json(str(tmp_path / "features.json"), meta | {"backbone": meta["backbone"] | {"name": "vit"}})
+    with pytest.raises(
+        UserError, match="they are tokens of frames, not embeddings of segments; give .*backbone.name vit"
+    ):
+        finetune.build_job(heading(segments, tmp_path, features=str(tmp_path)))
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 
 def test_labels_of_something_else_are_refused(narrated: str, folder: Path, tmp_path: Path) -> None:
@@ -172,7 +245,7 @@ def test_labels_of_something_else_are_refused(narrated: str, folder: Path, tmp_p
             finetune.build_job(training(manifest, tmp_path, task="distant", labels=labels))
         return str(caught.value)
 
-    assert "of 20 videos of the manifest have none, as " in refused(str(folder / "index"), narrated)
+    assert "30 of 30 videos of the manifest have none, as " in refused(str(folder / "index"), narrated)
     assert "there is no labels.parquet; run `python -m pipelines narrate`" in refused(narrated, str(folder))
     assert "not a table of labels" in refused(narrated, str(folder / "steps.csv"))
     assert "`narrate` did not write it" in refused(narrated, storage.join(narrated, "manifest.parquet"))
