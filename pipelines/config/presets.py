@@ -107,7 +107,7 @@ def distant() -> RunConfig:
         "features.checkpoint": "out/distant",
         "features.segment_s": 9.0,
     }
-    return override(base(), changes)
+    return override(base(), in_sweep(changes))
 
 
 def distant_head() -> RunConfig:
@@ -120,7 +120,7 @@ def distant_head() -> RunConfig:
         "finetune.model.decoder.width": 512,
         "evaluate.features": "out/features",
     }
-    return override(base(), changes)
+    return override(base(), in_sweep(changes))
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {

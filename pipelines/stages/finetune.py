@@ -20,7 +20,7 @@ from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import check_features, with_segments
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
-from pipelines.data.narration.labels import NarratedSteps, read_labels
+from pipelines.data.narration.reading import NarratedSteps, read_labels
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
 from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar

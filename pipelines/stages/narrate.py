@@ -29,7 +29,7 @@ from pipelines.data.clip_batches import in_chunks, limit
 from pipelines.data.manifest import MANIFEST, Description, classes, description, digest, metadata, read_manifest
 from pipelines.data.narration import steps as written
 from pipelines.data.narration.captions import check_captions, read_captions
-from pipelines.data.narration.encoders import StepIndex, check_encoder, index_steps
+from pipelines.data.narration.encoders import StepIndex, check_encoder, index_or_error
 from pipelines.data.narration.labels import LABELS, LABELS_FILE, MADE_BY, STEPS, Labeller, LabelMeta
 from pipelines.data.narration.segments import Segments
 from pipelines.data.narration.steps import Step
@@ -106,19 +106,11 @@ def indexed(config: NarrateConfig, texts: list[str]) -> StepIndex:
         UserError: the encoder cannot be loaded, or does not fit the steps.
     """
     gpus = config.scale.gpus_per_worker
-    task: Any = ray.remote(num_cpus=config.scale.cpus_per_worker, num_gpus=gpus)(_index_or_error)
+    task: Any = ray.remote(num_cpus=config.scale.cpus_per_worker, num_gpus=gpus)(index_or_error)
     index: StepIndex | UserError = ray.get(task.remote(config.encoder, texts, "cuda" if gpus else "cpu"))
     if isinstance(index, UserError):
         raise index
     return index
-
-
-def _index_or_error(*arguments: Any) -> StepIndex | UserError:
-    try:
-        return index_steps(*arguments)
-    except UserError as error:
-        # Raised in a task, it would come back with a traceback.
-        return error
 
 
 def file_digest(path: str) -> str:

@@ -99,10 +99,9 @@ def stage_config(
     paths = {"manifest": storage.absolute(settings.manifest)}
     if (weights := settings.model.backbone.weights) not in ("", "timm"):
         paths["model.backbone.weights"] = storage.absolute(weights)
-    if isinstance(settings, FinetuneConfig):
-        for name in ("checkpoint", "labels"):
-            if value := getattr(settings, name):
-                paths[name] = storage.absolute(value)
+    for name in ("features", "checkpoint", "labels"):
+        if value := getattr(settings, name, ""):
+            paths[name] = storage.absolute(value)
     return override(settings, paths)
 
 

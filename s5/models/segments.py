@@ -1,7 +1,7 @@
 """Embeddings of segments in place of tokens of frames: a video model encodes each segment, another one the video.
 
-This is the long-term model of distant supervision (arXiv 2201.10990, section 3.4): the encoder that narration trained
-embeds segments that are evenly cut, and a decoder with a head reads their sequence.
+This is the long-term model of distant supervision (arXiv 2201.10990): the encoder that narration trained embeds
+segments that are evenly cut, and a decoder with a head reads their sequence.
 
 Shapes: B batch, U segments, T frames of a segment, D width of an embedding.
 """

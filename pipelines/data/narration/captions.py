@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pyarrow import fs
-
 from pipelines import storage
 from pipelines.errors import UserError
 
@@ -218,8 +216,7 @@ def check_captions(path: str) -> None:
         raise UserError(f"narration is {path!r}: there are no captions in it")
     if path.endswith(OBJECT):
         system, inner = storage.filesystem(storage.absolute(path))
-        if isinstance(system, fs.LocalFileSystem):
-            with system.open_input_file(inner) as file:
-                file.seek(max(0, file.size() - READ))
-                if not file.read().rstrip().endswith(b"}"):
-                    raise UserError(f"narration is {path!r}: it ends in the middle; fetch it again")
+        with system.open_input_file(inner) as file:
+            file.seek(max(0, file.size() - READ))
+            if not file.read().rstrip().endswith(b"}"):
+                raise UserError(f"narration is {path!r}: it ends in the middle; fetch it again")

@@ -137,6 +137,14 @@ def index_steps(name: str, steps: Sequence[str], device: str) -> StepIndex:
     return StepIndex(encoder, encoder.embed(steps), encoder.digest)
 
 
+def index_or_error(name: str, steps: Sequence[str], device: str) -> StepIndex | UserError:
+    """Return what `index_steps` returns, or its error: raised in a task of Ray, that would come with a traceback."""
+    try:
+        return index_steps(name, steps, device)
+    except UserError as error:
+        return error
+
+
 def check_encoder(name: str) -> None:
     """Raise `UserError` where the package that an encoder needs is missing."""
     if name != TFIDF and importlib.util.find_spec(PACKAGE) is None:

@@ -1,6 +1,8 @@
 """Soft labels of narrated segments: the K steps that are most like what is said, and their probabilities.
 
-LABELS.parquet    a row of LABELS for each segment; in its metadata, what made it and the names of all steps
+labels.parquet    a row of LABELS for each segment; in its metadata, what made it and the names of all steps
+
+Workers import this module, which needs no torch; `reading` has what training needs.
 
 Shapes: R segments, S steps, K steps of a label.
 """
@@ -9,19 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
-from pipelines import storage
 from pipelines.data.narration.encoders import ScoreArray, StepIndex
-from pipelines.errors import UserError
-from s5.tasks.distant import StepLabels
 
 LABELS_FILE = "labels.parquet"
 LABELS = pa.schema(
@@ -69,7 +65,7 @@ def soft_labels(scores_RS: ScoreArray, top_k: int, temperature: float) -> tuple[
     """Return the K best-scored steps (R, K) of each row, best first, and their probabilities (R, K).
 
     The probabilities are the softmax of score / temperature over all steps, of which the K largest are kept and made
-    to sum to 1 (arXiv 2201.10990, section 3.2): the softmax over these K alone. Of equal scores the step with the
+    to sum to 1 (arXiv 2201.10990): the softmax over these K alone. Of equal scores the step with the
     lower number comes first.
     """
     last_R = np.partition(scores_RS, -top_k, axis=1)[:, -top_k]
@@ -101,56 +97,3 @@ class Labeller:
         for name, values in columns.items():
             segments = segments.append_column(name, pa.array(values, LABELS.field(name).type))
         return segments
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NarratedSteps:
-    """What a training job needs of soft labels."""
-
-    labels: StepLabels
-    names: list[str]
-    """Task and text of each step, by its id."""
-    digest: str
-    """Digest of what made them."""
-
-
-def read_labels(path: str, manifest: pa.Table) -> NarratedSteps:
-    """Return the labels of a manifest's segments.
-
-    Args:
-        path: a table of labels, or the folder that `narrate` wrote.
-        manifest: the segments.
-
-    Raises:
-        UserError: there are none, they are no labels, or a segment has none.
-    """
-    name = storage.join(path, LABELS_FILE) if storage.is_folder(path) else path
-    if not storage.exists(name):
-        raise UserError(f"labels is {path!r}: there is no {LABELS_FILE}; run `python -m pipelines narrate` to its end")
-    try:
-        table = storage.read_table(name, ["video_id", "steps", "probabilities"])
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise UserError(f"labels is {path!r}: not a table of labels ({str(error).splitlines()[0]})") from None
-    about: Mapping[bytes, bytes] = table.schema.metadata or {}
-    if MADE_BY not in about or STEPS not in about or len(table.column_names) < 3:
-        raise UserError(f"labels is {path!r}: `narrate` did not write it; give the --out of `narrate`")
-    rows = {name: row for row, name in enumerate(table["video_id"].to_pylist())}
-    missing = [name for name in manifest["video_id"].to_pylist() if name not in rows]
-    if missing:
-        raise UserError(
-            f"labels is {path!r}: {len(missing)} of {len(manifest)} videos of the manifest have none, as "
-            f"{missing[0]!r}; give the manifest of segments that `narrate` wrote beside them"
-        )
-    steps_NK = torch.from_numpy(_matrix(table["steps"]).astype(np.int64))
-    probabilities_NK = torch.from_numpy(_matrix(table["probabilities"]).astype(np.float32))
-    meta = LabelMeta(**json.loads(about[MADE_BY]))
-    return NarratedSteps(StepLabels(rows, steps_NK, probabilities_NK), json.loads(about[STEPS]), meta.digest)
-
-
-def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Return a column of lists of one length as a matrix."""
-    values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(column), -1)

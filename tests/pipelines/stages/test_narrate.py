@@ -23,7 +23,7 @@ from pipelines.config import (
 )
 from pipelines.data.features.reader import FeatureReader
 from pipelines.data.manifest import description, read_manifest
-from pipelines.data.narration.labels import read_labels
+from pipelines.data.narration.reading import read_labels
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, features, finetune, index, narrate, sample
 from s5.checkpoints.checkpoint import load_model
@@ -63,8 +63,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def narrating(folder: Path, out: Path, **changes: Any) -> NarrateConfig:
     settings = {"manifest": str(folder / "index"), "narration": str(folder / "captions.jsonl"), "out": str(out)}
-    settings |= {"steps": str(folder / "steps.csv"), "tracking.uri": "off", "scale.cpus_per_worker": 0.5}
-    return override(NarrateConfig(), settings | {"chunk_segments": 16, "shard_segments": 40, "shortest_s": 0} | changes)
+    settings |= {
+        "steps": str(folder / "steps.csv"),
+        "tracking.uri": "off",
+        "scale.cpus_per_worker": 0.5,
+        "shortest_s": 0,
+    }
+    return override(NarrateConfig(), settings | {"chunk_segments": 64, "shard_segments": 120} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +139,7 @@ def test_an_ended_run_keeps_its_shards(
     with pytest.raises(UserError, match="holds a run on another steps, which has changed since"):
         narrate.run(override(config, {"steps": str(other)}))
     result = narrate.run(config)
-    assert len(calls) == 2 + result["counts"]["captions"] // 40
+    assert len(calls) == 2 + result["counts"]["captions"] // 120
     for name in ("labels.parquet", "rejects.parquet", "manifest.parquet"):
         again, whole = (storage.read_table(storage.join(out, name)) for out in (config.out, narrated))
         assert again.equals(whole)
@@ -231,7 +236,7 @@ def test_segments_of_something_else_are_refused(segments: FeaturesConfig, tmp_pa
     meta = storage.read_json(storage.join(segments.out, "features.json"))
     storage.write_json(str(tmp_path / "features.json"), meta | {"backbone": meta["backbone"] | {"name": "vit"}})
     with pytest.raises(
-        UserError, match="they are tokens of frames, not embeddings of segments; give .*backbone.name vit"
+        UserError, match=r"they are tokens of frames, not embeddings of segments; give .*backbone.name vit"
     ):
         finetune.build_job(heading(segments, tmp_path, features=str(tmp_path)))
 

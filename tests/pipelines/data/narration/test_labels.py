@@ -18,7 +18,8 @@ from pipelines.data.narration.encoders import ScoreArray, index_steps
 from pipelines.data.narration.labels import Labeller, LabelMeta, soft_labels
 from pipelines.data.narration.steps import check_count, digest, read_steps, text_ids
 from pipelines.errors import UserError
-from pipelines.tuning.trials import objective_of
+from pipelines.tuning import search_space
+from pipelines.tuning.trials import objective_of, trial_settings
 
 TEXTS = ["Whisk the eggs", "Heat the pan", "Pour the eggs into the pan", "Grate some cheese", "Fold the omelette"]
 
@@ -166,10 +167,19 @@ def test_labels_belong_to_the_task_that_learns_them() -> None:
         override(FinetuneConfig(), {"labels": "out"})
 
 
-def test_a_sweep_compares_distant_supervision_by_its_divergence() -> None:
-    changes = {"stages": "finetune", "finetune.task": "distant", "finetune.labels": "out/narrate"}
-    objective = objective_of(override(SweepConfig(), changes))
+def test_a_sweep_compares_distant_supervision_by_its_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes: dict[str, object] = {"stages": "finetune", "finetune.task": "distant", "finetune.labels": "out/narrate"}
+    changes |= {"finetune.features": "out/features", "finetune.model.backbone.frozen": True}
+    config = override(SweepConfig(space=("optim.lr=1e-3,1e-4",)), changes)
+    objective = objective_of(config)
     assert (objective.metric, objective.mode) == ("val/loss", "min")
+    for trial in trial_settings(config, search_space.parse(config)):
+        settings = trial.stages["finetune"]
+        assert isinstance(settings, FinetuneConfig)
+        assert (settings.labels, settings.features) == (f"{tmp_path}/out/narrate", f"{tmp_path}/out/features")
 
 
 def test_labels_are_known_by_all_that_made_them() -> None:
