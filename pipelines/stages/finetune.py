@@ -117,11 +117,7 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     train = drop_too_short(split_of(manifest, "train"), clips)
     config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
     check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
-    if config.features:
-        # Workers may have another folder.
-        features = storage.absolute(config.features)
-        backbone_config = with_segments(config.model.backbone, features)
-        config = replace(config, features=features, model=replace(config.model, backbone=backbone_config))
+    config = with_features(config)
     weights = None
     inputs = {"manifest": digest(manifest)}
     narrated = read_labels(config.labels, manifest) if config.task == "distant" else None
@@ -155,6 +151,15 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
         backbone=backbone,
         commit=provenance.commit(),
     )
+
+
+def with_features(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the settings with the folder of features as every worker names it, and what embeddings in it are of."""
+    if not config.features:
+        return config
+    features = storage.absolute(config.features)
+    backbone = with_segments(config.model.backbone, features)
+    return replace(config, features=features, model=replace(config.model, backbone=backbone))
 
 
 def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:

@@ -13,8 +13,8 @@ import json
 import re
 import time
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,14 @@ def run(config: NarrateConfig) -> dict[str, Any]:
         stage.info(f"{len(manifest)} videos; {len(ids)} of {len(steps)} steps have a text; encoder {index.digest}")
         segments = Segments(manifest, config.shortest_s)
         shards = label_all(config, stage, segments, (index, np.array(ids), config.top_k, config.temperature))
-        found, rejected = join_shards(stage, shards, manifest, steps, meta)
+        rejected = join_rejects(stage, shards, steps)
+        if rejected.total() - (len(steps) - len(ids)) == stage.counts["captions"]:
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in rejected.most_common(FIRST_REASONS))
+            raise UserError(
+                f"narration is {config.narration!r}: none of its {stage.counts['captions']} captions can be used "
+                f"({reasons}); see {stage.path(REJECTS)}"
+            )
+        found = join_labels(stage, shards, manifest, steps, meta)
         summarise(stage, found, rejected, segments.counts, steps)
         storage.remove_folder(stage.path(SHARDS))
     return stage.result
@@ -194,51 +201,40 @@ def labelled(config: NarrateConfig, segments: pa.Table, labeller: tuple[Any, ...
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
-def join_shards(
-    stage: Stage, shards: int, manifest: pa.Table, steps: list[Step], meta: LabelMeta
-) -> tuple[dict[str, int], Counter[str]]:
-    """Write labels, manifest and rejects, shard by shard; return segments by split, and rejects by reason.
+def join_rejects(stage: Stage, shards: int, steps: list[Step]) -> Counter[str]:
+    """Write all rejects, shard by shard, and return their numbers by reason; print the first ones."""
+    counts: Counter[str] = Counter()
+    tables = (storage.read_table(shard_path(stage, shard, REJECTS)) for shard in range(shards))
+    with storage.table_writer(stage.path(REJECTS), REJECTS_SCHEMA) as writer:
+        for rejects in chain([_without_text(steps)], tables):
+            for row in rejects.to_pylist():
+                if counts.total() < SHOWN_REJECTS:
+                    stage.info(f"cannot use {row['uri']}: {row['reason']}")
+                counts[NUMBER.sub("...", row["reason"])] += 1
+            writer.write_table(rejects)
+    return counts
 
-    Raises:
-        UserError: no caption can be used.
-    """
+
+def join_labels(stage: Stage, shards: int, manifest: pa.Table, steps: list[Step], meta: LabelMeta) -> dict[str, int]:
+    """Write all labels and the manifest of their segments, shard by shard; return the segments of each split."""
     about = {MADE_BY: json.dumps(asdict(meta)).encode(), STEPS: json.dumps([step.name for step in steps]).encode()}
     # A clip of a segment covers it from its start to its end, however short it is.
     segmented = Description(dataset=description(manifest).dataset, protocol="whole")
-    schemas = {
-        LABELS_FILE: LABELS.with_metadata(about),
-        MANIFEST: manifest.schema.with_metadata(metadata(classes(manifest), segmented)),
-        REJECTS: REJECTS_SCHEMA,
-    }
+    schema = manifest.schema.with_metadata(metadata(classes(manifest), segmented))
     found: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    with ExitStack() as stack:
-        write = {
-            name: stack.enter_context(storage.table_writer(stage.path(name), schema))
-            for name, schema in schemas.items()
-        }
-        for rejects in (
-            _without_text(steps),
-            *(storage.read_table(shard_path(stage, n, REJECTS)) for n in range(shards)),
-        ):
-            for row in rejects.to_pylist():
-                if sum(rejected.values()) < SHOWN_REJECTS:
-                    stage.info(f"cannot use {row['uri']}: {row['reason']}")
-                rejected[NUMBER.sub("...", row["reason"])] += 1
-            write[REJECTS].write_table(rejects)
+    with (
+        storage.table_writer(stage.path(LABELS_FILE), LABELS.with_metadata(about)) as to_labels,
+        storage.table_writer(stage.path(MANIFEST), schema) as to_manifest,
+    ):
         for shard in range(shards):
             labels = storage.read_table(shard_path(stage, shard, LABELS_FILE))
             videos = manifest.take(labels["row"])
             for name in ("video_id", "start_s", "end_s"):
-                place = videos.schema.get_field_index(name)
-                videos = videos.set_column(place, manifest.schema.field(name), labels[name])
+                videos = videos.set_column(schema.get_field_index(name), schema.field(name), labels[name])
             found.update(videos["split"].to_pylist())
-            write[MANIFEST].write_table(videos.cast(schemas[MANIFEST]))
-            write[LABELS_FILE].write_table(labels.select(LABELS.names).cast(schemas[LABELS_FILE]))
-        if not found:
-            reasons = "; ".join(f"{reason} ({count})" for reason, count in rejected.most_common(FIRST_REASONS))
-            raise UserError(f"narration holds no caption that can be used: {reasons}")
-    return dict(found), rejected
+            to_manifest.write_table(videos.cast(schema))
+            to_labels.write_table(labels.select(LABELS.names).cast(to_labels.schema))
+    return dict(found)
 
 
 def _without_text(steps: list[Step]) -> pa.Table:

@@ -30,7 +30,7 @@ from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest
 from s5.batch import ClipBatch
-from s5.config import SEGMENTS, BackboneConfig, ClipConfig, EvaluationProtocol
+from s5.config import SEGMENTS, BackboneConfig, ClipConfig, EvaluationProtocol, from_json
 from s5.errors import Failure, VideoError
 from s5.video.clip_times import beyond, clip_seed, stride_s
 
@@ -123,7 +123,7 @@ def check_features(
 
 
 def with_segments(backbone: BackboneConfig, folder: str) -> BackboneConfig:
-    """Return the settings of a backbone, for embeddings of segments with the width and the maker of cached ones.
+    """Return the settings of a backbone; for embeddings of segments those of the cached ones, with what made them.
 
     Raises:
         UserError: there are no features, or they are tokens of frames.
@@ -136,7 +136,7 @@ def with_segments(backbone: BackboneConfig, folder: str) -> BackboneConfig:
             f"features is {folder!r}: they are tokens of frames, not embeddings of segments; give "
             f"--model.backbone.name {name}, or the --out of `features --segment-s`"
         )
-    return replace(backbone, embed_dim=meta.width, made_by=meta.weights)
+    return from_json(BackboneConfig, meta.backbone | {"frozen": True, "made_by": meta.weights})
 
 
 class FeatureClips:
