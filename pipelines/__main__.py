@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 from typing import NoReturn
@@ -20,8 +21,10 @@ def entry() -> NoReturn:
 
     def end() -> None:
         if ended:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                # A process started without one has None; a reader that has left needs no more.
+                with contextlib.suppress(AttributeError, BrokenPipeError):
+                    stream.flush()
             os._exit(ended[0])
 
     # What is registered first runs last.

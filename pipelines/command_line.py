@@ -5,33 +5,43 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any, NoReturn
 
 from pipelines import preflight
-from pipelines.config import INPUTS, STAGES, StageConfig, leaves_of, override, unknown
+from pipelines.config import INPUTS, STAGES, RecipeConfig, StageConfig, leaves_of, override, unknown
 from pipelines.config.arguments import parse_settings
+from pipelines.config.paper import RECIPES
 from pipelines.config.presets import PRESETS, preset
+from pipelines.config.recipes import GROUPS
 from pipelines.errors import StageError, UserError, missing_package
 
 USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
 
 stages:   {", ".join(STAGES)}
-presets:  {", ".join(PRESETS)}
+presets:  {", ".join(name for name in PRESETS if name not in RECIPES)}
+recipes:  {", ".join(RECIPES)}
 
+python -m pipelines recipe NAME runs all stages of a recipe; --preset NAME has its settings for a stage alone.
 python -m pipelines STAGE --help lists a stage's settings; every stage takes --out, a folder or a URI."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a stage and return the exit status: 0 done, 1 failed, 2 the user's mistake, 128 + signal when stopped."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
     try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(USAGE, flush=True)
+            return 0 if argv else 2
         name, config = parse(argv)
         preflight.check(name, config)
+        if isinstance(config, RecipeConfig) and config.dry_run:
+            print(importlib.import_module("pipelines.recipes.dry_run").plan_of(config), flush=True)
+            return 0
         # Not before: this, and a stage, take seconds to import.
         startup = importlib.import_module("pipelines.running.startup")
         with startup.without_garbage_collection():
@@ -47,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return _without_reader()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _say(f"the disk is full ({error.filename or '--out'}): make room and run the same command again", 1)
         return _say(f"{error.filename or 'storage'}: {error.strerror or error}", 1)
@@ -63,6 +75,10 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
     name, *rest = argv
     if name not in STAGES:
         raise UserError(unknown("stage", name, STAGES))
+    if name == "recipe" and rest and not rest[0].startswith("-"):
+        if rest[0] not in RECIPES:
+            raise UserError(unknown("recipe", rest[0], tuple(RECIPES)))
+        rest = ["--preset", *rest]
     chosen, rest = _take(rest, "preset")
     path, rest = _take(rest, "config")
     if chosen is not None and path is not None:
@@ -72,7 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
         config = _saved(name, config, path)
     if "--help" in rest or "-h" in rest:
         _help(name, config)
-    return name, override(config, parse_settings(rest, config))
+    groups = tuple(GROUPS.values()) if name == "recipe" else ()
+    return name, override(config, parse_settings(rest, config, groups))
 
 
 def _help(name: str, config: StageConfig) -> NoReturn:
@@ -123,6 +140,20 @@ def _read_json(path: str) -> Any:
     from pipelines import storage
 
     return storage.read_json(path)
+
+
+def _reader_left() -> bool:
+    """Whether it is the output's pipe that is broken, and not a connection to a server."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _without_reader() -> int:
+    """End as a shell's tools do when the program that reads their output has left (`| head`)."""
+    # What is still buffered would raise again when it is flushed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _say("the program that read the output has ended: run the same command again to resume", 128 + SIGPIPE)
 
 
 def _say(message: object, code: int) -> int:

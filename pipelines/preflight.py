@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import storage, tracking
-from pipelines.config import SweepConfig, flatten, paths
-from pipelines.config.stages import StageConfig
+from pipelines.config import RecipeConfig, StageConfig, SweepConfig, flatten, paths
+from pipelines.config.recipes import GROUPS, LINKS
 from pipelines.errors import UserError
+from pipelines.recipes import steps as recipes
 from pipelines.running.run_folder import RunFolder
 from s5.config import PathRole
 
@@ -24,9 +25,13 @@ ROOM_BYTES = 1 << 20
 def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
     """Return the files and folders, under dotted keys, that a stage reads or writes.
 
-    A sweep's trials have an --out of their own, and where they pretrain they fine-tune from that.
+    A sweep's trials have an --out of their own, and where they pretrain they fine-tune from that; a recipe connects its
+    stages itself.
     """
     found = paths(config)
+    if isinstance(config, RecipeConfig):
+        given = {f"{GROUPS[stage]}.{name}" for stage, names in LINKS.items() for name in names}
+        return {key: value for key, value in found.items() if key not in given}
     if isinstance(config, SweepConfig):
         stages = config.stages.split("+")
         unused = {"pretrain.out", "finetune.out"} | ({"finetune.checkpoint"} if "pretrain" in stages else set())
@@ -43,9 +48,15 @@ def check(stage: str, config: StageConfig) -> None:
     """
     check_credentials(config)
     check_inputs(config)
+    if isinstance(config, RecipeConfig):
+        recipes.check(config)
+        if config.dry_run:
+            return
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):
         RunFolder.of(stage, config).check_stage()
+        if isinstance(config, RecipeConfig):
+            recipes.refuse_another(config)
         check_out(config.out)
 
 
@@ -74,6 +85,8 @@ def check_inputs(config: StageConfig) -> None:
         if role.kind != "input" or storage.is_uri(storage.absolute(value)):
             continue
         path = Path(value.removeprefix("file://")).expanduser()
+        # A keyword of Python is no name of a field, but it is one of an option.
+        key = key.removesuffix("_")
         if not path.exists():
             kind, remedy = MISSING.get(role.what, (role.what, "give one that exists"))
             raise UserError(f"{key} is {value!r}: there is no such {kind}; {_nearby(path) or remedy}")

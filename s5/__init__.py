@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from s5.config import ModelConfig as ModelConfig
     from s5.config import SelectionConfig as SelectionConfig
     from s5.config import SSMConfig as SSMConfig
+    from s5.config import ViewsConfig as ViewsConfig
     from s5.models.decoders import build_decoder as build_decoder
     from s5.models.video_model import VideoModel as VideoModel
     from s5.ssm.layers import build_ssm as build_ssm
@@ -33,6 +34,7 @@ _CONFIGS = (
     "ModelConfig",
     "SSMConfig",
     "SelectionConfig",
+    "ViewsConfig",
 )
 _HOMES = {
     **dict.fromkeys(_CONFIGS, "s5.config"),

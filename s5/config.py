@@ -68,17 +68,17 @@ def require_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Frame encoder: any Vision Transformer of timm."""
+    """Frame encoder: a Vision Transformer of timm, or frozen any other model of timm whose features are a grid."""
 
     name: str = "vit_base_patch16_224"
     """timm's name of the model; `segments`: none, but cached embeddings of segments (`features --segment-s`)."""
     frame_size: int = 224
     """Height and width of a frame in pixels; positional embeddings are made for (or interpolated to) it."""
     weights: Annotated[str, PathRole("input", "weights", ("", "timm"))] = ""
-    """Where the weights come from: empty for random ones, `timm` for timm's own (cached or from the hub), or a file
-    (.safetensors, .pt) in timm's layout."""
+    """Where the weights come from: empty for random ones (where the backbone is frozen for timm's), `timm` for timm's
+    own (cached or from the hub), or a file (.safetensors, .pt) in timm's layout."""
     frozen: bool = False
-    """Keep the backbone's weights as they are and run it without gradient."""
+    """Keep the backbone's weights as they are and run it without gradient, in evaluation mode."""
     cls_token: bool = False
     """Hand the class token on as one more token a frame."""
     depth: int | None = None
@@ -93,11 +93,20 @@ class BackboneConfig:
     """Frames that one token spans; a clip's frames must be a multiple. Weights of an image model are spread evenly over
     them, and stay so where `lsmcl.freeze_patches` keeps the patch projection as it is."""
 
+    tokens: int = 0
+    """Tokens of a frame of imported features, or of a segment's embedding, which stand in for the frame encoder and set
+    this themselves; 0 for a model of timm."""
+    width: int = 0
+    """Width of these tokens."""
     made_by: str = ""
-    """Digest of the encoder that made the embeddings of `segments`: filled in from the cached features."""
+    """Digest of the encoder that made the embeddings of segments, which set this themselves."""
 
     def __post_init__(self) -> None:
-        require(self.frozen or self.name != SEGMENTS, "backbone.frozen", self.frozen, "embeddings stay; give True")
+        if self.tokens:
+            require(self.width > 0, "backbone.width", self.width, "give the width of the imported features")
+            require(
+                self.frozen, "backbone.frozen", self.frozen, "imported features have no encoder to train; give True"
+            )
         require(self.frame_size >= 8, "backbone.frame_size", self.frame_size, "give at least 8 pixels")
         for name in ("depth", "embed_dim", "num_heads", "patch_size"):
             value = getattr(self, name)
@@ -275,6 +284,51 @@ class ClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Random views of clips in training, as in MoCo v3 (arXiv 2104.02057): one draw for all frames of a clip, and one
+    of its own for each clip of a pair. Off where nothing is given, and in evaluation."""
+
+    crop_scale: tuple[float, ...] = ()
+    """Smallest and largest share of the picture that a random resized crop shows (MoCo v3: 0.08 1); empty for the
+    largest square at the centre."""
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    """Smallest and largest width over height of a random resized crop."""
+    flip: float = 0.0
+    """Share of clips that are mirrored, left to right (MoCo v3: 0.5)."""
+    jitter: float = 0.0
+    """Strength of the colour jitter: brightness, contrast and saturation change by up to this share; 0 for none."""
+    jitter_share: float = 1.0
+    """Share of clips with colour jitter (MoCo v3: 0.8)."""
+    grey: float = 0.0
+    """Share of clips that lose their colours (MoCo v3: 0.2)."""
+    blur: tuple[float, ...] = (0.0, 0.0)
+    """Shares of long clips, or of clips that are no pairs, and of short ones that are blurred, by a Gaussian of 0.1 to
+    2 pixels in frames of 224 pixels, and in proportion in others (MoCo v3: 1 0.1)."""
+    solarise: tuple[float, ...] = (0.0, 0.0)
+    """Shares of the same clips whose values from 128 on are inverted (MoCo v3: 0 0.2)."""
+
+    def __post_init__(self) -> None:
+        scale, ratio = self.crop_scale, self.crop_ratio
+        fits = scale == () or (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1)
+        remedy = "give a smallest and a largest share of the picture, above 0 and up to 1, or nothing"
+        require(fits, "views.crop_scale", scale, remedy)
+        fits = len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf
+        require(fits, "views.crop_ratio", ratio, "give a smallest and a largest ratio above 0")
+        for name in ("flip", "jitter", "jitter_share", "grey"):
+            require_range(f"views.{name}", getattr(self, name), 0, 1)
+        for name in ("blur", "solarise"):
+            shares = getattr(self, name)
+            fits = len(shares) == 2 and all(0 <= share <= 1 for share in shares)
+            require(fits, f"views.{name}", shares, "give two shares from 0 to 1, of long and of short clips")
+
+    def changing(self) -> dict[str, tuple[Any, str]]:
+        """Return what changes frames, under dotted keys: each setting with what to give to turn it off."""
+        off = {"crop_scale": "", "flip": "0", "jitter": "0", "grey": "0", "blur": "0 0", "solarise": "0 0"}
+        changed = [name for name in off if getattr(self, name) != getattr(ViewsConfig, name)]
+        return {f"views.{name}": (getattr(self, name), off[name]) for name in changed}
+
+
+@dataclass(frozen=True, kw_only=True)
 class LSMCLConfig:
     """Long-short masked contrastive pretraining (arXiv 2303.14526); where it is silent, MoCo v3 (2104.02057)."""
 
@@ -291,8 +345,6 @@ class LSMCLConfig:
     """Width of the hidden layers of projector and predictor."""
     dim: int = 256
     """Width of the embeddings that are compared."""
-    jitter: float = 0.4
-    """Strength of the colour jitter, drawn for each clip of a pair; 0 for none."""
     freeze_patches: bool = True
     """Keep the patch projection at its initial weights, which MoCo v3 found to be stabler."""
     collapse_spread: float = 0.1
@@ -303,7 +355,6 @@ class LSMCLConfig:
         require(self.mask_on in ("patches", "tokens"), "lsmcl.mask_on", self.mask_on, "give patches or tokens")
         require(self.temperature > 0, "lsmcl.temperature", self.temperature, "give a positive number")
         require_range("lsmcl.momentum", self.momentum, 0, 1)
-        require_range("lsmcl.jitter", self.jitter, 0, 1)
         require(self.hidden >= 1, "lsmcl.hidden", self.hidden, "give at least 1")
         require(self.dim >= 2, "lsmcl.dim", self.dim, "give at least 2")
 
@@ -313,7 +364,10 @@ class OptimConfig:
     """AdamW with linear warm-up and a cosine."""
 
     lr: float = 1.5e-4
-    """Peak learning rate for the whole (global) batch."""
+    """Peak learning rate for the whole (global) batch, or for `lr_batch` where that is given."""
+    lr_batch: int = 0
+    """Global batch that `lr` is meant for: the peak is lr x loop.batch_size / lr_batch (256 in MoCo v3, arXiv
+    2104.02057); 0 for the batch as it is."""
     weight_decay: float = 0.1
     """Decoupled weight decay; norms, biases and state-space parameters have none."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -327,9 +381,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "optim.lr", self.lr, "give a positive number")
+        require(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "give 0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "give 0 or more")
         require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "give a value in [0, 1)")
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "give 0 or more")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Return the peak learning rate of a global batch of so many videos."""
+        return self.lr * batch_size / self.lr_batch if self.lr_batch else self.lr
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.scripts.scripts import cli as ray_cli
 
 import pipelines
 from clusters import submit
@@ -117,6 +118,18 @@ def check_make(words: list[str]) -> None:
         check_module(f"tests.bench.{name}", shlex.split(" ".join(arguments)), ROOT)
 
 
+def check_ray(words: list[str]) -> None:
+    """Parse the words of `ray COMMAND` by Ray's own command line; a file that it names is there."""
+    parameters = ray_cli.commands[words[0]].make_context(words[0], words[1:]).params
+    assert all((ROOT / value).is_file() for name, value in parameters.items() if name == "cluster_config_file")
+
+
+def check_files(words: list[str]) -> None:
+    """Check that the files of this repository that another program is given are there."""
+    named = [word for word in words if word.startswith(FOLDERS)]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize("command", make_commands())
 def test_make_command_in_prose(command: str) -> None:
     check_make(shlex.split(command))
@@ -134,8 +147,12 @@ def test_command_is_parsed(command: str, tmp_path: Path) -> None:
             check_stage(script[3:], tmp_path)
         case ["make", *_]:
             check_make(words)
-        case ["export", setting]:
-            assert "=" in setting
+        case ["export", *settings]:
+            assert all("=" in setting for setting in settings)
+        case ["ray", *rest]:
+            check_ray(rest)
+        case ["docker" | "kubectl" | "sbatch" | "chmod", *rest]:
+            check_files(rest)
         case [script] if script.startswith("findings/"):
             assert (ROOT / script).is_file()
         case _:

@@ -15,7 +15,19 @@ PACKAGES = ("s5", "pipelines", "clusters")
 # The rooms of a package, in the order in which they may import each other: a room those before it. "" is the top.
 ROOMS = {
     "s5": ("", "video", "ssm", "models", "tasks", "checkpoints", "training", "evaluation"),
-    "pipelines": ("", "config", "storage", "tracking", "running", "data", "training", "tuning", "plots", "stages"),
+    "pipelines": (
+        "",
+        "config",
+        "storage",
+        "tracking",
+        "running",
+        "data",
+        "training",
+        "tuning",
+        "recipes",
+        "plots",
+        "stages",
+    ),
     "clusters": ("",),
 }
 # Modules at the top that stand above all rooms: the command line, and what a notebook calls.
@@ -38,6 +50,7 @@ STAGES = (
     "sweep",
     "predict",
     "report",
+    "recipe",
 )
 FORBIDDEN = {"s5": ("ray", "mlflow", "pipelines", "clusters"), "pipelines": ("clusters",)}
 # Who alone may import a package: a folder, or a file.

@@ -8,11 +8,14 @@ from pipelines.config.dotted import paths as paths
 from pipelines.config.dotted import to_json as to_json
 from pipelines.config.dotted import unknown as unknown
 from pipelines.config.narration import NarrateConfig as NarrateConfig
+from pipelines.config.recipes import RecipeConfig as RecipeConfig
+from pipelines.config.run import STAGES as STAGES
+from pipelines.config.run import RunConfig as RunConfig
+from pipelines.config.run import StageConfig as StageConfig
 from pipelines.config.shared import DataConfig as DataConfig
 from pipelines.config.shared import DecodeConfig as DecodeConfig
 from pipelines.config.shared import ScaleConfig as ScaleConfig
 from pipelines.config.shared import TrackingConfig as TrackingConfig
-from pipelines.config.stages import STAGES as STAGES
 from pipelines.config.stages import EncoderConfig as EncoderConfig
 from pipelines.config.stages import EvaluateConfig as EvaluateConfig
 from pipelines.config.stages import FeaturesConfig as FeaturesConfig
@@ -21,8 +24,6 @@ from pipelines.config.stages import IndexConfig as IndexConfig
 from pipelines.config.stages import PretrainConfig as PretrainConfig
 from pipelines.config.stages import ProtocolSetting as ProtocolSetting
 from pipelines.config.stages import ReportConfig as ReportConfig
-from pipelines.config.stages import RunConfig as RunConfig
 from pipelines.config.stages import SampleConfig as SampleConfig
-from pipelines.config.stages import StageConfig as StageConfig
 from pipelines.config.stages import SweepConfig as SweepConfig
 from pipelines.config.stages import TranscodeConfig as TranscodeConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import types
 import typing
 from collections.abc import Sequence
@@ -13,10 +14,16 @@ from pipelines.errors import UserError
 BOOLEANS = ("true", "false", "yes", "no", "1", "0")
 
 
-def parse_settings(arguments: Sequence[str], config: Any) -> dict[str, Any]:
+def parse_settings(arguments: Sequence[str], config: Any, groups: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings that arguments give, under dotted keys, as their types have them.
 
     Dashes and underscores in keys are the same. A setting of several values takes all up to the next option.
+
+    Args:
+        arguments: what the command line says.
+        config: the settings that it changes.
+        groups: of its groups, those that hold the settings of a stage each: `--loop.epochs` sets that of all of them
+            which have it. What a stage has alone, outside of a group of its own, such as `task`, needs its full name.
 
     Raises:
         UserError: an unknown setting, one without a value, or a value of the wrong type.
@@ -29,24 +36,33 @@ def parse_settings(arguments: Sequence[str], config: Any) -> dict[str, Any]:
         if not option.startswith("--"):
             raise UserError(f"{option!r} belongs to no option: write --setting {option}")
         name, has_value, text = option.removeprefix("--").partition("=")
-        key, negated = _key(name, known)
+        keys, negated = _keys(name, known, groups)
         values = [text] if has_value else []
         if not has_value and not negated:
-            values = _values_of(known[key], rest)
-        changes[key] = _value(known[key], key, values, negated)
+            values = _values_of(known[keys[0]], rest)
+        changes |= {key: _value(known[key], key, values, negated) for key in keys}
     return changes
 
 
-def _key(name: str, known: dict[str, Any]) -> tuple[str, bool]:
-    """Return the dotted key of an option, and whether it is the negation of a flag."""
+def _keys(name: str, known: dict[str, Any], groups: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the dotted keys that an option sets, and whether it is the negation of a flag."""
     key = name.replace("-", "_")
-    if key in known:
-        return key, False
-    *groups, leaf = key.split(".")
-    positive = ".".join([*groups, leaf.removeprefix("no_")])
-    if leaf.startswith("no_") and known.get(positive) is bool:
+    if found := _known(key, known, groups):
+        return found, False
+    *parents, leaf = key.split(".")
+    positive = _known(".".join([*parents, leaf.removeprefix("no_")]), known, groups)
+    if leaf.startswith("no_") and positive and known[positive[0]] is bool:
         return positive, True
     raise UserError(unknown("setting", key, known))
+
+
+def _known(key: str, known: dict[str, Any], groups: Sequence[str]) -> list[str]:
+    """Return the settings of that name: the one itself, or else those of the groups."""
+    # A word of Python has an underscore behind it as a field's name.
+    key = f"{key}_" if keyword.iskeyword(key) else key
+    if key in known or "." not in key:
+        return [key] if key in known else []
+    return [full for group in groups if (full := f"{group}.{key}") in known]
 
 
 def _values_of(hint: Any, rest: list[str]) -> list[str]:

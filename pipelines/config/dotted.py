@@ -17,6 +17,8 @@ from s5.config import PathRole
 
 Config = TypeVar("Config")
 
+RENAMED = {"lsmcl.jitter": "views.jitter"}
+"""Settings of earlier versions, and what they are called."""
 INPUTS = "inputs"
 """Key of run.json with the digests of what a stage reads."""
 
@@ -46,14 +48,25 @@ def to_json(stage: str, config: Any) -> dict[str, Any]:
 
 
 def leaves_of(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested values, such as run.json's, under their dotted keys: what `override` takes."""
+    """Return the leaves of nested values, such as run.json's, under their dotted keys: what `override` takes.
+
+    Settings of earlier versions are found under the names that they have.
+    """
     leaves: dict[str, Any] = {}
     for key, item in nested.items():
         if isinstance(item, dict):
             leaves |= leaves_of(item, f"{prefix}{key}.")
         else:
-            leaves[prefix + key] = item
+            leaves[_current(prefix + key)] = item
     return leaves
+
+
+def _current(key: str) -> str:
+    """Return the dotted key of a setting that an earlier version may have had under another."""
+    for old, new in RENAMED.items():
+        if key == old or key.endswith(f".{old}"):
+            return key.removesuffix(old) + new
+    return key
 
 
 def hints(config: Any, prefix: str = "") -> dict[str, Any]:

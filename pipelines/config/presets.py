@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.config import RunConfig, override, unknown
+from pipelines.config.paper import RECIPES
 from pipelines.errors import UserError
 
 
@@ -44,7 +45,7 @@ def quickstart() -> RunConfig:
         "pretrain.lsmcl.hidden": 256,
         "pretrain.lsmcl.dim": 64,
         # Colour tells the steps apart here, so it is not to be learned as noise.
-        "pretrain.lsmcl.jitter": 0.0,
+        "pretrain.views.jitter": 0.0,
         "pretrain.optim.lr": 1e-3,
         "pretrain.loop.batch_size": 28,
         "pretrain.loop.epochs": 15,
@@ -77,7 +78,7 @@ def videos() -> RunConfig:
         "pretrain.clips.long_stride": 0.5,
         "pretrain.clips.short_stride": 0.1,
         "pretrain.clips.too_short": "shrink",
-        "pretrain.lsmcl.jitter": 0.4,
+        "pretrain.views.jitter": 0.4,
         "pretrain.loop.batch_size": 0,
         "pretrain.loop.steps": 100,
         "pretrain.loop.checkpoint_every": 50,
@@ -129,7 +130,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "videos": videos,
     "distant": distant,
     "distant-head": distant_head,
-}
+} | RECIPES
 
 
 def preset(name: str) -> RunConfig:

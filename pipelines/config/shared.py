@@ -12,6 +12,7 @@ VideoFolder = Annotated[str, PathRole("input", "folder")]
 AnnotationsPath = Annotated[str, PathRole("input", "file or folder")]
 ManifestPath = Annotated[str, PathRole("input", "manifest")]
 CheckpointPath = Annotated[str, PathRole("input", "checkpoint")]
+FeaturesFiles = Annotated[str, PathRole("input", "folder")]
 FeaturesPath = Annotated[str, PathRole("input", "features")]
 TextPath = Annotated[str, PathRole("input", "file")]
 LabelsPath = Annotated[str, PathRole("input", "file or folder")]
@@ -35,7 +36,8 @@ class ScaleConfig:
     """Workers and what each of them holds (Ray Train)."""
 
     num_workers: int = 1
-    """Data-parallel training workers."""
+    """Data-parallel workers. 0 works in the process of the stage itself: it starts many seconds sooner, and if it is
+    lost nothing replaces it (the same command resumes)."""
     min_workers: int = 0
     """Workers with which training starts, or resumes, where the cluster has no room for all: it grows to `num_workers`
     once there is room. 0 to wait for all."""
@@ -54,8 +56,13 @@ class ScaleConfig:
     """Seconds after which a worker that gets no further counts as hanging: it is ended and replaced. Longer than the
     longest step, evaluation, wait for data or saving of a checkpoint; 0 for never."""
 
+    @property
+    def world_size(self) -> int:
+        """Processes that do the work, that of the stage included where it is one of them."""
+        return self.num_workers or 1
+
     def __post_init__(self) -> None:
-        require(self.num_workers >= 1, "scale.num_workers", self.num_workers, "give at least 1")
+        require(self.num_workers >= 0, "scale.num_workers", self.num_workers, "give 0 or more")
         require(self.cpus_per_worker > 0, "scale.cpus_per_worker", self.cpus_per_worker, "give more than 0")
         require(self.gpus_per_worker >= 0, "scale.gpus_per_worker", self.gpus_per_worker, "give 0 or more")
         fits = 0 <= self.min_workers <= self.num_workers

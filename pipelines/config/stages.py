@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.config.dotted import flatten as flatten
 from pipelines.config.dotted import override as override
 from pipelines.config.dotted import unknown as unknown
-from pipelines.config.narration import NarrateConfig as NarrateConfig
 from pipelines.config.shared import (
     AnnotationsPath,
     CheckpointPath,
+    FeaturesFiles,
     FeaturesPath,
     LabelsPath,
     ManifestPath,
@@ -32,9 +31,11 @@ from s5.config import (
     LSMCLConfig,
     ModelConfig,
     OptimConfig,
+    ViewsConfig,
     require,
 )
 
+IMPORT_NEEDS = "name what made the features of --import, as in model.backbone.name of training; else leave it out"
 ProtocolSetting = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
 
 
@@ -160,6 +161,8 @@ class PretrainConfig:
     """Long and short clips."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder."""
+    views: ViewsConfig = field(default_factory=lambda: ViewsConfig(jitter=0.4))
+    """Random views of clips."""
     lsmcl: LSMCLConfig = field(default_factory=LSMCLConfig)
     """Contrastive task."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -176,18 +179,17 @@ class PretrainConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require_shared(self.loop.batch_size, self.scale.num_workers)
+        require_shared(self.loop.batch_size, self.scale.world_size)
+        require_features(self.model.backbone, self.features)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
-            masked, jitter = self.lsmcl.mask_on, self.lsmcl.jitter
-            name = self.model.backbone.name
-            require(name != SEGMENTS, "model.backbone.name", name, "LSMCL learns from frames; give a frame encoder")
+            masked = self.lsmcl.mask_on
             require(masked == "tokens", "lsmcl.mask_on", masked, "cached features are of whole frames; give tokens")
-            require(jitter == 0, "lsmcl.jitter", jitter, "cached features have no colours to change; give 0")
+            require_no_views(self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """Encode the frames of a manifest's videos once, by a backbone that stays as it is, for fine-tuning and sweeps."""
+    """Encode the frames of a manifest's videos once, by a backbone that stays as it is; or import such features."""
 
     out: OutFolder = "out/features"
     """Folder for the shards, index.parquet and features.json; a second start with the same folder resumes."""
@@ -209,10 +211,17 @@ class FeaturesConfig:
     checkpoint: CheckpointPath = ""
     """Checkpoint that the backbone's weights are taken from: its folder or the --out of `pretrain` or `finetune`; empty
     for model.backbone.weights."""
+    import_: FeaturesFiles = ""
+    """Folder of features that another program made, a file (T, N, D) or (T, D) per video, named by the video's id or
+    its file; empty to encode frames. On the command line: --import."""
+    format: Literal["auto", "npy", "npz", "pt", "safetensors", "h5"] = "auto"
+    """Format of these files; `auto`: what their endings say."""
+    backbone: str = ""
+    """Name of what made these features; training has to give the same as model.backbone.name."""
     model: EncoderConfig = field(default_factory=EncoderConfig)
     """What encodes the frames."""
     frames_per_second: float = 1.0
-    """Frames encoded of a second of video."""
+    """Frames encoded of a second of video; of imported features their frame rate."""
     segment_s: float = 0.0
     """Seconds of each of the segments that videos are cut into, of which the checkpoint's whole video model makes one
     embedding each (for `model.backbone.name segments`), in place of tokens of single frames; 0 for frames."""
@@ -222,6 +231,8 @@ class FeaturesConfig:
     """Frames that are read, encoded and stored together."""
     shard_videos: int = 8
     """Videos of a shard: what a run that was ended has to recompute."""
+    shard_gigabytes: float = 1.0
+    """Size of a shard of imported features, whose videos are not counted; a larger video has one of its own."""
     data: DecodeConfig = field(default_factory=DecodeConfig)
     """Decoding, shared out among the workers; the time limit is for one chunk."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -236,6 +247,12 @@ class FeaturesConfig:
         require(bool(self.checkpoint) or not self.segment_s, "checkpoint", self.checkpoint, remedy)
         for name in ("chunk_frames", "shard_videos"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        require(self.shard_gigabytes > 0, "shard_gigabytes", self.shard_gigabytes, "give more than 0")
+        require(bool(self.import_) == bool(self.backbone), "backbone", self.backbone, IMPORT_NEEDS)
+        require(not (self.import_ and self.segment_s), "segment_s", self.segment_s, "imported features take none")
+        require(not (self.import_ and self.checkpoint), "checkpoint", self.checkpoint, "imported features take none")
+        tokens = self.model.backbone.tokens
+        require(tokens == 0, "model.backbone.tokens", tokens, "imported files say it themselves; leave it out")
         tubelet = self.model.backbone.tubelet
         single = tubelet == 1 or self.segment_s > 0
         require(single, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
@@ -265,6 +282,8 @@ class FinetuneConfig:
     """Clips; only the long stride is used."""
     protocol: ProtocolSetting = "auto"
     """Which clips are learned from and validated on, see `evaluate`; `auto`: those of the manifest's benchmark."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Random views of training clips."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Video model."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, weight_decay=0.05))
@@ -279,18 +298,18 @@ class FinetuneConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
-        require_shared(self.loop.batch_size, self.scale.num_workers)
+        require_shared(self.loop.batch_size, self.scale.world_size)
+        require_features(self.model.backbone, self.features)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         remedy = "task distant learns them; give the --out of `narrate`, or another task"
         require(bool(self.labels) or self.task != "distant", "labels", self.labels, remedy)
         remedy = f"task {self.task} has none; leave it out, or give --task distant"
         require(not self.labels or self.task == "distant", "labels", self.labels, remedy)
-        name, remedy = self.model.backbone.name, "embeddings are read from cached features; give them"
-        require(bool(self.features) or name != SEGMENTS, "features", self.features, remedy)
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
+            require_no_views(self.views)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,32 +410,17 @@ def require_shared(batch_size: int, num_workers: int) -> None:
     require(batch_size == 0 or batch_size >= num_workers, "loop.batch_size", batch_size, remedy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One value for every stage: what a preset is. `python -m pipelines STAGE` uses the field of that name."""
-
-    sample: SampleConfig = field(default_factory=SampleConfig)
-    index: IndexConfig = field(default_factory=IndexConfig)
-    transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
-    narrate: NarrateConfig = field(default_factory=NarrateConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
+def require_features(backbone: BackboneConfig, features: str) -> None:
+    """Raise `ValueError` where imported features are to stand for the frame encoder and none are given."""
+    remedy = "imported features stand in for the frame encoder then; give features, or leave it out"
+    require(bool(features) or not backbone.tokens, "model.backbone.tokens", backbone.tokens, remedy)
+    remedy = "embeddings of segments are read from cached features; give them"
+    require(bool(features) or backbone.name != SEGMENTS, "features", features, remedy)
 
 
-StageConfig = (
-    SampleConfig
-    | IndexConfig
-    | TranscodeConfig
-    | NarrateConfig
-    | PretrainConfig
-    | FeaturesConfig
-    | FinetuneConfig
-    | EvaluateConfig
-    | SweepConfig
-    | ReportConfig
-)
-STAGES: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(RunConfig))
+def require_no_views(views: ViewsConfig) -> None:
+    """Raise `ValueError`, which names all that is set, unless views leave frames as they are."""
+    if changing := views.changing():
+        given = " and ".join(f"{key} is {value!r}" for key, (value, _) in changing.items())
+        off = " ".join(f"--{key.replace('_', '-')} {value}".strip() for key, (_, value) in changing.items())
+        raise ValueError(f"{given}: cached features have no pixels to change; give {off}")

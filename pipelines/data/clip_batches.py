@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from pipelines.data import known_timeouts
 from pipelines.data.clip_order import ClipOrder, OrderRows
 from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk
 from s5.batch import ClipBatch
-from s5.config import ClipConfig, EvaluationProtocol
+from s5.config import ClipConfig, EvaluationProtocol, ViewsConfig
 from s5.distributed import share_of
 from s5.errors import Failure, VideoError
 from s5.video.clip_times import clip_seed
@@ -59,6 +59,8 @@ class DecodedClips:
     """Which clips of a video, but for pairs."""
     pairs: bool = False
     """Read a short clip beside each long one in training, in the same pass over the file."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Crops of clips in training."""
     rank: int = 0
     """This worker."""
     world_size: int = 1
@@ -67,7 +69,8 @@ class DecodedClips:
     def training(self, videos: pa.Table, order: ClipOrder, seed: int, start_step: int = 0) -> Generator[ClipBatch]:
         """Yield this worker's batches of the order's steps; see `ClipSource.training`."""
         share = len(share_of(order.batch_size, self.rank, self.world_size))
-        spec = ClipSpec(self.clips, self.frame_size, self.pairs, self.data.decode_timeout_s, self.protocol)
+        timeout_s = self.data.decode_timeout_s
+        spec = ClipSpec(self.clips, self.frame_size, self.pairs, timeout_s, self.protocol, views=self.views)
         segment_steps = max(1, SEGMENT_ROWS // share)
 
         def segment(first: int) -> Generator[ClipBatch]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,9 +24,10 @@ from pipelines import storage
 from pipelines.data import known_timeouts
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
 from pipelines.data.video_requests import ClipRequest
-from s5.config import ClipConfig, EvaluationProtocol
+from s5.config import ClipConfig, EvaluationProtocol, ViewsConfig
 from s5.errors import VideoError
 from s5.video.clip_times import beyond, long_short_times, protocol_times, training_times
+from s5.video.crops import Box, random_box
 from s5.video.reading import FrameArray
 
 Frames = TypeVar("Frames")
@@ -97,6 +98,8 @@ class ClipSpec:
     """Which clips are read; pairs ignore it."""
     evaluated: int = 0
     """Number of clips of a video to evaluate (`protocol_times`); 0 for one random clip or pair, as in training."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """Crops of clips in training."""
 
     @property
     def bytes_per_clip(self) -> int:
@@ -115,6 +118,15 @@ class ClipSpec:
             return [training_times(self.protocol, self.clips, *segment, video["seed"])]
         except ValueError as error:
             raise VideoError(str(error)) from None
+
+    def boxes(self, video: dict[str, Any]) -> list[Box]:
+        """Return the random crop of each clip of a candidate; none for the centre, as in evaluation."""
+        scale, ratio, size = self.views.crop_scale, self.views.crop_ratio, (video["width"], video["height"])
+        if self.evaluated or not scale:
+            return []
+        # Numbers of their own beside those that the times of the clips are drawn from.
+        draws = [np.random.default_rng([clip, video["seed"]]) for clip in range(1, 2 + self.pairs)]
+        return [random_box(size, scale, ratio, draw) for draw in draws]
 
 
 def decode_chunk(rows: pa.Table, spec: ClipSpec) -> dict[str, npt.NDArray[Any]]:
@@ -192,7 +204,8 @@ def retried_once(read: Callable[[], Frames]) -> Frames:
 
 def _read(video: dict[str, Any], spec: ClipSpec) -> list[FrameArray]:
     times = spec.times(video)
-    clips = ClipRequest(times, spec.frame_size, (video["width"], video["height"]), video["decoder"])
+    size = video["width"], video["height"]
+    clips = ClipRequest(times, spec.frame_size, size, video["decoder"], spec.boxes(video))
     timeout_s = spec.timeout_s * (RETRY_TIMEOUT_SHARE if video["uri"] in _timed_out else 1.0)
     frames = _process.read(storage.absolute(video["uri"]), clips, timeout_s)
     if _timed_out.pop(video["uri"], None):

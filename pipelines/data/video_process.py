@@ -182,7 +182,7 @@ def handle(request: VideoRequest, memory: IO[bytes]) -> VideoReply:
                 return VideoReply(facts=probe(source))
             if not isinstance(work, ClipRequest):
                 return _encoded(source, work)
-            clips = read_clips(source, work.clips, work.size, work.display_size, work.decoder)
+            clips = read_clips(source, work.clips, work.size, work.display_size, work.decoder, work.boxes)
     except (VideoError, OSError) as error:
         return VideoReply(reason=str(error))
     memory.seek(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from s5.video.crops import Box
 from s5.video.reader import FloatArray
 from s5.video.reading import Decoder, VideoFacts
 
@@ -16,6 +17,7 @@ class ClipRequest:
     size: int
     display_size: tuple[int, int] | None
     decoder: Decoder | None
+    boxes: list[Box] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
     Raises:
         UserError: training workers and decoding do not fit the cluster together (they would wait for each other).
     """
-    workers = scale.min_workers or scale.num_workers
+    workers = scale.min_workers or scale.world_size
     free = _free_cpus(scale, workers)
     fit = _tasks_that_fit(free, data.cpus_per_decode)
     if fit < workers:
@@ -197,6 +197,29 @@ def decode_tasks_per_worker(scale: ScaleConfig, data: DecodeConfig, workers: int
     return (min(fit, data.decode_tasks) if data.decode_tasks else fit) // workers or 1, data.cpus_per_decode
 
 
+def runs_that_fit(scale: ScaleConfig, data: DecodeConfig | None, most: int) -> tuple[int, int]:
+    """Return how many runs with such workers fit beside each other, and how many decode tasks each of them has then.
+
+    Args:
+        scale: the workers of a run.
+        data: decoding, of which each worker needs a task; None where nothing is decoded.
+        most: runs that are wanted.
+
+    Raises:
+        UserError: not even one fits.
+    """
+    check_cluster(scale, data)
+    workers = scale.min_workers or scale.world_size
+    runs, tasks = 1, workers
+    for count in range(1, most + 1):
+        free = place_workers(nodes(), scale, count * workers)
+        fit = count * workers if data is None else _tasks_that_fit(free or [], data.cpus_per_decode)
+        if free is None or fit < count * workers:
+            break
+        runs, tasks = count, fit // count
+    return runs, tasks
+
+
 def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
     """Start or join Ray and return how many decode tasks fit beside the workers; call it before anything is written.
 
@@ -209,6 +232,6 @@ def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
     """
     ensure_ray()
     if data is None:
-        _free_cpus(scale, scale.min_workers or scale.num_workers)
+        _free_cpus(scale, scale.min_workers or scale.world_size)
         return 0
     return decode_tasks(scale, data)

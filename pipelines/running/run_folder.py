@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.config import INPUTS, StageConfig, leaves_of, to_json
+from pipelines.config.recipes import GROUPS
 from pipelines.errors import UserError
 
 RESULT = "result.json"
@@ -23,8 +24,10 @@ FREE_SETTINGS = (
     *("scale.", "tracking.", "data."),
     *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
     *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
-    "chunk_segments",
+    *("node", "chunk_segments"),
 )
+# Of stages whose settings another stage holds: a sweep, a recipe.
+STAGE_GROUPS = ("", *(f"{group}." for group in GROUPS.values()))
 
 
 @dataclass(frozen=True)
@@ -142,5 +145,5 @@ class RunFolder:
 
 
 def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:
-    free = tuple(f"{prefix}{name}" for name in FREE_SETTINGS for prefix in ("", "pretrain.", "finetune."))
+    free = tuple(f"{prefix}{name}" for name in FREE_SETTINGS for prefix in STAGE_GROUPS)
     return {key: value for key, value in leaves.items() if key != "out" and not key.startswith(free)}

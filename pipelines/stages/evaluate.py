@@ -1,13 +1,14 @@
 """Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder by `pretrained`.
 
 The protocol says which clips of a video are read (`clip_times`); a video's result is their mean. Replicas of the model
-are Ray actors; each reads its share of the videos through Ray Data.
+read their shares of the videos through Ray Data.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,20 +19,21 @@ import ray
 import torch
 
 from pipelines import storage
-from pipelines.config import EvaluateConfig, unknown
+from pipelines.config import EvaluateConfig, ScaleConfig, unknown
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import StageError, UserError
+from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster, decode_tasks
-from pipelines.running.stage import Stage, stage_run
+from pipelines.running.stage import Stage, in_thread, stage_run
 from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
-from s5.config import SEGMENTS, BackboneConfig, ClipConfig, EvaluationProtocol
+from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.config import from_json as config_from_json
 from s5.errors import CheckpointError
 from s5.evaluation import inference, metrics
@@ -62,12 +64,15 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         videos = drop_too_short(rows, checked)
         learned = pretrained.training_videos(manifest, config, meta, videos, checked)
         inputs = {}
-        if meta.model["backbone"]["name"] == SEGMENTS and not config.features:
-            raise UserError("features is '': the checkpoint's model reads embeddings of segments; give the cached ones")
+        backbone = config_from_json(BackboneConfig, meta.model["backbone"])
+        if backbone.tokens and not config.features:
+            raise UserError(
+                f"features is '': the checkpoint has no frame encoder, it reads imported features of "
+                f"{backbone.name!r}; give --features"
+            )
         if config.features:
             # Replicas may have another folder.
             config = replace(config, features=storage.absolute(config.features))
-            backbone = config_from_json(BackboneConfig, meta.model["backbone"])
             inputs["features"] = check_features(
                 config.features, manifest, clips, protocol, backbone, of_backbone(weights)
             )
@@ -151,15 +156,8 @@ def outputs(
     Raises:
         StageError: more videos than data.max_failure_share could not be read.
     """
-    world = min(config.scale.num_workers, len(videos))
-    replica: Any = ray.remote(Replica).options(
-        num_cpus=config.scale.cpus_per_worker,
-        num_gpus=config.scale.gpus_per_worker,
-        # One call evaluates while another asks how far it is.
-        max_concurrency=2,
-    )
+    world = min(config.scale.world_size, len(videos))
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "optimizer.safetensors"}
-    content = ray.put(files)
     frame_size = config_from_json(BackboneConfig, read_meta(folder).model["backbone"]).frame_size
     source: CachedClips | DecodedClips
     if config.features:
@@ -171,15 +169,15 @@ def outputs(
         source = DecodedClips(
             clips=clips, frame_size=frame_size, data=config.data, decode_tasks=tasks, protocol=protocol
         )
-    replicas = [replica.remote(content) for _ in range(world)]
-    parts = [
-        actor.run.remote(videos, replace(source, rank=rank, world_size=world), per_video, config.batch_size, pictured)
-        for rank, actor in enumerate(replicas)
+    arguments = [
+        (videos, replace(source, rank=rank, world_size=world), per_video, config.batch_size, pictured)
+        for rank in range(world)
     ]
     with stage.progress_bar("evaluated", len(videos), "videos") as bar:
-        while len(ray.wait(parts, num_returns=world, timeout=POLL_S)[0]) < world and bar.visible:
-            bar.move_to(sum(ray.get([actor.videos_seen.remote() for actor in replicas])))
-        found = inference.merge(ray.get(parts))
+        if config.scale.num_workers:
+            found = inference.merge(_by_replicas(config.scale, files, arguments, bar))
+        else:
+            found = _here(files, arguments[0], bar)
     if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
         first = found.failures[0]
         raise StageError(
@@ -189,8 +187,34 @@ def outputs(
     return found
 
 
+def _by_replicas(
+    scale: ScaleConfig, files: dict[str, bytes], arguments: Sequence[tuple[Any, ...]], bar: ProgressBar
+) -> list[ClipOutputs]:
+    """Return what each replica gives for its arguments; they are actors anywhere in the cluster."""
+    # One call evaluates while another asks how far it is.
+    replica: Any = ray.remote(Replica).options(
+        num_cpus=scale.cpus_per_worker, num_gpus=scale.gpus_per_worker, max_concurrency=2
+    )
+    content = ray.put(files)
+    replicas = [replica.remote(content) for _ in arguments]
+    parts = [actor.run.remote(*each) for actor, each in zip(replicas, arguments, strict=True)]
+    while len(ray.wait(parts, num_returns=len(parts), timeout=POLL_S)[0]) < len(parts) and bar.visible:
+        bar.move_to(sum(ray.get([actor.videos_seen.remote() for actor in replicas])))
+    return list(ray.get(parts))
+
+
+def _here(files: dict[str, bytes], arguments: tuple[Any, ...], bar: ProgressBar) -> ClipOutputs:
+    """Return what the only replica gives, in this process."""
+    replica = Replica(files)
+    part = in_thread(partial(replica.run, *arguments))
+    while not part.done():
+        wait([part], POLL_S)
+        bar.move_to(replica.videos_seen())
+    return part.result()
+
+
 class Replica:
-    """One copy of the model, as a Ray actor."""
+    """One copy of the model: a Ray actor, or in the process of the stage."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         import tempfile

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.exceptions
-import torch
+from torch import Tensor
 
 from pipelines import storage
 from pipelines.config import FeaturesConfig
@@ -29,7 +29,6 @@ from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
     FloatArray,
-    TokenArray,
     backbone_settings,
     finish,
     finished_shards,
@@ -38,22 +37,24 @@ from pipelines.data.features.cache import (
     shard_path,
     shard_writer,
 )
+from pipelines.data.features.encoding import FrameEncoder, encode, on_host, store
 from pipelines.data.manifest import digest, read_manifest
 from pipelines.data.video_process import VideoProcess
 from pipelines.data.video_requests import ClipRequest
 from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run
+from pipelines.stages import imported
+from pipelines.stages.imported import summarise
 from pipelines.storage.weights import segment_encoder, trained_backbone, weights_digest
-from s5.errors import Failure, VideoError
-from s5.models.backbone import Backbone
+from s5.errors import VideoError
 from s5.models.segments import SegmentEncoder
 from s5.video.reading import FrameArray
 
-FrameEncoder = Backbone | SegmentEncoder
-"""What makes tokens of frames, or of segments of several frames."""
 COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
 """Columns of the manifest that encoding needs."""
+STORED_AHEAD = 2
+"""Encoded chunks that wait to be copied from the device and written."""
 
 
 def run(config: FeaturesConfig) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         UserError: the manifest, the checkpoint, the settings and the cluster do not fit together; before any work.
         StageError: no video can be read, or encoding failed.
     """
+    if config.import_:
+        return imported.run(config)
     manifest = read_manifest(config.manifest)
     backbone: FrameEncoder
     if config.segment_s:
@@ -77,8 +80,10 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
     with stage_run("features", config, inputs=inputs) as stage:
         shards = -(-len(manifest) // config.shard_videos)
         done = finished_shards(stage.out)
+        unit = f"segments of {config.segment_s:g} s" if config.segment_s else "frames"
+        what = f"{meta.frames_per_second:g} {unit} a second, {meta.tokens} tokens of width {meta.width} each"
         stage.info(
-            f"{len(manifest)} videos in {shards} shards, {units_in_words(config, meta)}, "
+            f"{len(manifest)} videos in {shards} shards, {what}, "
             f"{config.scale.num_workers} workers with {decoders} decoders each"
             + (f"; {len(done)} shards are there already" if done else "")
         )
@@ -86,9 +91,9 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         stage.metrics["features/frames_per_second"] = encode_all(
             config, stage, meta, backbone, manifest, left, decoders
         )
-        black = np.zeros((frames_each(backbone), *[backbone.config.frame_size] * 2, 3), np.uint8)
-        index = finish(stage.out, meta, shards, encode(backbone, black, config.precision)[0])
-        summarise(stage, index, meta, kept=len(done))
+        black = np.zeros((backbone.frames, *[backbone.config.frame_size] * 2, 3), np.uint8)
+        index = finish(stage.out, meta, shards, on_host(encode(backbone, black, config.precision))[0])
+        summarise(stage, index, meta, kept=len(done), strangers=[])
     return stage.result
 
 
@@ -108,24 +113,12 @@ def decoders_each(config: FeaturesConfig, tasks: int, nodes: list[float]) -> int
     return 1
 
 
-def frames_each(backbone: FrameEncoder) -> int:
-    """Return how many frames are encoded together: those of a segment, or one."""
-    return backbone.frames if isinstance(backbone, SegmentEncoder) else 1
-
-
-def units_in_words(config: FeaturesConfig, meta: FeatureMeta) -> str:
-    """Return what is encoded, for the user."""
-    if config.segment_s:
-        return f"segments of {config.segment_s:g} s, an embedding of width {meta.width} each"
-    return f"{meta.frames_per_second:g} frames a second, {meta.tokens} tokens of width {meta.width} a frame"
-
-
 def meta_of(config: FeaturesConfig, backbone: FrameEncoder, manifest: str) -> FeatureMeta:
     """Return what the features are made from."""
     settings = config.model.backbone
     if isinstance(backbone, SegmentEncoder):
         weights = f"{weights_digest(backbone.model.state_dict())}, {backbone.frames} frames"
-        settings = backbone.settings(weights)
+        settings = backbone.settings
     else:
         weights = weights_digest(backbone.vit.state_dict())
     return FeatureMeta(
@@ -138,29 +131,8 @@ def meta_of(config: FeaturesConfig, backbone: FrameEncoder, manifest: str) -> Fe
         manifest=manifest,
         tokens=backbone.tokens,
         width=backbone.width,
-        chunk_frames=max(1, config.chunk_frames // frames_each(backbone)),
+        chunk_frames=max(1, config.chunk_frames // backbone.frames),
     )
-
-
-def summarise(stage: Stage, index: pa.Table, meta: FeatureMeta, kept: int) -> None:
-    """Set the counts of the result, list what could not be read, and print both.
-
-    Raises:
-        StageError: no video could be read.
-    """
-    rows = index.to_pylist()
-    failures = [Failure(row["video_id"], row["uri"], row["reason"]) for row in rows if row["reason"]]
-    stage.replace_rejects(failures)
-    if len(failures) == len(rows):
-        raise StageError(
-            f"none of the {len(rows)} videos can be read, as {failures[0].video_id!r}: {failures[0].reason}"
-        )
-    videos, frames = len(rows) - len(failures), sum(row["frames"] for row in rows)
-    gigabytes = frames * meta.tokens * meta.width * 2 / 1e9
-    stage.counts |= {"videos": videos, "rejects": len(failures), "frames": frames}
-    stage.counts |= {"shards_kept": kept}
-    stage.metrics |= {"features/gigabytes": gigabytes}
-    stage.info(f"{frames} frames of {videos} videos, {gigabytes:.2f} GB, {len(failures)} rejects -> {stage.out}")
 
 
 def encode_all(
@@ -219,21 +191,6 @@ def encoded(
     yield from tables
 
 
-def encode(backbone: FrameEncoder, frames_THWC: FrameArray, precision: str) -> TokenArray:
-    """Return the tokens (T, N, D) of frames, or (U, 1, D) of segments, fp16.
-
-    Raises:
-        VideoError: they are not finite, or too large for fp16.
-    """
-    device = backbone.mean.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        tokens = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
-    if not bool(torch.isfinite(tokens).all()):
-        raise VideoError("tokens are not finite in fp16")
-    array: TokenArray = tokens.view(-1, backbone.tokens, backbone.width).cpu().numpy()
-    return array
-
-
 class Encoder:
     """One copy of the backbone, with the processes that read frames for it, as an actor of Ray Data."""
 
@@ -255,22 +212,27 @@ class Encoder:
             | {"start_s": video["start_s"], "batch": 0, "frames": 0}
             for video in videos.to_pylist()
         ]
-        with shard_writer(self.out, shard, self.meta) as writer:
+        # One thread, so that a video's chunks are stored in order while the next one is encoded.
+        with shard_writer(self.out, shard, self.meta) as writer, ThreadPoolExecutor(1, "store") as thread:
+            stored: deque[Future[None]] = deque()
             for number, times_T, coming in self._read_ahead(videos.to_pylist(), rows):
-                row = rows[number]
-                try:
-                    frames = coming.result()
-                    if not row["reason"]:
-                        tokens = encode(self.backbone, frames, self.config.precision)
-                        row["batch"] = row["batch"] if row["frames"] else writer.batches
-                        row["frames"] += len(times_T)
-                        writer.add(times_T, tokens)
-                except VideoError as error:
-                    # What is written of it by now stays in the shard, and nothing points there.
-                    row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
+                tokens = self._encoded(coming, rows[number])
+                stored.append(thread.submit(store, writer, rows[number], times_T, tokens))
+                if len(stored) > STORED_AHEAD:
+                    stored.popleft().result()
+            while stored:
+                stored.popleft().result()
         index = pa.Table.from_pylist(rows, INDEX)
         storage.write_table(shard_path(self.out, shard, "parquet"), index)
         return index
+
+    def _encoded(self, coming: Future[FrameArray], row: dict[str, Any]) -> Tensor | VideoError | None:
+        """Tokens of a chunk, or why there are none; None of a video that has failed before."""
+        try:
+            frames = coming.result()
+        except VideoError as error:
+            return error
+        return None if row["reason"] else encode(self.backbone, frames, self.config.precision)
 
     def _read_ahead(
         self, videos: list[dict[str, Any]], rows: list[dict[str, Any]]
@@ -291,7 +253,7 @@ class Encoder:
     def _read(self, video: dict[str, Any], times_T: FloatArray) -> FrameArray:
         size = self.backbone.config.frame_size
         if self.config.segment_s:
-            times_T = segment_times(times_T, self.config.segment_s, video["end_s"], frames_each(self.backbone))
+            times_T = segment_times(times_T, self.config.segment_s, video["end_s"], self.backbone.frames)
         clips = ClipRequest([times_T], size, (video["width"], video["height"]), video["decoder"])
         process, timeout_s = self.processes.get(), self.config.data.decode_timeout_s
         try:

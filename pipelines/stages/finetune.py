@@ -18,7 +18,8 @@ from pipelines import storage
 from pipelines.config import FinetuneConfig, flatten
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
-from pipelines.data.features.batches import check_features, with_segments
+from pipelines.data.features.batches import check_features
+from pipelines.data.features.cache import with_imported
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
 from pipelines.data.narration.reading import NarratedSteps, read_labels
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
@@ -26,7 +27,7 @@ from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone
+from pipelines.storage.weights import backbone_weights, local_checkpoint, of_backbone, with_trained_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
 from s5.checkpoints import checkpoint
@@ -115,9 +116,12 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     protocol = protocol_of(manifest, config.protocol)
     clips = checked_clips(config.clips, protocol)
     train = drop_too_short(split_of(manifest, "train"), clips)
-    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
+    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.world_size))
     check_for_training(manifest, clips, config.loop.batch_size, labelled=True, task=config.task)
-    config = with_features(config)
+    frame_encoder = with_imported(config.model.backbone, config.features)
+    if not config.checkpoint:
+        frame_encoder = with_trained_weights(frame_encoder)
+    config = replace(config, model=replace(config.model, backbone=frame_encoder))
     weights = None
     inputs = {"manifest": digest(manifest)}
     narrated = read_labels(config.labels, manifest) if config.task == "distant" else None
@@ -134,6 +138,8 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
         raise UserError(str(error)) from None
     backbone = None if weights else backbone_weights(config.model.backbone)
     if config.features:
+        # Workers may have another folder.
+        config = replace(config, features=storage.absolute(config.features))
         used = of_backbone(weights) if weights else backbone
         inputs["features"] = check_features(
             config.features, manifest, config.clips, protocol, config.model.backbone, used
@@ -153,15 +159,6 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     )
 
 
-def with_features(config: FinetuneConfig) -> FinetuneConfig:
-    """Return the settings with the folder of features as every worker names it, and what embeddings in it are of."""
-    if not config.features:
-        return config
-    features = storage.absolute(config.features)
-    backbone = with_segments(config.model.backbone, features)
-    return replace(config, features=features, model=replace(config.model, backbone=backbone))
-
-
 def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
@@ -171,7 +168,9 @@ def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
         model.load_backbone(job.backbone)
     if job.weights is not None:
         model.load_pretrained(job.weights)
-    task = Supervised(model, config.task) if job.narrated is None else Distant(model, job.narrated.labels)
+    task = Supervised(model, config.task, config.views)
+    if job.narrated is not None:
+        task = Distant(model, job.narrated.labels, config.views)
     source = clip_source(job, context, protocol=job.protocol)
     evaluate = partial(validate, job, task, source, context) if len(job.val) else None
     return training_loop(

@@ -9,11 +9,8 @@ OUT/rejects.parquet     video_id, uri, reason of every other that is listed
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -21,21 +18,18 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.config import IndexConfig
-from pipelines.data.annotations import breakfast, coin, kinetics, lvu, own
+from pipelines.data.annotations import benchmarks, own
 from pipelines.data.annotations.shared import AnnotatedVideo, Annotations
+from pipelines.data.indexing.holding_out import hold_out, keep_learnable, listed_counts, shares
 from pipelines.data.indexing.locating import Names, by_id, by_name
 from pipelines.data.indexing.probing import FACT_NAMES, Facts, Stamp, probe_files, remove_parts
 from pipelines.data.indexing.video_files import EXTENSIONS, VideoFiles, find
-from pipelines.data.manifest import MANIFEST, SCHEMA, SPLITS, Description, lone_classes, metadata, splits
+from pipelines.data.manifest import MANIFEST, SCHEMA, Description, lone_classes, metadata, splits
 from pipelines.errors import UserError
 from pipelines.running.resources import ensure_ray
 from pipelines.running.stage import Stage, stage_run
 from s5.errors import Failure
 
-BENCHMARKS = {"lvu": lvu.read, "breakfast": breakfast.read, "coin": coin.read, "kinetics": kinetics.read}
-"""Readers of annotations whose videos are named by ids without endings."""
-BENCHMARK_VAL_SHARE = 0.1
-"""Share held out for validation of a benchmark that has no such split, where the settings say nothing."""
 FIRST_CLASSES = 5
 """Classes named in a warning."""
 NOT_LISTED = "videos that are not listed"
@@ -123,9 +117,9 @@ def list_videos(config: IndexConfig) -> tuple[Annotations, VideoFiles]:
         UserError: the folder or annotations are missing or have no videos, or the annotations are wrong.
     """
     source = config.source if config.source != "auto" else "csv" if config.annotations else "folder"
-    if source in BENCHMARKS:
+    if source in benchmarks.READERS:
         # Before the folder, whose listing may take minutes.
-        annotations = BENCHMARKS[source](config.annotations)
+        annotations = benchmarks.READERS[source](config.annotations)
         files = find(config.videos)
         videos = by_id(annotations.videos, files, config.videos)
         if all(video.reason for video in videos):
@@ -185,59 +179,6 @@ def _stretch_fault(video: AnnotatedVideo, duration_s: float) -> str:
     if start_s >= duration_s:
         return f"start_s {start_s:g} lies beyond the end of the video ({duration_s:.2f} s)"
     return f"end_s {end_s:g} is not after start_s {start_s:g}" if end_s <= start_s else ""
-
-
-# --- splits ---------------------------------------------------------------------------------------------------------
-
-
-def shares(annotations: Annotations, config: IndexConfig) -> dict[str, float]:
-    """Return the shares of the training videos that are held out for the splits that the annotations do not have."""
-    default = BENCHMARK_VAL_SHARE if annotations.dataset else 0.0
-    wanted = {"val": default if config.val_share is None else config.val_share, "test": config.test_share}
-    present = {video.split for video in annotations.videos}
-    return {split: share for split, share in wanted.items() if split not in present}
-
-
-def hold_out(videos: list[AnnotatedVideo], shares: dict[str, float], seed: int) -> dict[str, str]:
-    """Choose shares of each class's training videos for other splits, by hash; one stays for training.
-
-    What is chosen depends on what is listed, not on what is found: a video that vanishes moves no other.
-
-    Returns:
-        The new split of each video held out, by id.
-    """
-
-    def place(video: AnnotatedVideo) -> bytes:
-        return hashlib.blake2b(f"{seed}/{video.video_id}".encode()).digest()
-
-    if not any(shares.values()):
-        return {}
-    by_class: dict[str | None, list[AnnotatedVideo]] = {}
-    # A stretch that is listed again is rejected: only the first counts.
-    for video in {video.video_id: video for video in reversed(videos)}.values():
-        if video.split in ("", "train"):
-            by_class.setdefault(video.class_name, []).append(video)
-    held: dict[str, str] = {}
-    for members in by_class.values():
-        spread = iter(sorted(members, key=place)[:-1])
-        for split, share in shares.items():
-            held |= {video.video_id: split for video in islice(spread, round(len(members) * share))}
-    return held
-
-
-def keep_learnable(videos: list[AnnotatedVideo], held: dict[str, str]) -> None:
-    """Give a held-out video back to training where no other video of its class could be read there."""
-    learned = {video.class_name for video in videos if video.split in ("", "train") and video.video_id not in held}
-    for video in videos:
-        if video.video_id in held and video.class_name not in learned:
-            del held[video.video_id]
-            learned.add(video.class_name)
-
-
-def listed_counts(videos: list[AnnotatedVideo], held: dict[str, str]) -> dict[str, int]:
-    """Return the number of videos of each split that has any."""
-    counts = Counter(held.get(video.video_id) or video.split or "train" for video in videos)
-    return {split: counts[split] for split in SPLITS if split in counts}
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------

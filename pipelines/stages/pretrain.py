@@ -15,6 +15,7 @@ from pipelines.config import PretrainConfig
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import check_features
+from pipelines.data.features.cache import with_imported
 from pipelines.data.manifest import (
     check_for_training,
     digest,
@@ -29,14 +30,12 @@ from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.stage import Stage
 from pipelines.storage import provenance
-from pipelines.storage.weights import backbone_weights
+from pipelines.storage.weights import backbone_weights, with_trained_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
-from s5.config import BackboneConfig
 from s5.evaluation import inference
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
-from s5.models.video_model import check_model
-from s5.tasks.lsmcl import LSMCL
+from s5.tasks.lsmcl import LSMCL, check_lsmcl
 from s5.training.loop import TrainingLoop
 
 
@@ -97,15 +96,16 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     """Check everything that can be checked beforehand, and return what the workers need."""
     manifest = read_manifest(config.manifest)
     train = drop_too_short(split_of(manifest, "train"), config.clips)
-    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.num_workers))
+    config = replace(config, loop=with_batch_size(config.loop, len(train), config.scale.world_size))
     check_for_training(manifest, config.clips, config.loop.batch_size, labelled=False)
-    config = with_trained_backbone(config)
+    frame_encoder = with_trained_weights(with_imported(config.model.backbone, config.features))
+    config = replace(config, model=replace(config.model, backbone=frame_encoder))
     try:
-        check_model(config.model)
+        check_lsmcl(config.model, config.lsmcl)
     except ValueError as error:
         raise UserError(str(error)) from None
     val = drop_too_short(split_of(manifest, "val"), config.clips)
-    inputs, backbone = {"manifest": digest(manifest)}, initial_backbone(config.model.backbone)
+    inputs, backbone = {"manifest": digest(manifest)}, backbone_weights(config.model.backbone)
     if config.features:
         # Workers may have another folder.
         config = replace(config, features=storage.absolute(config.features))
@@ -124,36 +124,11 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     )
 
 
-def with_trained_backbone(config: PretrainConfig) -> PretrainConfig:
-    """Return the settings with timm's weights for a frozen backbone that is given none."""
-    backbone = config.model.backbone
-    if not backbone.frozen or backbone.weights:
-        return config
-    return replace(config, model=replace(config.model, backbone=replace(backbone, weights="timm")))
-
-
-def initial_backbone(config: BackboneConfig) -> dict[str, Tensor] | None:
-    """Return the weights that the backbone starts from, or None for random ones, which a frozen one cannot have.
-
-    Raises:
-        UserError: they cannot be loaded.
-    """
-    try:
-        return backbone_weights(config)
-    except UserError as error:
-        if not config.frozen:
-            raise
-        raise UserError(
-            f"model.backbone.frozen is True: a frozen backbone needs trained weights, since random ones would stay so, "
-            f"and {error}"
-        ) from None
-
-
 def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
     """Return the training loop of one worker."""
     config = job.config
     torch.manual_seed(config.loop.seed)
-    task = LSMCL(model_on_worker(config.model), config.lsmcl)
+    task = LSMCL(model_on_worker(config.model), config.lsmcl, config.views)
     if job.backbone is not None:
         task.load_backbone(job.backbone)
     source = clip_source(job, context, pairs=True)

@@ -15,7 +15,7 @@ from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.stages import finetune, pretrain
 from pipelines.tuning.search_space import check, parse
 from pipelines.tuning.trials import Objective, TrialSettings, fit_cluster, objective_of, trial_settings
-from pipelines.tuning.tuner import RunStage, run_trials
+from pipelines.tuning.tuner import FAILURE, RunStage, run_trials
 
 RUNNERS: dict[str, RunStage] = {"pretrain": pretrain.run, "finetune": finetune.run}
 
@@ -95,7 +95,7 @@ def conclude(
         trials: the trials by their names.
         objective: the metric that they are compared by.
         results: Tune's result of each trial.
-        errors: the errors of those that failed.
+        errors: the errors of those whose processes were lost.
 
     Raises:
         StageError: no trial finished.
@@ -103,15 +103,17 @@ def conclude(
     metric = objective.metric
     rows: list[dict[str, Any]] = []
     done: list[dict[str, Any]] = []
+    failures = [last_line(str(error)) for error in errors]
     for result in results:
-        trial = trials[result.config["trial"]]
-        rows.append({"trial": trial.name, "values": trial.values, metric: (result.metrics or {}).get(metric)})
+        trial, found = trials[result.config["trial"]], result.metrics or {}
+        rows.append({"trial": trial.name, "values": trial.values, metric: found.get(metric)})
+        failures += [found[FAILURE]] if found.get(FAILURE) else []
         # A trial that was stopped early has a value and no result.
         if rows[-1][metric] is not None and storage.exists(trial.result):
             done.append(rows[-1])
-    stage.counts |= {"trials": len(rows), "failed": len(errors)}
+    stage.counts |= {"trials": len(rows), "failed": len(failures)}
     if not done:
-        reason = last_line(str(errors[0])) if errors else "none finished"
+        reason = failures[0] if failures else "none finished"
         raise StageError(f"every one of {len(rows)} trials failed, as: {reason}")
     best = (max if objective.mode == "max" else min)(done, key=lambda row: row[metric])
     stage.metrics[metric] = best[metric]

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.errors import UserError
 from s5.checkpoints.checkpoint import check_architecture, encoder_weights, load_model
-from s5.config import SEGMENTS, BackboneConfig
+from s5.config import BackboneConfig
 from s5.errors import CheckpointError
 from s5.models.backbone import Backbone
 from s5.models.segments import SegmentEncoder
@@ -53,6 +53,12 @@ def local_checkpoint(path: str) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
 
 
+def with_trained_weights(config: BackboneConfig) -> BackboneConfig:
+    """Return the settings with timm's weights for a frozen backbone that is given none."""
+    untrained = config.frozen and not config.weights and not config.tokens
+    return replace(config, weights="timm") if untrained else config
+
+
 def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
     """Return the weights that the backbone starts from, or None for random ones.
 
@@ -64,13 +70,16 @@ def backbone_weights(config: BackboneConfig) -> dict[str, Tensor] | None:
     if not config.weights:
         return None
     try:
-        return Backbone(config).vit.state_dict()
+        weights: dict[str, Tensor] = Backbone(config).vit.state_dict()
+        return weights
     except ValueError as error:
         raise UserError(str(error)) from None
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
+        why = "; a frozen backbone needs trained weights, since random ones would stay so" if config.frozen else ""
         raise UserError(
-            f"backbone.weights is {config.weights!r}: timm cannot load them ({reason}); give a file, or go online once"
+            f"backbone.weights is {config.weights!r}: timm cannot load them ({reason}){why}; give a file, or go online "
+            "once"
         ) from None
 
 
@@ -81,20 +90,19 @@ def of_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_backbone(config: BackboneConfig, path: str) -> Backbone:
-    """Return a frozen backbone with the weights of a checkpoint, or where `path` is empty with its own.
+    """Return a frozen backbone with the weights of a checkpoint, or where `path` is empty with its own or timm's.
 
     Raises:
         UserError: there are no weights, or they are of another backbone.
     """
-    if not path and not config.weights:
-        raise UserError("model.backbone.weights is '': a random backbone has no features; give weights or --checkpoint")
-    weights = backbone_weights(config)
+    config = replace(config, frozen=True)
+    weights = None if path else backbone_weights(with_trained_weights(config))
     try:
         if weights is None:
             with local_checkpoint(path) as folder:
                 check_architecture(folder, {f"backbone.{name}": value for name, value in asdict(config).items()})
                 weights = of_backbone(encoder_weights(folder))
-        backbone = Backbone(replace(config, weights="", frozen=True))
+        backbone = Backbone(replace(config, weights=""))
     except (CheckpointError, ValueError) as error:
         raise UserError(str(error)) from None
     backbone.vit.load_state_dict(weights)
@@ -112,8 +120,8 @@ def segment_encoder(path: str) -> SegmentEncoder:
             model, meta = load_model(folder)
     except CheckpointError as error:
         raise UserError(str(error)) from None
-    if model.config.backbone.name == SEGMENTS:
-        raise UserError(f"checkpoint is {path!r}: its model reads embeddings of segments, not frames; give another one")
+    if model.config.backbone.tokens:
+        raise UserError(f"checkpoint is {path!r}: its model reads cached features, not frames; give another one")
     return SegmentEncoder(model, int(meta.settings["clips"]["frames"]))
 
 

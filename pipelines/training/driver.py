@@ -5,24 +5,22 @@ The driver is the process of the stage, or of one trial of a sweep. It alone tal
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 
 from pipelines import storage
 from pipelines.errors import StageError, StoppedError, last_line
 from pipelines.running.stage import Stage, in_thread, signals_received
-from pipelines.training.run_monitor import RunStatus, Updates
+from pipelines.training.run_monitor import STACKS, RunStatus, Updates
 from s5.checkpoints.history import CheckpointHistory, checkpoint_name
 from s5.training.loop import TrainingResult
 
 ERROR = "error.txt"
-STACKS = "stacks.txt"
 POLL_SECONDS = 0.25
 
 OnRow = Callable[[int, dict[str, float]], None]
@@ -43,29 +41,43 @@ class Outcome:
 
 
 def drive(
-    trainer: ray.train.torch.TorchTrainer,
+    train: Callable[[], TrainingResult | None],
     monitor: Any,
     stage: Stage,
     on_row: Sequence[OnRow],
     checkpoints: CheckpointHistory,
+    here: bool,
 ) -> Outcome:
-    """Run the trainer to its end.
+    """Train to the end.
 
-    `fit` runs in a thread: in the main thread, a signal would abort it before the workers can save.
+    Args:
+        train: trains, and returns what rank 0 does. It runs in a thread: in the main thread, a signal would abort it
+            before the workers can save.
+        monitor: the actor handle of the run's `RunMonitor`.
+        stage: the running stage.
+        on_row: each is called with every row of metrics. What they raise ends the run.
+        checkpoints: those of the run.
+        here: `train` trains in this process, and ends before this function does, whatever happens.
 
     Raises:
         StageError: training failed; the message is the worker's, or the monitor's.
         StoppedError: a signal requested a stop, and the workers saved a checkpoint.
     """
     with signals_received(stage, "saving a checkpoint first") as received:
-        training = in_thread(trainer.fit)
+        training = in_thread(train)
         requested = False
-        while not training.done():
-            wait([training], POLL_SECONDS)
-            if received and not requested:
-                requested = True
+        try:
+            while not training.done():
+                wait([training], POLL_SECONDS)
+                if received and not requested:
+                    requested = True
+                    monitor.request_stop.remote()
+                forward(ray.get(monitor.take.remote()), stage, on_row)
+        finally:
+            if here and not training.done():
+                # Such as the end of a trial that Tune stops early: this process may run another one.
                 monitor.request_stop.remote()
-            forward(ray.get(monitor.take.remote()), stage, on_row)
+                wait([training])
         # What arrived between the last call and the end.
         forward(ray.get(monitor.take.remote()), stage, on_row)
     fit = _result(training, monitor, stage)
@@ -98,19 +110,18 @@ def forward(updates: Updates, stage: Stage, on_row: Sequence[OnRow]) -> None:
         stage.info(message)
 
 
-def _result(training: Future[Any], monitor: Any, stage: Stage) -> TrainingResult:
+def _result(training: Future[TrainingResult | None], monitor: Any, stage: Stage) -> TrainingResult:
     """Return what rank 0 returned; where training failed, raise the monitor's reason, or else Ray Train's."""
     status: RunStatus = ray.get(monitor.status.remote())
     error = training.exception()
     if status.failure:
         raise StageError(status.failure)
     if error is not None:
-        storage.write_bytes(stage.path(ERROR), f"{error}\n".encode())
+        storage.write_bytes(stage.path(ERROR), "".join(traceback.format_exception(error)).encode())
         raise StageError(f"training failed: {_cause(error)}; see {stage.path(ERROR)} for all of it") from error
-    fit: TrainingResult | None = training.result().return_value
-    if fit is None:
+    if (result := training.result()) is None:
         raise StageError("training ended without a result")
-    return fit
+    return result
 
 
 def _cause(error: BaseException) -> str:

@@ -6,10 +6,11 @@ where it hangs or no longer belongs to the run.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -60,10 +61,14 @@ class Heartbeat:
         monitor: the actor handle of a `RunMonitor`.
         rank: rank of this worker.
         hang_timeout_s: seconds without a beat after which this process ends itself; 0 for never.
+        out: the run's folder, which names it.
+        on_hang: called before this process is ended for a hang.
     """
 
-    def __init__(self, monitor: Any, rank: int, hang_timeout_s: float) -> None:
-        self._monitor, self._rank = monitor, rank
+    def __init__(
+        self, monitor: Any, rank: int, hang_timeout_s: float, out: str, on_hang: Callable[[Hang], None] | None = None
+    ) -> None:
+        self._monitor, self._rank, self._last_words = monitor, rank, on_hang
         place = f"node {ray.util.get_node_ip_address()}, process {os.getpid()}"  # type: ignore[no-untyped-call]
         self._state = WorkerState(place, node_id=ray.get_runtime_context().get_node_id())
         self._state_lock = threading.Lock()
@@ -71,7 +76,7 @@ class Heartbeat:
         self._stop = False
         # The watchdog's own thread waits for the reply, and must not itself count as hanging.
         self._reply_timeout_s = min(REPLY_TIMEOUT_S, hang_timeout_s / 2) or REPLY_TIMEOUT_S
-        key = monitor._actor_id.hex()
+        key = hashlib.sha256(out.encode()).hexdigest()[:16]
         if stacks := leftover_stacks(key):
             monitor.report.remote(Updates(stacks=stacks))
         self._watchdog = Watchdog(hang_timeout_s, self._on_hang, self._pulse, key, REPLY_TIMEOUT_S)
@@ -102,6 +107,8 @@ class Heartbeat:
         return self._stop or bool(reason)
 
     def _on_hang(self, hang: Hang) -> None:
+        if self._last_words is not None:
+            self._last_words(hang)
         ray.get(self._send(phase=hang.phase, hang=hang), timeout=REPLY_TIMEOUT_S)
 
     def _pulse(self, phase: str) -> None:

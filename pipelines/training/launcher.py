@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -20,10 +20,12 @@ from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.controller import LossReporter, MonitoredTorchConfig
 from pipelines.training.driver import OnRow, Outcome, drive
 from pipelines.training.failure_policy import SILENT_S
+from pipelines.training.own_process import train_here
 from pipelines.training.run_monitor import RunMonitor
 from pipelines.training.worker import BuildLoop, RayContext, WorkerSetup, run_worker
 from s5.checkpoints.history import CheckpointHistory
 from s5.config import LoopConfig
+from s5.training.loop import TrainingResult
 
 # All that a stage needs of this room.
 __all__ = ["BuildLoop", "OnRow", "Outcome", "RayContext", "launch", "name_cluster"]
@@ -46,7 +48,7 @@ def launch(
     best: tuple[str, str] | None = None,
     report: Sequence[OnRow] = (),
 ) -> Outcome:
-    """Train with Ray Train to the end, and return the checkpoints.
+    """Train to the end, with Ray Train or in this process, and return the checkpoints.
 
     Args:
         stage: the running stage; metrics go to its tracker and terminal.
@@ -76,14 +78,13 @@ def launch(
         keep_checkpoints=loop.keep_checkpoints,
         best=best,
     )
-    trainer = _trainer(setup)
     checkpoints = CheckpointHistory(checkpoint_backend(stage.path(CHECKPOINTS)), loop.keep_checkpoints, best)
     if stage.folder.exists(CHECKPOINTS):
         stage.load_rejects()
     decoding = f" and up to {decode_tasks} decode tasks" if data else ""
-    least = f"{scale.min_workers} to " if scale.min_workers else ""
-    stage.info(f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{decoding}")
-    outcome = drive(trainer, monitor, stage, report, checkpoints)
+    here = scale.num_workers == 0
+    stage.info(f"{'training in this process' if here else _starting(scale)}{decoding}")
+    outcome = drive(_train(setup), monitor, stage, report, checkpoints, here)
     _log_throughput(stage, outcome.fit.metrics)
     return outcome
 
@@ -113,6 +114,19 @@ def _start_monitor(scale: ScaleConfig) -> Any:
     silent_s = min(SILENT_S, scale.hang_timeout_s / 2) or SILENT_S
     actor = ray.remote(RunMonitor).options(num_cpus=0, scheduling_strategy=here)
     return actor.remote(scale.max_failures, silent_s)
+
+
+def _starting(scale: ScaleConfig) -> str:
+    least = f"{scale.min_workers} to " if scale.min_workers else ""
+    return f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}"
+
+
+def _train(setup: WorkerSetup) -> Callable[[], TrainingResult | None]:
+    """Return the function that trains, in this process or by Ray Train, and returns what rank 0 does."""
+    if setup.scale.num_workers == 0:
+        return lambda: train_here(setup)
+    trainer: Any = _trainer(setup)
+    return lambda: cast(TrainingResult | None, trainer.fit().return_value)
 
 
 def _trainer(setup: WorkerSetup) -> ray.train.torch.TorchTrainer:

@@ -22,6 +22,9 @@ from pipelines.training.failure_policy import (
 )
 from s5.errors import Failure
 
+STACKS = "stacks.txt"
+"""File below --out with what the threads of workers that hang were doing."""
+
 
 @dataclass(frozen=True)
 class Updates:

@@ -86,7 +86,7 @@ def run_training(
     data = config.data if decodes else None
     check_cluster(config.scale, data)
     with stage_run(name, config, parent_run, job.inputs) as stage:
-        for sentence in announce():
+        for sentence in (*announce(), *scaled_rate(config)):
             stage.info(sentence)
         with stage.progress_bar("trained", job.order.total_steps, "steps") as bar:
             outcome = launch(
@@ -111,6 +111,14 @@ def run_training(
         stage.details["checkpoint"] = outcome.best
         stage.info(f"checkpoint: {outcome.best}")
     return stage.result
+
+
+def scaled_rate(config: PretrainConfig | FinetuneConfig) -> list[str]:
+    """Return the sentence that says which learning rate results from the batch; none where it is `optim.lr` itself."""
+    optim, batch_size = config.optim, config.loop.batch_size
+    if not optim.lr_batch:
+        return []
+    return [f"peak learning rate {optim.peak_lr(batch_size):g}: optim.lr {optim.lr:g} x {batch_size}/{optim.lr_batch}"]
 
 
 def model_on_worker(config: ModelConfig) -> ModelConfig:
@@ -152,6 +160,7 @@ def clip_source(
         decode_tasks=context.decode_tasks,
         protocol=protocol,
         pairs=pairs,
+        views=config.views,
         rank=rank,
         world_size=world_size,
     )

@@ -28,6 +28,7 @@ from pipelines.training.run_monitor import RunStatus, Updates
 from s5.checkpoints.history import CheckpointHistory
 from s5.errors import CheckpointError, Failure, NotFiniteError, TrainingError, VideoError
 from s5.training.loop import TrainingLoop, TrainingResult
+from s5.training.watchdog import Hang
 
 NOT_FINITE = "not_finite.json"
 # Errors that new workers would meet again: the run ends without a restart.
@@ -38,26 +39,43 @@ class PreemptedError(Exception):
     """The workers saved and ended, since at least one of them was preempted; the run continues with new ones."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker stands in its group."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    draining: Callable[[], bool]
+    """Returns whether its node is being drained."""
+    on_hang: Callable[[Hang], None] | None = None
+    """Called before the process is ended for a hang."""
+
+
 class RayContext:
-    """`s5.training.context.WorkerContext` inside a Ray Train worker."""
+    """`s5.training.context.WorkerContext` inside a worker.
+
+    Args:
+        setup: what the worker was started with.
+        place: its place in the group.
+    """
 
     # The heartbeat knows the answer already, and the grace period of a stop may be as short as three seconds.
     poll_seconds = 0.0
 
-    def __init__(
-        self, monitor: Any, scale: ScaleConfig, data: DataConfig | None, out: str, checkpoints: CheckpointHistory
-    ) -> None:
-        train = ray.train.get_context()
-        self.rank = train.get_world_rank()
-        self.world_size = train.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
+    def __init__(self, setup: WorkerSetup, place: Place) -> None:
+        self.rank, self.world_size, self.device = place.rank, place.world_size, place.device
+        self._draining = place.draining
         self.decode_tasks, self._cpus_per_decode = (
-            decode_tasks_per_worker(scale, data, self.world_size) if data else (1, 1.0)
+            decode_tasks_per_worker(setup.scale, setup.data, self.world_size) if setup.data else (1, 1.0)
         )
-        self.heartbeat = Heartbeat(monitor, self.rank, scale.hang_timeout_s)
-        self._monitor = monitor
-        self._out = out
-        self.checkpoints: CheckpointHistory | None = checkpoints
+        self.heartbeat = Heartbeat(
+            setup.monitor, self.rank, setup.scale.hang_timeout_s, storage.absolute(setup.out), place.on_hang
+        )
+        self._monitor = setup.monitor
+        self._out = setup.out
+        store = checkpoint_backend(storage.join(setup.out, CHECKPOINTS))
+        self.checkpoints: CheckpointHistory | None = CheckpointHistory(store, setup.keep_checkpoints, setup.best)
 
     def fitted(self, data: DataConfig) -> DataConfig:
         """Return the decoding settings with the CPUs per task that these workers leave free."""
@@ -91,9 +109,7 @@ class RayContext:
 
     def stop_requested(self) -> bool:
         """Return whether the driver requests a stop, or this worker is preempted."""
-        # Ray's notice of nodes that are drained. Its public get_preemption_info makes all workers wait for each other.
-        notice = get_train_context().preemption_context.preemption_info
-        return self.heartbeat.stop_requested(node_drains=notice is not None and self.rank in notice.preempted_ranks)
+        return self.heartbeat.stop_requested(node_drains=self._draining())
 
     def beat(self, phase: str) -> None:
         """Record that the training thread is alive and what it does next."""
@@ -132,19 +148,37 @@ def run_worker(config: dict[str, WorkerSetup]) -> TrainingResult | None:
 
     Raises:
         PreemptedError: the workers saved and ended early, and new ones are to continue.
-        Exception: what the loop raises. One of `PERMANENT_ERRORS` is first reported to the monitor, which then starts
-            no new workers.
+        Exception: what the loop raises (`run_loop`).
     """
-    setup = config["setup"]
+    setup, train = config["setup"], ray.train.get_context()
     status: RunStatus = ray.get(setup.monitor.status.remote())
     if status.failure:
         return None
-    store = checkpoint_backend(storage.join(setup.out, CHECKPOINTS))
-    checkpoints = CheckpointHistory(store, setup.keep_checkpoints, setup.best)
-    context = RayContext(setup.monitor, setup.scale, setup.data, setup.out, checkpoints)
+
+    def draining() -> bool:
+        # Ray's notice of nodes that are drained. Its public get_preemption_info makes all workers wait for each other.
+        notice = get_train_context().preemption_context.preemption_info
+        return notice is not None and train.get_world_rank() in notice.preempted_ranks
+
+    place = Place(train.get_world_rank(), train.get_world_size(), ray.train.torch.get_device(), draining)
+    result = run_loop(setup, place)
+    status = ray.get(setup.monitor.status.remote())
+    if result.stopped and not status.stop:
+        raise PreemptedError
+    return result
+
+
+def run_loop(setup: WorkerSetup, place: Place) -> TrainingResult:
+    """Build the training loop of one worker and run it, with its heartbeat.
+
+    Raises:
+        Exception: what the loop raises. One of `PERMANENT_ERRORS` is first reported to the monitor, which then starts
+            no new workers.
+    """
+    context = RayContext(setup, place)
     try:
         with context.heartbeat.running():
-            result = setup.build(setup.payload, context).run()
+            return setup.build(setup.payload, context).run()
     except NotFiniteError as error:
         path = storage.join(setup.out, NOT_FINITE)
         if context.rank == 0:
@@ -154,7 +188,3 @@ def run_worker(config: dict[str, WorkerSetup]) -> TrainingResult | None:
     except PERMANENT_ERRORS as error:
         ray.get(setup.monitor.fail.remote(str(error)))
         raise
-    status = ray.get(setup.monitor.status.remote())
-    if result.stopped and not status.stop:
-        raise PreemptedError
-    return result

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from pipelines import storage, tracking
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override, unknown
 from pipelines.errors import UserError
-from pipelines.running.resources import resources
+from pipelines.running.resources import runs_that_fit
 from pipelines.running.run_folder import RESULT, TRIALS
 from pipelines.tuning.search_space import Dimension, configured, name_of, stages, trials
 
@@ -41,6 +41,11 @@ class TrialSettings:
     out: str
     values: dict[str, Any]
     stages: dict[str, PretrainConfig | FinetuneConfig]
+
+    @property
+    def here(self) -> bool:
+        """Whether all its stages train in the trial's own process."""
+        return all(settings.scale.num_workers == 0 for settings in self.stages.values())
 
     @property
     def result(self) -> str:
@@ -96,7 +101,10 @@ def stage_config(
     if stage == "finetune" and "pretrain" in stages(config):
         changes["checkpoint"] = storage.join(folder, "pretrain")
     settings = cast(PretrainConfig | FinetuneConfig, override(getattr(config, stage), changes))
-    paths = {"manifest": storage.absolute(settings.manifest)}
+    paths: dict[str, Any] = {"manifest": storage.absolute(settings.manifest)}
+    if settings.scale.num_workers == 1:
+        # The process of a trial is used again, with all that it has imported; another one need not be started.
+        paths["scale.num_workers"] = 0
     if (weights := settings.model.backbone.weights) not in ("", "timm"):
         paths["model.backbone.weights"] = storage.absolute(weights)
     for name in ("features", "checkpoint", "labels"):
@@ -108,34 +116,21 @@ def stage_config(
 def fit_cluster(config: SweepConfig, all_trials: list[TrialSettings]) -> tuple[list[TrialSettings], int]:
     """Return the trials with their share of the decoding worked out, and how many of them run at once.
 
-    Tune does not know what the training workers of a trial hold, so this has to.
+    Tune does not know what decoding holds, nor the workers of a trial with several, so this has to.
 
     Raises:
         UserError: the largest trial does not fit the cluster.
     """
     settings = [each for trial in all_trials for each in trial.stages.values()]
-    need = max(s.scale.num_workers * (s.scale.cpus_per_worker + s.data.cpus_per_decode) for s in settings)
-    gpus = max(s.scale.num_workers * s.scale.gpus_per_worker for s in settings)
-    total, total_gpus = resources()["CPU"], resources().get("GPU", 0.0)
-    fit = int((total + 1e-6) / need)
-    if gpus:
-        fit = min(fit, int((total_gpus + 1e-6) / gpus))
-    if fit < 1:
-        raise UserError(
-            f"scale.num_workers is {max(s.scale.num_workers for s in settings)}: a trial needs {need:g} CPUs and "
-            f"{gpus:g} GPUs with its decoding, and the cluster has {total:g} CPUs and {total_gpus:g} GPUs; lower it, "
-            "cpus_per_worker or data.cpus_per_decode"
-        )
-    concurrent = min(config.concurrent_trials or fit, fit, len(all_trials))
-    shared = [
-        replace(each, stages={stage: _share(s, total / concurrent) for stage, s in each.stages.items()})
-        for each in all_trials
-    ]
-    return shared, concurrent
+    most = min(config.concurrent_trials or len(all_trials), len(all_trials))
+    kinds = {(s.scale, None if s.features else s.data) for s in settings}
+    concurrent = min(runs_that_fit(scale, data, most)[0] for scale, data in kinds)
+    tasks = {(scale, data): runs_that_fit(scale, data, concurrent)[1] for scale, data in kinds if data is not None}
 
+    def shared(settings: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+        fit = tasks.get((settings.scale, settings.data), 1)
+        return override(settings, {"data.decode_tasks": min(fit, settings.data.decode_tasks or fit)})
 
-def _share(settings: PretrainConfig | FinetuneConfig, cpus: float) -> PretrainConfig | FinetuneConfig:
-    scale, data = settings.scale, settings.data
-    free = cpus - scale.num_workers * scale.cpus_per_worker
-    tasks = max(scale.num_workers, int((free + 1e-6) / data.cpus_per_decode))
-    return override(settings, {"data.decode_tasks": min(tasks, data.decode_tasks or tasks)})
+    return [
+        replace(each, stages={stage: shared(s) for stage, s in each.stages.items()}) for each in all_trials
+    ], concurrent

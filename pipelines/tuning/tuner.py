@@ -1,7 +1,7 @@
-"""Ray Tune around the trials of a sweep: resources, early stopping, lines, signals, and what a trial's worker runs.
+"""Ray Tune around the trials of a sweep: resources, early stopping, lines, signals, and what a trial's process runs.
 
-A trial's driver is light and stays on the node of the sweep's driver, where the tracking database is; its training
-workers and decode tasks go anywhere in the cluster.
+A trial of one worker trains in its own process, which Tune uses for one trial after the other. That of a trial with
+several workers only drives them. A tracking database in a file keeps these processes on the node of the sweep's driver.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from pipelines import tracking
 from pipelines.config import SweepConfig
-from pipelines.errors import StageError, StoppedError, last_line
+from pipelines.errors import StageError, StoppedError, UserError, last_line
 from pipelines.running import progress
 from pipelines.running.resources import own_node
 from pipelines.running.stage import Stage, in_thread, signals_received
@@ -27,8 +27,10 @@ from pipelines.training.launcher import name_cluster
 from pipelines.tuning.search_space import text_of
 from pipelines.tuning.trials import Objective, TrialSettings
 
-# A trial's driver holds no CPU, only its place.
+# For a place on a node, without what it has to give.
 NEXT_TO_NOTHING = 0.001
+FAILURE = "failure"
+"""Name of what a trial reports that failed by itself, and would fail again."""
 POLL_SECONDS = 0.5
 # A stopped sweep waits this long for Tune to end the trials' processes; those left end with this one.
 STOP_SECONDS = 15.0
@@ -68,23 +70,48 @@ def run_trials(
     )
     # The lines of this stage say more than Tune's own table and its tracebacks.
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    # A trial that failed has no metric.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     stopper, lines = StopOnRequest(), TrialLines(stage.name, objective.metric, len(trials))
+    max_failures = max(settings.scale.max_failures for each in trials.values() for settings in each.stages.values())
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {own_node(): NEXT_TO_NOTHING}),
+        tune.with_resources(trainable, lambda chosen: _resources(trials[chosen["trial"]])),
         param_space={"trial": tune.grid_search(list(trials))},
         tune_config=tune.TuneConfig(
             metric=objective.metric,
             mode=objective.mode,
             max_concurrent_trials=concurrent,
             scheduler=ASHAScheduler(time_attr="epoch", max_t=10_000) if config.early_stopping else None,
-            # Saves the next trial its imports. A trial stopped early would keep training in a process that is reused.
-            reuse_actors=not config.early_stopping,
+            # Saves the next trial its imports. The workers of a trial stopped early would keep training.
+            reuse_actors=all(trial.here for trial in trials.values()) or not config.early_stopping,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=stage.out, callbacks=[lines], stop=stopper, verbose=0),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=stage.out,
+            callbacks=[lines],
+            stop=stopper,
+            # Of a process that was lost; the trial resumes from its last checkpoint in another one.
+            failure_config=tune.FailureConfig(max_failures=max_failures),
+            verbose=0,
+        ),
     )
     return _drive(tuner, stopper, lines, stage)
+
+
+def _resources(trial: TrialSettings) -> tune.PlacementGroupFactory:
+    """Return what the process of a trial holds."""
+    scales = [settings.scale for settings in trial.stages.values()]
+    bundle: dict[str, float] = {}
+    if trial.here:
+        bundle = {"CPU": max(scale.cpus_per_worker for scale in scales)}
+        if gpus := max(scale.gpus_per_worker for scale in scales):
+            bundle["GPU"] = gpus
+    uri = next(iter(trial.stages.values())).tracking.uri
+    if not trial.here or tracking.database(uri):
+        bundle[own_node()] = NEXT_TO_NOTHING
+    return tune.PlacementGroupFactory([bundle])
 
 
 def _trial_name(trial: Trial) -> str:
@@ -144,7 +171,10 @@ class TrialLines(tune.Callback):
         progress.info(self._stage, f"trial {trial.config['trial']} starts")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Print the metric that a trial reached."""
+        """Print the metric that a trial reached, or why it failed."""
+        if reason := trial.last_result.get(FAILURE):
+            self._print_end(trial, "failed", reason)
+            return
         self.done += 1
         value = trial.last_result.get(self._metric)
         reached = f"{self._metric} {value:.3f}" if isinstance(value, float) else f"no {self._metric}"
@@ -187,9 +217,13 @@ def run_trial(
     )
     status, found = "FAILED", {}
     on_row = _reporter(objective.metric) if config.early_stopping else None
+    failure = ""
     try:
         found = _run_stages(trial, runners, tracker.run_id or "", on_row)
         status = "FINISHED"
+    except (UserError, StageError) as error:
+        # Tune would start it again, as it does after the loss of a process.
+        failure = str(error)
     except SystemExit:
         # Tune's way to stop a trial early.
         status = "KILLED"
@@ -197,9 +231,9 @@ def run_trial(
     finally:
         tracker.log(found, step=None)
         tracker.finish(status)
-    if objective.metric not in found:
-        raise StageError(f"metric is {objective.metric!r}: the trial has {', '.join(sorted(found))}")
-    tune.report(found)
+    if not failure and objective.metric not in found:
+        failure = f"metric is {objective.metric!r}: the trial has {', '.join(sorted(found))}"
+    tune.report({FAILURE: failure} if failure else found)
 
 
 def _run_stages(

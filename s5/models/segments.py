@@ -42,9 +42,10 @@ class SegmentEncoder(nn.Module):
         """Standard deviation of the colours that is divided by."""
         return self.model.backbone.std
 
-    def settings(self, made_by: str) -> BackboneConfig:
-        """Return the settings of a backbone whose tokens these embeddings are; `made_by` identifies the weights."""
-        return BackboneConfig(name=SEGMENTS, embed_dim=self.width, frozen=True, made_by=made_by)
+    @property
+    def settings(self) -> BackboneConfig:
+        """Settings of a backbone whose tokens these embeddings are."""
+        return BackboneConfig(name=SEGMENTS, tokens=self.tokens, width=self.width, frozen=True)
 
     def forward(self, frames_BLHWC: Tensor) -> Tensor:
         """Return the embeddings (B, U, D) of segments whose frames follow each other, L = U x T."""

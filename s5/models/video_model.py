@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from s5.config import ModelConfig
-from s5.models.backbone import build_backbone
+from s5.models.backbone import Backbone
 from s5.models.decoders import DecoderOutput, build_decoder
 from s5.models.top_k import rows
 
@@ -50,7 +50,7 @@ class VideoModel(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config.backbone)
+        self.backbone = Backbone(config.backbone)
         width = config.decoder.width or self.backbone.width
         self.projection = nn.Identity() if width == self.backbone.width else nn.Linear(self.backbone.width, width)
         self.decoder = build_decoder(config.decoder, width)

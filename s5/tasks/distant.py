@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s5.batch import ClipBatch
+from s5.config import ViewsConfig
 from s5.models.video_model import VideoModel
 from s5.tasks.supervised import Supervised
 
@@ -46,8 +47,8 @@ def step_divergence(logits_BS: Tensor, steps_BK: Tensor, probabilities_BK: Tenso
 class Distant(Supervised):
     """Narrated clips to the divergence of the predicted steps from the soft labels of what is said meanwhile."""
 
-    def __init__(self, model: VideoModel, labels: StepLabels) -> None:
-        super().__init__(model, "distant")
+    def __init__(self, model: VideoModel, labels: StepLabels, views: ViewsConfig | None = None) -> None:
+        super().__init__(model, "distant", views)
         self.labels = labels
 
     def targets(self, batch: ClipBatch) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from s5 import distributed
 from s5.batch import ClipBatch
-from s5.config import LSMCLConfig, ModelConfig
+from s5.config import LSMCLConfig, ModelConfig, ViewsConfig
 from s5.models.backbone import random_masking
 from s5.models.video_model import VideoModel
-from s5.tasks.augment import colour_jitter
+from s5.tasks.augment import augment
 
 
 def info_nce(query_BD: Tensor, key_GD: Tensor, temperature: float, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,13 +80,20 @@ class LSMCL(nn.Module):
     tokens after it. A frozen backbone, the same in both branches, encodes each clip once for both.
     """
 
-    def __init__(self, model: ModelConfig, config: LSMCLConfig) -> None:
+    def __init__(self, model: ModelConfig, config: LSMCLConfig, views: ViewsConfig | None = None) -> None:
+        """Build both branches.
+
+        Raises:
+            ValueError: patches are to be masked for a backbone that sees whole frames.
+        """
         super().__init__()
         self.config = config
+        self.views = views or ViewsConfig()
         # Random masking stands in for the mask generator while pretraining, so the pyramid keeps all tokens.
         selection = replace(model.decoder.selection, generator="none")
         self.encoder = VideoModel(replace(model, decoder=replace(model.decoder, selection=selection)))
-        if config.freeze_patches:
+        self.encoder.backbone.check_masking(config.mask_on == "patches")
+        if config.freeze_patches and not model.backbone.frozen:
             self.encoder.backbone.vit.patch_embed.requires_grad_(False)
         width = self.encoder.decoder.out_width
         self.projector = head([width, config.hidden, config.hidden, config.dim], last_affine=False)
@@ -133,7 +140,8 @@ class LSMCL(nn.Module):
 
     def _views(self, batch: ClipBatch) -> Views:
         assert batch.short is not None, "LSMCL needs pairs of clips"
-        clips = torch.cat([self._jittered(batch.long, batch, "long"), self._jittered(batch.short, batch, "short")])
+        long = augment(batch.long, batch.seeds, "long", self.views)
+        clips = torch.cat([long, augment(batch.short, batch.seeds, "short", self.views)])
         masks = [self._mask(batch, view) for view in ("long", "short")]
         keep = None if masks[0] is None else torch.cat(cast(list[Tensor], masks))
         keep_2BUK, keep_2BK = (keep, None) if self.config.mask_on == "patches" else (None, keep)
@@ -142,10 +150,6 @@ class LSMCL(nn.Module):
             with torch.no_grad():
                 tokens_2BLD = self.encoder.tokens(clips, keep_2BUK, keep_2BK)
         return Views(clips, torch.cat([batch.seeds, ~batch.seeds]), keep_2BUK, keep_2BK, tokens_2BLD)
-
-    def _jittered(self, clips: Tensor, batch: ClipBatch, view: str) -> Tensor:
-        """Clips with their colours changed; cached tokens have none."""
-        return clips if clips.ndim == 4 else colour_jitter(clips, batch.seeds, f"{view}/jitter", self.config.jitter)
 
     def _features(self, encoder: VideoModel, views: Views) -> Tensor:
         tokens_2BLD = views.tokens_2BLD
@@ -204,3 +208,13 @@ class LSMCL(nn.Module):
             if moving:
                 torch._foreach_lerp_([a for a, _ in moving], [o for _, o in moving], 1 - self.momentum)
         return {"momentum": self.momentum}
+
+
+def check_lsmcl(model: ModelConfig, config: LSMCLConfig) -> None:
+    """Build the task without memory for its weights, to find settings that do not fit together.
+
+    Raises:
+        ValueError: names the setting and the remedy.
+    """
+    with torch.device("meta"):
+        LSMCL(replace(model, backbone=replace(model.backbone, weights="")), config)

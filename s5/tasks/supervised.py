@@ -11,16 +11,21 @@ from torch.nn import functional as F
 
 from s5 import distributed
 from s5.batch import ClipBatch
+from s5.config import ViewsConfig
 from s5.models.video_model import VideoModel
+from s5.tasks.augment import augment
 
 
 class Supervised(nn.Module):
     """Labelled clips to a loss."""
 
-    def __init__(self, model: VideoModel, kind: Literal["class", "regression", "distant"]) -> None:
+    def __init__(
+        self, model: VideoModel, kind: Literal["class", "regression", "distant"], views: ViewsConfig | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.kind = kind
+        self.views = views or ViewsConfig()
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return scalars: the loss of a batch, accuracy where there are classes, and metrics of the selection."""
@@ -28,7 +33,7 @@ class Supervised(nn.Module):
 
     def encode(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return each clip's scores (B, C), the share of tokens kept, and what the selection does (B,)."""
-        out = self.model(batch.long, batch.seeds)
+        out = self.model(augment(batch.long, batch.seeds, "long", self.views), batch.seeds)
         logits_BC = out.logits_BC.float()
         rows = {"logits": logits_BC, "keep_ratio": torch.full_like(logits_BC[:, 0], out.keep_ratio)}
         return rows | {f"selection_{name}": value.expand(len(batch.long)) for name, value in out.selection.items()}

@@ -107,7 +107,8 @@ class TrainingLoop:
         self.task = task.to(context.device)
         self.inputs, self.context = inputs, context
         self.state = TrainingState()
-        self.optimizer = optim.build_optimizer(self.task, inputs.optim)
+        peak = replace(inputs.optim, lr=inputs.optim.peak_lr(inputs.loop.batch_size))
+        self.optimizer = optim.build_optimizer(self.task, peak)
         self.stepper = Stepper(self._task, self.optimizer, inputs.optim.clip_norm, inputs.loop, context.device)
         self._stop_poll = StopPoll(context, inputs.loop.log_every)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from s5.errors import VideoError
+from s5.video.crops import Box, Cropper
 from s5.video.frames import Shown, counted, is_entry, timed
 from s5.video.opening import av_error, opened, packets_of, short_reason, video_stream
 from s5.video.pictures import Turn, aspect_of, display_size, turn_of
@@ -87,6 +88,18 @@ class PyAVReader:
         """Return the pictures at ascending times; see `Reader`."""
         return [self._picture_of(*self._at(float(time))) for time in times_U]
 
+    def cropper(self, box: Box, size: int) -> Cropper:
+        """Return what cuts a box, in pixels as displayed, out of the video's frames and scales it to (size, size)."""
+        return Cropper(box, self.display_size, self.turn, size)
+
+    def crop(self, time_s: float, cropper: Cropper) -> FrameArray:
+        """Return what a cropper cuts out of the picture on screen at a time; times must ascend from call to call.
+
+        Raises:
+            VideoError: the frame fails to decode, or cannot be cropped.
+        """
+        return cropper(self._checked(*self._at(time_s)))
+
     def resize(self, size: tuple[int, int]) -> None:
         """Set width and height in pixels of the pictures to come, as displayed."""
         self._size, self._picture = size, None
@@ -124,13 +137,17 @@ class PyAVReader:
         length_s = (place - self._shown[0]) * self.time_base
         return (place - self.first) * self.time_base - tolerance(length_s)
 
-    def _picture_of(self, place: int, frame: Any) -> FrameArray:
+    def _checked(self, place: int, frame: Any) -> Any:
         at_s = (place - self.first) * self.time_base
         if frame is None:
             raise VideoError(f"the frame at {at_s:.2f} s, or one that it needs, fails to decode")
+        if (frame.width, frame.height) != self._stored and not self._keeps_shape(frame):
+            raise VideoError(f"the shape of the picture changes, to {frame.width} x {frame.height} at {at_s:.2f} s")
+        return frame
+
+    def _picture_of(self, place: int, frame: Any) -> FrameArray:
+        frame = self._checked(place, frame)
         if self._picture is None or self._picture[0] is not frame:
-            if (frame.width, frame.height) != self._stored and not self._keeps_shape(frame):
-                raise VideoError(f"the shape of the picture changes, to {frame.width} x {frame.height} at {at_s:.2f} s")
             width, height = self._size[::-1] if self.turn.transposed else self._size
             # Bilinear, as in decord.
             picture_HWC = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")

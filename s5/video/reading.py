@@ -18,6 +18,7 @@ import numpy as np
 
 from s5.errors import VideoError
 from s5.video.choice import choose, stream_of
+from s5.video.crops import Box
 from s5.video.decord_reader import DecordReader
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FloatArray as FloatArray
@@ -74,11 +75,13 @@ def read_clips(
     size: int,
     display_size: tuple[int, int] | None = None,
     decoder: Decoder | None = None,
+    boxes: Sequence[Box] = (),
 ) -> list[FrameArray]:
     """Return several clips of one video from one open and one ascending pass over all their frames.
 
-    A frame is scaled so that its short side has S pixels, with its aspect ratio, and cropped to S x S at the centre.
-    A time takes the frame that is on screen then; times beyond the end take the last frame.
+    A frame is scaled so that its short side has S pixels, with its aspect ratio, and cropped to S x S at the centre; or
+    a box is cut out of it and scaled to S x S. A time takes the frame that is on screen then; times beyond the end take
+    the last frame.
 
     Args:
         source: a local file, or an open file, which PyAV reads.
@@ -86,7 +89,9 @@ def read_clips(
         size: S in pixels.
         display_size: width and height of the video, if known (`VideoFacts`).
         decoder: which decoder reads the video, if known (`VideoFacts`). If either is unknown, all packets of the file
-            are read first. PyAV takes over where decord fails.
+            are read first. PyAV takes over where decord fails, and reads all boxes: it cuts them out before it converts
+            colours, which decord cannot.
+        boxes: of each clip, the part of its frames that it shows, in pixels as displayed; none for the centre.
 
     Returns:
         For each clip its frames (T, S, S, 3), uint8 RGB.
@@ -98,6 +103,8 @@ def read_clips(
     if display_size is None or decoder is None:
         contents = scan(source)
         display_size, decoder = contents.display_size, choose(source, contents)
+    if boxes:
+        return _read_boxes(source, stream_of(decoder), clips, boxes, size)
     width, height = scaled(display_size, size)
     times_U = np.unique(np.concatenate(clips))
     try:
@@ -127,6 +134,18 @@ def _read(source: Source, decoder: Decoder, size: tuple[int, int], times_U: Floa
         reader = PyAVReader(source, size, stream_of(decoder))
     with closing(reader):
         return reader.read(times_U)
+
+
+def _read_boxes(
+    source: Source, stream: int | None, clips: Sequence[FloatArray], boxes: Sequence[Box], size: int
+) -> list[FrameArray]:
+    frames = [np.empty((len(times_T), size, size, 3), np.uint8) for times_T in clips]
+    wanted = [(time, clip, place) for clip, times_T in enumerate(clips) for place, time in enumerate(times_T.tolist())]
+    with closing(PyAVReader(source, stream=stream)) as reader:
+        croppers = [reader.cropper(box, size) for box in boxes]
+        for time, clip, place in sorted(wanted):
+            frames[clip][place] = reader.crop(time, croppers[clip])
+    return frames
 
 
 def checked(source: Source) -> Source:

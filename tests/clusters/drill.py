@@ -34,6 +34,7 @@ WAIT_S = 240
 SETTINGS: dict[str, Any] = {
     **TINY,
     **HEADS,
+    "scale.num_workers": 1,
     "tracking.uri": "off",
     "probe_videos": 0,
     "clips.long_stride": 0.5,

@@ -90,7 +90,7 @@ class LocalCluster:
     def leftovers(self) -> set[int]:
         """Return the processes of this cluster that still run."""
         running = {node.pid for node in self.nodes if node.poll() is None}
-        return _marked(self.mark) | running | descendants(running)
+        return marked(self.mark) | running | descendants(running)
 
     def stop(self) -> None:
         """End every process of this cluster and no other; raise `RuntimeError` if one is left."""
@@ -98,7 +98,7 @@ class LocalCluster:
         left = self.leftovers()
         for _ in range(STOP_SECONDS):
             kill(left, signal.SIGKILL)
-            left = wait_gone(left, self.nodes, seconds=1) | _marked(self.mark)
+            left = wait_gone(left, self.nodes, seconds=1) | marked(self.mark)
             if not left:
                 self.nodes.clear()
                 return
@@ -180,7 +180,7 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _marked(mark: str) -> set[int]:
+def marked(mark: str) -> set[int]:
     """Return the processes that inherited a cluster's mark in their environment."""
     wanted, found = f"{MARK}={mark}".encode(), set()
     for entry in Path("/proc").glob("[0-9]*"):

@@ -141,6 +141,24 @@ def test_exit_handlers_run_before_the_process_ends(tmp_path: Path) -> None:
     assert done.stderr == "error: unknown stage 'pretian': did you mean pretrain?\n"
 
 
+def test_a_reader_that_has_left(tmp_path: Path) -> None:
+    """As `... | head -1`: the status is that of a program that a broken pipe ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-m", "pipelines", "--help"]
+    done = subprocess.run(arguments, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == "error: the program that read the output has ended: run the same command again to resume\n"
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_a_process_without_output(closed: str) -> None:
+    # As some job schedulers start programs.
+    done = subprocess.run(f"{sys.executable} -m pipelines --help {closed}", cwd=ROOT, shell=True)
+    assert done.returncode == 0
+
+
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="this system has no device that is always full")
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever is opened to be written is the device that never has room.

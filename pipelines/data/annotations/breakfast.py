@@ -37,4 +37,5 @@ def _video(row: Row, split: str, names: dict[int, str]) -> AnnotatedVideo:
     label, name = row.integer("class_id", 0, CLASSES - 1), row.required("action")
     if names.setdefault(label, name) != name:
         raise row.error("action", f"class {label} is {names[label]!r} elsewhere")
-    return AnnotatedVideo(video_id, "/".join(parts), row.location, split, name, label)
+    stated_s = float(row.text["duration"]) if row.text["duration"].isdecimal() else None
+    return AnnotatedVideo(video_id, "/".join(parts), row.location, split, name, label, stated_s=stated_s)

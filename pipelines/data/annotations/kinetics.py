@@ -65,7 +65,8 @@ def _videos(rows: list[tuple[Row, str]], labels: dict[str, int]) -> Iterator[Ann
         # The same seconds may be annotated with two classes: the first counts.
         reason = "" if earlier == place else f"listed again in {place}, after {earlier}"
         label = labels[name] if name else None
-        yield AnnotatedVideo(video_id, video_id, place, split, name, label, reason=reason)
+        stated_s = float(end_s - start_s)
+        yield AnnotatedVideo(video_id, video_id, place, split, name, label, stated_s=stated_s, reason=reason)
 
 
 def _unlabelled(row: Row) -> UserError:

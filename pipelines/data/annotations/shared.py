@@ -29,6 +29,8 @@ class AnnotatedVideo:
     target: float | None = None
     start_s: float | None = None
     end_s: float | None = None
+    stated_s: float | None = None
+    """Length of the file, where the annotations state it; `index` measures its own."""
     uri: str = ""
     reason: str = ""
     """Why it is rejected before it is probed."""

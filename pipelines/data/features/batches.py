@@ -30,7 +30,7 @@ from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest
 from s5.batch import ClipBatch
-from s5.config import SEGMENTS, BackboneConfig, ClipConfig, EvaluationProtocol, from_json
+from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.errors import Failure, VideoError
 from s5.video.clip_times import beyond, clip_seed, stride_s
 
@@ -111,32 +111,14 @@ def check_features(
     Raises:
         UserError: they do not; gives the reason.
     """
-    if weights is None and backbone.name != SEGMENTS:
+    meta = read_meta(folder)
+    if weights is None and not meta.imported:
         raise UserError(
             "features come from a trained backbone: give the checkpoint or model.backbone.weights that computed them"
         )
-    meta = read_meta(folder)
-    made_by = backbone.made_by if weights is None or backbone.name == SEGMENTS else weights_digest(weights)
-    check_fresh(folder, meta, backbone, made_by, digest(manifest))
+    check_fresh(folder, meta, backbone, weights_digest(weights or {}), digest(manifest))
     check_stride(meta, clips, protocol, manifest, pairs)
     return meta.digest
-
-
-def with_segments(backbone: BackboneConfig, folder: str) -> BackboneConfig:
-    """Return the settings of a backbone; for embeddings of segments those of the cached ones, with what made them.
-
-    Raises:
-        UserError: there are no features, or they are tokens of frames.
-    """
-    if backbone.name != SEGMENTS:
-        return backbone
-    meta = read_meta(folder)
-    if (name := meta.backbone["name"]) != SEGMENTS:
-        raise UserError(
-            f"features is {folder!r}: they are tokens of frames, not embeddings of segments; give "
-            f"--model.backbone.name {name}, or the --out of `features --segment-s`"
-        )
-    return from_json(BackboneConfig, meta.backbone | {"frozen": True, "made_by": meta.weights})
 
 
 class FeatureClips:

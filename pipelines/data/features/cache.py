@@ -20,7 +20,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.running.run_folder import SHARDS
-from s5.config import BackboneConfig
+from s5.config import SEGMENTS, BackboneConfig
 from s5.video.clip_times import TOLERANCE_S
 
 TokenArray = npt.NDArray[np.float16]
@@ -53,7 +53,9 @@ INDEX = pa.schema(
 """Where the frames of a video are: shard, first record batch, number of frames, time of the first; or why there are
 none (`reason`)."""
 # Settings of the backbone that do not change its tokens, or that the digest of its weights covers.
-NOT_COMPARED = ("weights", "frozen", "made_by")
+NOT_COMPARED = ("weights", "frozen", "tokens", "width", "made_by")
+IMPORTED = "imported: "
+"""Begins what stands for the digest of the weights where the features come from files of another program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class FeatureMeta:
     backbone: dict[str, Any]
     """Settings of the backbone (BackboneConfig), `weights` and `frozen` apart."""
     weights: str
-    """Digest of its weights."""
+    """Digest of its weights; of imported features `IMPORTED` and the digest of their files."""
     mean: list[float]
     """Mean of the colours, 0 to 255, that was subtracted."""
     std: list[float]
@@ -84,6 +86,12 @@ class FeatureMeta:
     """Type of the tokens."""
     format: int = FORMAT
     """Version of this layout."""
+
+    @property
+    def imported(self) -> bool:
+        """Whether they stand for a frame encoder: features of another program, of whose backbone the name alone is
+        known, or embeddings of segments."""
+        return self.weights.startswith(IMPORTED) or self.backbone["name"] == SEGMENTS
 
     @property
     def digest(self) -> str:
@@ -196,6 +204,42 @@ def read_meta(folder: str) -> FeatureMeta:
     return meta
 
 
+def with_imported(config: BackboneConfig, folder: str) -> BackboneConfig:
+    """Return settings of a backbone with the tokens and width of imported features, which stand in its place.
+
+    Raises:
+        UserError: the features are imported and were made by another backbone, or are of another size.
+    """
+    meta = read_meta(folder) if folder else None
+    if meta is None or not meta.imported:
+        if meta is not None and config.name == SEGMENTS:
+            raise UserError(
+                f"features is {folder!r}: they are tokens of frames, not embeddings of segments; give "
+                f"--model.backbone.name {meta.backbone['name']}, or the --out of `features --segment-s`"
+            )
+        return config
+    name = meta.backbone["name"]
+    if name != config.name:
+        raise UserError(
+            f"features is {folder!r}: imported from {name!r}, not {config.name!r}; give --model.backbone.name {name}, "
+            "or other features"
+        )
+    for key, there in (("tokens", meta.tokens), ("width", meta.width)):
+        if (here := getattr(config, key)) not in (0, there):
+            raise UserError(f"features is {folder!r}: model.backbone.{key} is {there} there, not {here}; give {there}")
+    if config.cls_token or config.tubelet != 1:
+        raise UserError(
+            f"features is {folder!r}: imported features are taken as they are; leave out model.backbone.cls_token and "
+            "model.backbone.tubelet"
+        )
+    made_by = meta.weights if name == SEGMENTS else ""
+    if config.made_by not in ("", made_by):
+        raise UserError(
+            f"features is {folder!r}: embeddings of another encoder than the model was trained on; give those"
+        )
+    return replace(config, tokens=meta.tokens, width=meta.width, weights="", made_by=made_by)
+
+
 def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weights: str, manifest: str) -> None:
     """Check that features were produced by the backbone and manifest of this run.
 
@@ -210,17 +254,23 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
         UserError: they differ; names the difference.
     """
     stale = f"features is {folder!r}: computed"
-    for name, value in backbone_settings(backbone).items():
+    with_imported(backbone, folder)
+    if backbone.tokens and not meta.imported:
+        raise UserError(
+            f"{stale} by the backbone {meta.backbone['name']!r}, where the model was made for imported features of "
+            f"{backbone.name!r}; give those"
+        )
+    for name, value in () if meta.imported else backbone_settings(backbone).items():
         if meta.backbone.get(name) != value:
             there = meta.backbone.get(name)
             raise UserError(
                 f"{stale} with model.backbone.{name} {there!r}, not {value!r}; recompute them or give "
                 f"--model.backbone.{name} {there}"
             )
-    if meta.weights != weights:
+    if not meta.imported and meta.weights != weights:
         raise UserError(
             f"{stale} with other weights of the backbone than this run's; recompute them, or give the checkpoint or "
             "model.backbone.weights that they were computed with"
         )
     if meta.manifest != manifest:
-        raise UserError(f"{stale} from another manifest, or it has changed since; recompute them")
+        raise UserError(f"{stale} from another manifest, or it has changed since; recompute or import them again")

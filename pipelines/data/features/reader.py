@@ -6,7 +6,7 @@ Shapes: T frames of a clip, N tokens a frame, D width.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
@@ -44,9 +44,9 @@ class FeatureReader:
         self.folder = storage.absolute(folder)
         self.meta = read_meta(folder)
         index = storage.read_table(storage.join(self.folder, INDEX_FILE))
-        names = index["video_id"].to_pylist()
-        columns = [index[name].to_pylist() for name in ("shard", "batch", "frames", "start_s", "reason")]
-        self._entries = {name: IndexEntry(*row) for name, *row in zip(names, *columns, strict=True)}
+        # Rows become entries when they are read: a million objects would take seconds, and their memory.
+        self._rows = {name: row for row, name in enumerate(index["video_id"].to_pylist())}
+        self._index = index.select([field.name for field in fields(IndexEntry)]).combine_chunks()
         self._padding: TokenArray = np.load(io.BytesIO(storage.read_bytes(storage.join(self.folder, PADDING))))
         # Not a cached method: its cache would keep the reader and its files alive for ever.
         self._shard = lru_cache(OPEN_SHARDS)(partial(_open_shard, self.folder))
@@ -83,7 +83,8 @@ class FeatureReader:
                 out_TND[first : first + count] = tokens_TND[row : row + count]
 
     def _entry(self, video_id: str) -> IndexEntry:
-        entry = self._entries.get(video_id)
+        row = self._rows.get(video_id)
+        entry = None if row is None else IndexEntry(*(column[row].as_py() for column in self._index.columns))
         if entry is None or entry.reason:
             raise VideoError(f"no cached features: {entry.reason if entry else 'not in their index'}")
         return entry

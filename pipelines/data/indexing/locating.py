@@ -66,6 +66,10 @@ class Names:
         scheme, mark, rest = name.partition("://")
         # What ends in a name that is no URI may hold `..`; in an object store that is a name like any other.
         name = f"{scheme}://{re.sub('/+', '/', rest)}" if mark else posixpath.normpath(name)
+        if name.startswith("../"):
+            # It may come back into the folder; where it does not, it is one name, however it is written.
+            scheme, mark, folder = self._root.rpartition("://")
+            name = f"{scheme}{mark}{posixpath.normpath(f'{folder}/{name}')}"
         below = name.removeprefix(f"{self._root}/")
         if below == name and name.startswith("/"):
             # The same folder by another way, such as a link.

@@ -22,11 +22,11 @@ from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
-from s5.config import ClipConfig
+from s5.config import ClipConfig, ViewsConfig
 from s5.errors import VideoError
 from s5.video.clip_times import clip_seed, evaluation_times, long_short_times, training_times
 from s5.video.reading import probe, read_frames
-from tests.s5.videos import numbers, truncate, write_video
+from tests.s5.videos import numbers, truncate, write_coded, write_video
 
 CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.25)
 SIZE = 32
@@ -131,6 +131,23 @@ def test_two_workers_and_a_resumed_run_see_what_one_worker_sees(
         assert one.step == first.step == second.step
         assert one.video_ids == first.video_ids + second.video_ids
         assert torch.equal(one.long, torch.cat([first.long, second.long]))
+
+
+def test_crops_are_those_of_one_worker(manifest: pa.Table, tmp_path: Path) -> None:
+    rows = manifest.to_pylist()
+    for row in rows:
+        row["uri"] = write_coded(tmp_path / f"{row['video_id']}.mp4", frames=40, fps=8)
+    coded = pa.Table.from_pylist(rows, SCHEMA)
+    plan, views = ClipOrder(VIDEOS, 4, epochs=1, seed=1), ViewsConfig(crop_scale=(0.1, 0.5))
+    whole = list(_train(coded, plan, views=views))
+    parts = [list(_train(coded, plan, views=views, rank=rank, world_size=2)) for rank in range(2)]
+    for one, *shares, centre in zip(whole, *parts, _train(coded, plan), strict=True):
+        for name in ("long", "short"):
+            clips = getattr(one, name)
+            assert torch.equal(clips, torch.cat([getattr(share, name) for share in shares]))
+            assert not torch.equal(clips, getattr(centre, name))
+    (plain,), (cropped,) = (list(_source(**c).evaluation(coded.slice(0, 2), 1, 2)) for c in ({}, {"views": views}))
+    assert torch.equal(plain.long, cropped.long)
 
 
 def test_a_broken_video_is_replaced_by_its_spare_and_listed(manifest: pa.Table, tmp_path: Path) -> None:

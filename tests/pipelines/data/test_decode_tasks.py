@@ -25,7 +25,7 @@ from pipelines.data.decode_tasks import CANDIDATE, PROBED, ClipSpec, decode_chun
 from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess, VideoTimeoutError
 from pipelines.data.video_requests import ClipRequest
-from s5.config import ClipConfig
+from s5.config import ClipConfig, ViewsConfig
 from s5.errors import VideoError
 from s5.video.reading import probe, read_clips
 from tests.s5.videos import numbers, truncate, write_audio, write_coded, write_video
@@ -95,6 +95,40 @@ def test_the_child_reads_the_same_frames_as_this_process(tmp_path: Path, process
     (clip,) = process.read(path, ClipRequest(TIMES[1:], 16, (64, 64), "decord"), 10)
     assert clip.shape == (2, 16, 16, 3)
     assert numbers(clip) == [4, 6]
+
+
+def test_crops_follow_the_seed_of_the_clip_alone(tmp_path: Path) -> None:
+    """Not the chunk, the order or the retry; the two clips of a pair have boxes of their own."""
+    spec = replace(SPEC, views=ViewsConfig(crop_scale=(0.2, 0.6)), timeout_s=30.0)
+    candidates = [
+        [_candidate(write_coded(tmp_path / f"{seed}.mp4", size=(96, 64), fps=8), seed=seed, width=96)]
+        for seed in (5, 6, 7)
+    ]
+    boxes = [spec.boxes(video) for [video] in candidates]
+    assert boxes == [spec.boxes(video) for [video] in candidates]
+    assert len({box for pair in boxes for box in pair}) == 6
+    single = replace(spec, pairs=False)
+    assert [single.boxes(video) for [video] in candidates] == [pair[:1] for pair in boxes]
+    whole = decode_chunk(_rows(*candidates), spec)
+    parts = [decode_chunk(_rows(*some), spec) for some in (candidates[2:], candidates[:2])]
+    for row, [video] in enumerate(candidates):
+        pair = read_clips(video["uri"], spec.times(video), 32, (96, 64), "decord", boxes[row])
+        for name, right in zip(("long", "short"), pair, strict=True):
+            np.testing.assert_array_equal(whole[name][row], right)
+            np.testing.assert_array_equal(parts[row < 2][name][row % 2], right)
+    assert not np.array_equal(
+        whole["long"], decode_chunk(_rows(*candidates), replace(spec, views=ViewsConfig()))["long"]
+    )
+
+
+def test_evaluated_clips_show_the_centre(tmp_path: Path) -> None:
+    path = write_coded(tmp_path / "a.mp4", size=(96, 64), fps=8)
+    video = _candidate(path, width=96, first_clip=None, end_clip=None)
+    plain = replace(SPEC, pairs=False, evaluated=2, timeout_s=30.0)
+    cropped = replace(plain, views=ViewsConfig(crop_scale=(0.2, 0.6), flip=1.0))
+    assert cropped.boxes(video) == []
+    first, second = (decode_chunk(_rows([video]), spec)["long"] for spec in (plain, cropped))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.usefixtures("fake_decord")

@@ -97,11 +97,20 @@ def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     path = str(tmp_path / "out" / "run.json")
     saved = storage.read_json(path)
     del saved["features"], saved["lsmcl"]["mask_on"]
+    # Colour jitter was the only view.
+    saved["lsmcl"]["jitter"] = saved.pop("views")["jitter"]
     storage.write_json(path, saved)
     assert finished("pretrain", config, {}) is None
     with pytest.raises(UserError, match=r"holds a run with lsmcl.mask_on 'patches', not 'tokens'"):
         finished("pretrain", override(config, {"lsmcl.mask_on": "tokens"}), {})
+    with pytest.raises(UserError, match=r"holds a run with views.flip 0.0, not 0.5"):
+        finished("pretrain", override(config, {"views.flip": 0.5}), {})
     assert parse(["pretrain", "--config", path])[1] == config
+    saved["lsmcl"]["jitter"] = 0.1
+    storage.write_json(path, saved)
+    assert parse(["pretrain", "--config", path])[1] == override(config, {"views.jitter": 0.1})
+    with pytest.raises(UserError, match=r"holds a run with views.jitter 0.1, not 0.4"):
+        finished("pretrain", config, {})
 
 
 @pytest.mark.parametrize("uri", ["file:runs", "sqlite:////dev/null/runs.db"])

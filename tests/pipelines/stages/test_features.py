@@ -49,6 +49,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ra
 FPS, SECONDS = 4, 12
 OFF = TrackingConfig(uri="off")
 CLIPS = ClipConfig(frames=4, long_stride=2.0, short_stride=0.5)
+# Its features are a grid of 2 x 2 tokens of width 192.
+OTHER: dict[str, Any] = {f"model.backbone.{key}": None for key in ("depth", "num_heads", "patch_size")} | {
+    "model.backbone.name": "swin_tiny_patch4_window7_224",
+    "model.backbone.embed_dim": 24,
+    "model.backbone.frame_size": 64,
+}
 BACKBONE = {key: value for key, value in MODEL.items() if key.startswith("model.backbone.")}
 
 
@@ -64,10 +70,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return out
 
 
-def write_weights(path: Path, seed: int) -> str:
+def write_weights(path: Path, seed: int, changes: dict[str, Any] | None = None) -> str:
     """Write random weights of the backbone."""
     torch.manual_seed(seed)
-    save_file(Backbone(override(FeaturesConfig(), BACKBONE).model.backbone).vit.state_dict(), path)
+    settings = BACKBONE | {"model.backbone.frozen": True} | (changes or {})
+    save_file(Backbone(override(FeaturesConfig(), settings).model.backbone).vit.state_dict(), path)
     return str(path)
 
 
@@ -267,7 +274,7 @@ def test_training_from_features_follows_training_from_frames(
 
 
 def pretraining(manifest: str, weights: str, out: Path, **changes: Any) -> PretrainConfig:
-    settings = {"lsmcl.mask_on": "tokens", "lsmcl.jitter": 0.0}
+    settings = {"lsmcl.mask_on": "tokens", "views.jitter": 0.0}
     return override(PretrainConfig(), frozen(manifest, weights, out) | HEADS | settings | changes)
 
 
@@ -290,11 +297,39 @@ def test_pretraining_on_features_follows_pretraining_on_frames(
     assert not (tmp_path / "probe" / "neighbours.png").exists()
 
 
+def test_a_backbone_of_another_kind_runs_through_all_stages(manifest: str, tmp_path: Path) -> None:
+    weights = write_weights(tmp_path / "swin.safetensors", 3, OTHER)
+    made = encoding(manifest, weights, tmp_path / "features", **OTHER)
+    features.run(made)
+    meta = FeatureReader(made.out).meta
+    assert (meta.tokens, meta.width, meta.backbone["name"]) == (4, 192, "swin_tiny_patch4_window7_224")
+    fresh = pretraining(manifest, weights, tmp_path / "fresh", **OTHER, **{"loop.epochs": 1})
+    read = replace(fresh, out=str(tmp_path / "read"), features=made.out)
+    for config in (fresh, read):
+        pretrain.run(config)
+    assert losses(read) == pytest.approx(losses(fresh), rel=5e-3)
+    assert len(set(losses(read))) == len(losses(read)) > 1
+    changes = OTHER | {"checkpoint": read.out, "features": made.out, "loop.epochs": 1}
+    tuned = training(manifest, "", tmp_path / "tuned", **changes)
+    finetune.run(tuned)
+    settings: dict[str, Any] = {"manifest": manifest, "checkpoint": tuned.out, "split": "val", "batch_size": 5}
+    settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "data.cpus_per_decode": 0.5}
+    frames = override(EvaluateConfig(), settings | {"out": str(tmp_path / "evaluated")})
+    columns, score_VC = predictions(frames)
+    found, found_VC = predictions(replace(frames, out=str(tmp_path / "evaluated_read"), features=made.out))
+    assert found == columns
+    np.testing.assert_allclose(found_VC, score_VC, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"clips.short_stride": 0.2}, r"clips.short_stride is 0.2 seconds, 0.2 s: .* are 0.25 s apart; raise"),
         ({"model.backbone.depth": 2, "model.backbone.weights": ""}, "a frozen backbone needs trained weights, since"),
+        (
+            OTHER | {"lsmcl.mask_on": "patches", "features": ""},
+            r"lsmcl.mask_on is 'patches': swin_tiny_patch4_window7_224 sees whole frames, .* give tokens",
+        ),
         ({"model.backbone.cls_token": True}, r"computed with model.backbone.cls_token False, not True"),
     ],
 )
@@ -302,7 +337,7 @@ def test_features_of_something_else_are_refused_in_pretraining(
     changes: dict[str, Any], message: str, cached: str, manifest: str, weights: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        pretrain.build_job(pretraining(manifest, weights, tmp_path, features=cached, **changes))
+        pretrain.build_job(pretraining(manifest, weights, tmp_path, **({"features": cached} | changes)))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +345,11 @@ def test_features_of_something_else_are_refused_in_pretraining(
     [
         ({"model.backbone.frozen": False}, "model.backbone.frozen is False: cached features are of a frozen backbone"),
         ({"lsmcl.mask_on": "patches"}, "lsmcl.mask_on is 'patches': cached features are of whole frames; give tokens"),
-        ({"lsmcl.jitter": 0.4}, "lsmcl.jitter is 0.4: cached features have no colours to change; give 0"),
+        ({"views.jitter": 0.4}, "views.jitter is 0.4: cached features have no pixels to change; give --views.jitter 0"),
+        (
+            {"views.crop_scale": (0.1, 1), "views.blur": (1, 0)},
+            r"views.crop_scale is .* and views.blur is .* no pixels .*; give --views.crop-scale --views.blur 0 0",
+        ),
     ],
 )
 def test_settings_that_features_cannot_follow_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -380,7 +419,7 @@ def test_a_worker_and_its_decoders_fit_on_a_node(workers: int, nodes: list[float
         ({"model.backbone.cls_token": True}, r"computed with model.backbone.cls_token False, not True"),
         (
             {"model.backbone.weights": ""},
-            r"features come from a trained backbone: give the checkpoint or model.backbone.w",
+            r"backbone.weights is 'timm': .*; a frozen backbone needs trained weights, since random ones would stay so",
         ),
         ({"clips.long_stride": 0.2, "clips.short_stride": 0.1}, r"clips.long_stride is 0.2 .* are 0.25 s apart; raise"),
         ({"features": "nowhere"}, r"features is '.*nowhere': there is no features.json"),
@@ -410,7 +449,7 @@ def test_other_weights_and_another_manifest_are_refused(
 def test_a_backbone_that_learns_or_has_no_weights_has_no_features(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.backbone.frozen is False: cached features are of a frozen backbone"):
         training("manifest", "", tmp_path, **{"features": "out/features", "model.backbone.frozen": False})
-    with pytest.raises(UserError, match=r"model.backbone.weights is '': a random backbone has no features"):
+    with pytest.raises(UserError, match=r"backbone.weights is 'timm': .*; a frozen backbone needs trained weights"):
         trained_backbone(encoding("manifest", "", tmp_path).model.backbone, "")
     with pytest.raises(UserError, match=r"model.backbone.tubelet is 2: features are of single frames"):
         encoding("manifest", "", tmp_path, **{"model.backbone.tubelet": 2})

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.config import DecodeConfig, IndexConfig, TrackingConfig
 from pipelines.data.annotations.shared import AnnotatedVideo
+from pipelines.data.indexing import holding_out
 from pipelines.data.manifest import check_for_training, classes, description, read_manifest
 from pipelines.errors import UserError
 from pipelines.stages import index
@@ -219,10 +220,10 @@ def test_a_benchmark_without_a_validation_split_gets_one(tmp_path: Path) -> None
     _touch(tmp_path / "videos", "P00/cam01/P00_tea.mp4")
     config = _config(tmp_path, source="breakfast", annotations=_breakfast(tmp_path))
     annotations, _ = index.list_videos(config)
-    assert index.shares(annotations, config) == {"val": index.BENCHMARK_VAL_SHARE}
+    assert holding_out.shares(annotations, config) == {"val": holding_out.BENCHMARK_VAL_SHARE}
     own, _ = index.list_videos(_config(tmp_path))
-    assert index.shares(own, _config(tmp_path)) == {"val": 0, "test": 0}
-    assert index.shares(own, _config(tmp_path, val_share=0.3)) == {"val": 0.3, "test": 0}
+    assert holding_out.shares(own, _config(tmp_path)) == {"val": 0, "test": 0}
+    assert holding_out.shares(own, _config(tmp_path, val_share=0.3)) == {"val": 0.3, "test": 0}
 
 
 # --- listing --------------------------------------------------------------------------------------------------------
@@ -280,23 +281,23 @@ def _listed(count: int, classes: str = "a", split: str = "") -> list[AnnotatedVi
 
 def test_hold_out_takes_the_share_of_each_class_by_seed() -> None:
     videos = [*_listed(20, "ab"), *_listed(9, "t", "test")]
-    held = index.hold_out(videos, {"val": 0.2, "test": 0.3}, 0)
+    held = holding_out.hold_out(videos, {"val": 0.2, "test": 0.3}, 0)
     for name in "ab":
         assert [held.get(f"{name}{i}") for i in range(20)].count("val") == 4
         assert [held.get(f"{name}{i}") for i in range(20)].count("test") == 6
     assert not [video_id for video_id in held if video_id.startswith("t")]
-    assert held == index.hold_out(videos, {"val": 0.2, "test": 0.3}, 0)
-    assert held != index.hold_out(videos, {"val": 0.2, "test": 0.3}, 1)
-    assert held == index.hold_out(videos[::-1], {"val": 0.2, "test": 0.3}, 0)
+    assert held == holding_out.hold_out(videos, {"val": 0.2, "test": 0.3}, 0)
+    assert held != holding_out.hold_out(videos, {"val": 0.2, "test": 0.3}, 1)
+    assert held == holding_out.hold_out(videos[::-1], {"val": 0.2, "test": 0.3}, 0)
 
 
 def test_hold_out_leaves_a_video_of_each_class_for_training() -> None:
-    assert index.hold_out(_listed(1), {"val": 0.9}, 0) == {}
-    assert len(index.hold_out(_listed(3), {"val": 0.99}, 0)) == 2
+    assert holding_out.hold_out(_listed(1), {"val": 0.9}, 0) == {}
+    assert len(holding_out.hold_out(_listed(3), {"val": 0.99}, 0)) == 2
 
 
 def test_a_class_that_lost_its_training_videos_gets_one_back() -> None:
     held = {"a0": "val", "a1": "val", "b0": "val"}
     videos = [AnnotatedVideo(name, "", class_name=name[0], split="train") for name in ("a0", "a1", "b0", "b1")]
-    index.keep_learnable(videos, held)
+    holding_out.keep_learnable(videos, held)
     assert held == {"a1": "val", "b0": "val"}

@@ -223,7 +223,7 @@ def test_a_head_reads_the_segments_of_whole_videos(segments: FeaturesConfig, tmp
     settings = {"manifest": segments.manifest, "checkpoint": str(tmp_path / "s5"), "out": str(tmp_path / "evaluate")}
     config = override(EvaluateConfig(), settings | {"tracking.uri": "off", "scale.cpus_per_worker": 0.5})
     with pytest.raises(
-        UserError, match="features is '': the checkpoint's model reads embeddings of segments; give the"
+        UserError, match=r"features is '': the checkpoint has no frame encoder, it reads imported features"
     ):
         evaluate.run(config)
     found = evaluate.run(override(config, {"features": segments.out}))
@@ -231,7 +231,7 @@ def test_a_head_reads_the_segments_of_whole_videos(segments: FeaturesConfig, tmp
 
 
 def test_segments_of_something_else_are_refused(segments: FeaturesConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"features is '': embeddings are read from cached features; give them"):
+    with pytest.raises(UserError, match=r"features is '': embeddings of segments are read from cached features"):
         heading(segments, tmp_path, features="")
     with pytest.raises(
         UserError, match=r"checkpoint is '': embeddings of segments are made by a whole video model; give"

@@ -48,7 +48,7 @@ def _line(place: str, tracking: str) -> list[list[str]]:
     stages: dict[str, dict[str, Any]] = {
         "index": {"videos": f"{place}/videos", "data.cpus_per_decode": 0.5},
         "transcode": CLIPS | {"manifest": out["index"], "measured_videos": 1, "data.cpus_per_decode": 0.5},
-        "pretrain": TINY | TASK | {"manifest": out["transcode"], "probe_videos": 0},
+        "pretrain": TINY | TASK | {"manifest": out["transcode"], "probe_videos": 0, "scale.num_workers": 1},
         "features": BACKBONE | SHARE | {"manifest": out["transcode"], "checkpoint": out["pretrain"]},
         "finetune": TINY | {"manifest": out["transcode"], "checkpoint": out["pretrain"], "features": out["features"]},
         "evaluate": SHARE | {"manifest": out["transcode"], "checkpoint": out["finetune"], "clips_per_video": 2},

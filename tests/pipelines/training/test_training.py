@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from pipelines.errors import StageError, StoppedError, UserError
 from pipelines.stages import evaluate, finetune, index, pretrain, sample
 from pipelines.tracking.history import metric_history, read_runs
 from s5.checkpoints.checkpoint import load_model
+from s5.training.watchdog import EXIT_STATUS
 from tests.tiny import HEADS, TINY
+
+ROOT = Path(__file__).parents[3]
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("ray_local")]
 
@@ -64,8 +69,9 @@ def losses(config: PretrainConfig | FinetuneConfig) -> list[float]:
 
 @pytest.fixture(scope="module")
 def straight(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
-    """Pretrain without a break on one worker."""
+    """Pretrain without a break on one worker, in this process."""
     config = pretraining(manifest, tmp_path_factory.mktemp("straight") / "pretrain")
+    assert config.scale.num_workers == 0
     result = pretrain.run(config)
     assert result["counts"]["steps"] == 6
     assert {"train/loss", "train/top1", "train/embedding_spread", "knn/top1", "data/failures"} <= result[
@@ -76,7 +82,7 @@ def straight(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> Pretrai
 
 def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path: Path) -> None:
     """Also where each computes its share in parts, and recomputes it for the backward pass."""
-    again = replace(straight, out=str(tmp_path / "again"))
+    again = override(straight, {"out": str(tmp_path / "again"), "scale.num_workers": 1})
     pretrain.run(again)
     assert losses(again) == losses(straight)
     saving = {"loop.micro_batch": 3, "loop.recompute": True}
@@ -86,14 +92,15 @@ def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path:
     assert losses(two)[0] == pytest.approx(losses(straight)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_stopped_run_resumes_where_it_was(
-    straight: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    straight: PretrainConfig, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Long enough for the signal to arrive before the end on any machine.
     whole = override(
         straight, {"out": str(tmp_path / "whole"), "loop.epochs": 40, "loop.checkpoint_every": 20, "optim.lr": 1e-4}
     )
-    config = replace(whole, out=str(tmp_path / "pretrain"))
+    config = override(whole, {"out": str(tmp_path / "pretrain"), "scale.num_workers": workers})
 
     def stop(step: int, row: dict[str, float]) -> None:
         if step == 1:
@@ -115,6 +122,52 @@ def test_a_stopped_run_resumes_where_it_was(
     resumed, uninterrupted = (load_model(checkpoint_of(c))[0].state_dict() for c in (config, whole))
     assert all((resumed[name] == value).all() for name, value in uninterrupted.items())
     assert pretrain.run(config) == result
+
+
+def test_what_a_row_raises_ends_the_training_of_this_process(straight: PretrainConfig, tmp_path: Path) -> None:
+    """As where Tune ends a trial whose process is to run the next one."""
+
+    def leave(step: int, row: dict[str, float]) -> None:
+        raise SystemExit(7)
+
+    config = override(straight, {"out": str(tmp_path / "pretrain"), "loop.epochs": 4000})
+    with pytest.raises(SystemExit):
+        pretrain.run(config, on_row=leave)
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "watchdog"]
+    assert list((tmp_path / "pretrain" / "checkpoints").glob("step_*/meta.json"))
+
+
+HANGING = """
+import sys, time
+from pipelines.config import PretrainConfig, override
+from pipelines.stages import pretrain
+from tests.pipelines.training.test_training import pretraining
+
+build = pretrain.build
+
+def hanging(job, context):
+    loop = build(job, context)
+    loop.task.before_step = lambda progress: time.sleep(1000)
+    return loop
+
+pretrain.build = hanging
+pretrain.run(override(pretraining(sys.argv[1], sys.argv[2]), {"scale.hang_timeout_s": 15, "tracking.uri": "off"}))
+"""
+
+
+def test_a_run_that_hangs_in_its_own_process_says_so(manifest: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, manifest, str(tmp_path / "pretrain")],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == EXIT_STATUS
+    assert "error: training hangs in step 1: training for 1" in done.stderr
+    assert "run the same command again to resume" in done.stderr
+    assert "time.sleep(1000)" in (tmp_path / "pretrain" / "stacks.txt").read_text()
 
 
 def test_a_run_that_diverges_ends_with_its_videos(
@@ -192,6 +245,7 @@ def test_fine_tuning_and_evaluation(straight: PretrainConfig, manifest: str, tmp
             clips_per_video=2,
             probe="both",
             data=config.data,
+            scale=straight.scale,
         )
     )
     assert (tmp_path / "near" / "neighbours.png").read_bytes().startswith(b"\x89PNG")

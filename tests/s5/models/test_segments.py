@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from s5.config import SEGMENTS, BackboneConfig
 from s5.models.segments import SegmentEncoder
-from s5.models.video_model import VideoModel, check_model
+from s5.models.video_model import VideoModel
 from tests.s5.toys import MODEL
 
 FRAMES, COUNT = 3, 4
@@ -37,7 +36,7 @@ def test_each_segment_has_the_features_of_its_clip() -> None:
 def test_a_decoder_reads_their_sequence(name: str) -> None:
     encoder = SegmentEncoder(VideoModel(MODEL).eval(), FRAMES)
     decoder = replace(MODEL.decoder, name=name, width=16, attention=replace(MODEL.decoder.attention, heads=2))
-    settings = encoder.settings("made by a test")
+    settings = encoder.settings
     head = VideoModel(replace(MODEL, backbone=settings, decoder=decoder), 7).eval()
     assert not [name for name in head.state_dict() if name.startswith("backbone.")]
     embeddings = encoder(frames())[:, :, None]
@@ -45,18 +44,7 @@ def test_a_decoder_reads_their_sequence(name: str) -> None:
     assert logits.shape == (2, 7)
     # The order of the segments tells.
     assert not torch.allclose(logits, head(embeddings.flip(1)).logits_BC, atol=1e-6)
-    with pytest.raises(
-        ValueError, match=r"backbone.name is 'segments': the model reads embeddings of segments, not fr"
-    ):
+    with pytest.raises(ValueError, match="the model reads imported features of 'segments'; give those"):
         head(frames())
     with pytest.raises(ValueError, match=r"tokens are \(2, 4, 2, 4\): the backbone gives \(B, U, 1, 4\)"):
         head(embeddings.expand(-1, -1, 2, -1))
-
-
-def test_settings_without_embeddings_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"backbone.name is 'segments': a model of it reads embeddings; give cached feat"
-    ):
-        check_model(replace(MODEL, backbone=BackboneConfig(name=SEGMENTS, frozen=True)))
-    with pytest.raises(ValueError, match=r"backbone.frozen is False: embeddings stay; give True"):
-        BackboneConfig(name=SEGMENTS)

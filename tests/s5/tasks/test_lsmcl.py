@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from s5.config import LSMCLConfig, OptimConfig
+from s5.config import LSMCLConfig, OptimConfig, ViewsConfig
 from s5.models.backbone import Backbone
 from s5.tasks.lsmcl import LSMCL, embedding_spread, info_nce
 from s5.training.optim import build_optimizer
@@ -49,7 +49,7 @@ def test_embedding_spread_tells_collapse_from_random_directions() -> None:
 def test_long_and_short_clips_play_both_parts() -> None:
     """Swapping the two clips leaves the loss as it is: each serves as query and as key."""
     torch.manual_seed(0)
-    task = LSMCL(MODEL, replace(TASK, mask_ratio=0.0, jitter=0.0)).eval()
+    task = LSMCL(MODEL, replace(TASK, mask_ratio=0.0)).eval()
     one = batch(0)
     assert one.short is not None
     two = replace(one, long=one.short, short=one.long)
@@ -89,7 +89,7 @@ def test_pretraining_keeps_all_tokens_and_the_checkpoint_says_so() -> None:
 def test_masked_patches_cannot_change_the_loss() -> None:
     """What masking hides is not seen at all: noise in a hidden patch leaves loss and gradient as they are."""
     torch.manual_seed(0)
-    task = LSMCL(MODEL, replace(TASK, jitter=0.0)).eval()
+    task = LSMCL(MODEL, TASK).eval()
     one = batch(0)
     keep_BUK = task._mask(one, "long")
     assert keep_BUK is not None
@@ -114,7 +114,7 @@ def test_tubelets_are_masked_as_wholes_and_train() -> None:
 def test_learns_to_match_clips_of_one_video() -> None:
     """Videos told apart by their colour: top-1 rises from chance to nearly all, without collapse."""
     torch.manual_seed(0)
-    task = LSMCL(MODEL, replace(TASK, jitter=0.1))
+    task = LSMCL(MODEL, TASK, ViewsConfig(jitter=0.1))
     optimizer = build_optimizer(task, OptimConfig(lr=1e-2))
     colours = torch.cartesian_prod(*[torch.tensor([40, 215])] * 3).view(8, 1, 1, 1, 3)
     top1 = []

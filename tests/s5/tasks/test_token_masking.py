@@ -11,24 +11,27 @@ from torch import Tensor, nn
 
 from s5 import rng
 from s5.batch import ClipBatch
-from s5.config import DecoderConfig, ModelConfig, OptimConfig
+from s5.config import DecoderConfig, ModelConfig, OptimConfig, ViewsConfig
 from s5.models.video_model import VideoModel
-from s5.tasks.augment import colour_jitter
+from s5.tasks.augment import augment
 from s5.tasks.lsmcl import LSMCL
 from s5.training.optim import build_optimizer
 from tests.s5.toys import MODEL, TASK, batch
 
 FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, frozen=True))
 TOKENS = replace(TASK, mask_on="tokens")
+VIEWS = ViewsConfig(flip=0.5, jitter=0.4, jitter_share=0.8, grey=0.2, blur=(1.0, 0.1), solarise=(0.0, 0.2))
 
 
 def slow_features(task: LSMCL, encoder: VideoModel, one: ClipBatch, eta: float) -> Tensor:
     """Clip by clip: the branch's own backbone encodes all frames; a loop picks the tokens with the smallest draws."""
     rows = []
-    for view, clips, seeds in (("long", one.long, one.seeds), ("short", one.short, ~one.seeds)):
+    views: tuple[tuple[Any, Tensor | None, Tensor], ...]
+    views = ("long", one.long, one.seeds), ("short", one.short, ~one.seeds)
+    for view, clips, seeds in views:
         assert clips is not None
-        jittered = colour_jitter(clips, one.seeds, f"{view}/jitter", task.config.jitter)
-        for clip, seed, own in zip(jittered, seeds, one.seeds, strict=True):
+        seen = augment(clips, one.seeds, view, task.views)
+        for clip, seed, own in zip(seen, seeds, one.seeds, strict=True):
             tokens = encoder.projection(encoder.backbone(clip[None]))[0]
             draws = rng.uniform(own[None], f"{view}/mask", len(tokens))[0].tolist()
             kept = sorted(sorted(range(len(tokens)), key=lambda i: draws[i])[: round(len(tokens) * (1 - eta))])
@@ -43,7 +46,7 @@ def slow_features(task: LSMCL, encoder: VideoModel, one: ClipBatch, eta: float) 
 @pytest.mark.parametrize("cls_token", [False, True])
 def test_masked_tokens_are_those_of_the_slow_loop(frozen: bool, decoder: Any, cls_token: bool) -> None:
     backbone = replace(MODEL.backbone, frozen=frozen, cls_token=cls_token)
-    task = LSMCL(ModelConfig(backbone=backbone, decoder=replace(MODEL.decoder, name=decoder)), TOKENS)
+    task = LSMCL(ModelConfig(backbone=backbone, decoder=replace(MODEL.decoder, name=decoder)), TOKENS, VIEWS)
     one = batch(0)
     for encoder, found in ((task.encoder, task.encode(one)), (task.momentum_encoder, task.targets(one))):
         torch.testing.assert_close(found["features"], slow_features(task, encoder, one, 0.5), rtol=1e-4, atol=1e-5)
@@ -88,13 +91,12 @@ def test_a_frozen_backbone_encodes_each_frame_once_for_both_branches(mask_on: An
 @pytest.mark.parametrize("model", [MODEL, FROZEN, replace(FROZEN, decoder=DecoderConfig(name="tsn"))])
 def test_patches_have_the_very_values_of_two_encodings(model: ModelConfig) -> None:
     """As `VideoModel.encode` of each branch on frames and patches that stay gives them, step after step."""
-    task = LSMCL(model, TASK).train()
+    task = LSMCL(model, TASK, VIEWS).train()
     optimizer = build_optimizer(task, OptimConfig(lr=1e-2))
     for step in range(3):
         one = batch(step)
         assert one.short is not None
-        frames = torch.cat([colour_jitter(one.long, one.seeds, "long/jitter", TASK.jitter),
-                            colour_jitter(one.short, one.seeds, "short/jitter", TASK.jitter)])  # fmt: skip
+        frames = torch.cat([augment(one.long, one.seeds, "long", VIEWS), augment(one.short, one.seeds, "short", VIEWS)])
         keep = torch.cat([mask for v in ("long", "short") if (mask := task._mask(one, v)) is not None])
         seeds = torch.cat([one.seeds, ~one.seeds])
         for branch, found in ((task.encoder, task.encode(one)), (task.momentum_encoder, task.targets(one))):
@@ -110,7 +112,7 @@ def test_patches_have_the_very_values_of_two_encodings(model: ModelConfig) -> No
 
 
 def test_cached_tokens_give_the_loss_and_gradient_of_frames() -> None:
-    task = LSMCL(FROZEN, replace(TOKENS, jitter=0.0))
+    task = LSMCL(FROZEN, TOKENS)
     one = batch(0)
     assert one.short is not None
     with torch.no_grad():

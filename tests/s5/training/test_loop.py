@@ -15,7 +15,7 @@ from s5.errors import Failure, NotFiniteError, TrainingError
 from s5.training.context import SoloContext
 from s5.training.loop import StopPoll, TrainingLoop
 from s5.training.throughput import ThroughputWindow
-from tests.s5.toys import STEPS, batch, batches, finetune_loop, losses, lsmcl_loop, saved, stopping
+from tests.s5.toys import BATCH, STEPS, batch, batches, finetune_loop, losses, lsmcl_loop, saved, stopping
 
 pytestmark = pytest.mark.usefixtures("saves_in_turn")
 
@@ -55,6 +55,17 @@ def test_two_runs_with_one_seed_are_identical() -> None:
     other = SoloContext()
     lsmcl_loop(other, seed=1).run()
     assert losses(first) != losses(other)
+
+
+def test_the_peak_learning_rate_scales_with_the_batch() -> None:
+    loop = lsmcl_loop(SoloContext())
+    peaks = [group["peak_lr"] for group in loop.optimizer.param_groups]
+    for lr_batch, share in ((0, 1.0), (BATCH, 1.0), (4 * BATCH, 0.25)):
+        inputs = replace(loop.inputs, optim=replace(loop.inputs.optim, lr_batch=lr_batch))
+        scaled = TrainingLoop(loop.task, inputs, SoloContext())
+        assert [group["peak_lr"] for group in scaled.optimizer.param_groups] == pytest.approx(
+            [share * peak for peak in peaks]
+        )
 
 
 @pytest.mark.parametrize("make", [lsmcl_loop, finetune_loop])

@@ -55,6 +55,11 @@ def test_names_outside_the_folder_keep_their_place(tmp_path: Path) -> None:
         name = names.name_of(given)
         assert Path(names.uri_of(name)).resolve() == tmp_path / "elsewhere/e.mp4"
         assert names.fault_of(name) == ""
+    assert (
+        names.name_of("../elsewhere/e.mp4") == names.name_of("./..//elsewhere/./e.mp4") == f"{tmp_path}/elsewhere/e.mp4"
+    )
+    assert names.name_of("../videos/a.mp4") == "a.mp4"
+    assert names.fault_of(names.name_of("../z.mp4")) == f"not found as {tmp_path}/z.mp4"
     assert names.fault_of(names.name_of("/nowhere/z.mp4")) == "not found as /nowhere/z.mp4"
     # Whether another store has it is seen when it is read.
     assert names.fault_of(names.name_of("s3://other/e.mp4")) == ""
@@ -65,6 +70,7 @@ def test_uris_below_a_bucket_are_names() -> None:
     names = names_of("s3://bucket/videos/", "a/b.mp4")
     assert names.name_of("s3://bucket/videos/a/b.mp4") == "a/b.mp4"
     assert names.name_of("./a//b.mp4") == "a/b.mp4"
+    assert names.name_of("../videos/a/b.mp4") == "a/b.mp4"
     assert names.uri_of("a/b.mp4") == "s3://bucket/videos/a/b.mp4"
     assert names.fault_of("a/c.mp4") == "not found as a/c.mp4"
 

@@ -1,0 +1,243 @@
+"""What each stage of a recipe would cost on a node: from counts of the annotations, and measured rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.config import RecipeConfig
+from pipelines.errors import UserError
+from pipelines.recipes.counts import (
+    Listing,
+    cached_frames,
+    evaluated_clips,
+    evaluations,
+    training_order,
+)
+from pipelines.recipes.rates import Node
+from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol, LSMCLConfig, ModelConfig
+from s5.models.backbone import Backbone
+from s5.models.video_model import VideoModel
+from s5.tasks.lsmcl import LSMCL
+
+STORED_BYTES, OPTIMIZER_BYTES = 2, 8
+"""Of a cached number (fp16), and of AdamW's moments of a weight (fp32)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a stage would take."""
+
+    stage: str
+    input: str
+    clips: int = 0
+    steps: int = 0
+    tokens: int = 0
+    """Tokens that the stage's model sees: frames of a backbone, or what a decoder reads in all of its steps."""
+    memory: float = 0.0
+    """Bytes on the device."""
+    disk: float = 0.0
+    """Bytes below --out."""
+    seconds: float | None = 0.0
+    """None where the node's rates do not say."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a backbone makes of a frame, and what that costs."""
+
+    tokens: int
+    width: int
+    flops: float
+    parameters: int
+
+    def stored_bytes(self, frames: int) -> int:
+        """Return the size of so many frames in the feature cache (fp16)."""
+        return STORED_BYTES * frames * self.tokens * self.width
+
+
+def facts_of(config: BackboneConfig) -> Facts:
+    """Return the facts of a backbone, from a model without memory.
+
+    Raises:
+        UserError: there is no such backbone.
+    """
+    try:
+        with torch.device("meta"):
+            backbone = Backbone(replace(config, weights=""))
+            frames = torch.zeros(1, config.tubelet, config.frame_size, config.frame_size, 3, dtype=torch.uint8)
+            with FlopCounterMode(display=False) as counter:
+                backbone(frames)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    parameters = sum(weight.numel() for weight in backbone.parameters())
+    return Facts(backbone.tokens, backbone.width, counter.get_total_flops() / config.tubelet, parameters)
+
+
+def weights_of(model: ModelConfig, task: LSMCLConfig | int) -> tuple[int, int]:
+    """Return the trained weights of a model, and the bytes of a checkpoint of it.
+
+    Args:
+        model: its settings.
+        task: LSMCL's settings, or the number of the head's outputs.
+    """
+    plain = replace(model, backbone=replace(model.backbone, weights=""))
+    with torch.device("meta"):
+        module = VideoModel(plain, task) if isinstance(task, int) else LSMCL(plain, task)
+    trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+    stored = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    return trained, stored + OPTIMIZER_BYTES * trained
+
+
+# --- costs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """How long a node takes for parts of a stage, and what they hold in memory."""
+
+    node: Node
+    facts: Facts
+    cached: bool
+    """Whether clips are read from cached features."""
+
+    def length(self, model: ModelConfig, clips: ClipConfig) -> int:
+        """Return the tokens of a clip."""
+        return model.backbone.steps(clips.frames) * self.facts.tokens
+
+    def encoding_s(self, frames: int, passes: float) -> float:
+        """Return the seconds in which videos' frames are read and seen by the backbone, so many times each."""
+        decoding_s, model_s = frames / self.node.frames_s, frames * passes * self.facts.flops / self.node.encoder_flops
+        return decoding_s + model_s if self.node.shared_cores else max(decoding_s, model_s)
+
+    def clips_s(self, frames: int, passes: float) -> float:
+        """Return the seconds until the frames of clips are tokens."""
+        if self.cached:
+            return self.facts.stored_bytes(frames) / self.node.features_bytes_s
+        return self.encoding_s(frames, passes)
+
+    def decoder_s(self, decoder: str, length: int, *, trained: int, forwarded: int) -> float | None:
+        """Return the seconds that a decoder takes for clips of so many tokens; None where it was not measured."""
+        timing = self.node.timing(decoder, length)
+        if timing is None:
+            return None
+        return length * (trained * timing.train_s + forwarded * timing.forward_s) / timing.tokens
+
+    def together(self, reading_s: float, *model_s: float | None) -> float | None:
+        """Return the seconds of a stage: cached tokens are read while the model runs, frames are encoded by it."""
+        known = [each for each in model_s if each is not None]
+        if len(known) < len(model_s):
+            return None
+        return max(reading_s, sum(known)) if self.cached else reading_s + sum(known)
+
+    def memory(self, decoder: str, tokens: int, length: int, trained: int, checkpoint: int) -> float:
+        """Return the bytes that training holds: weights, gradients and moments, and a decoder's share of the tokens."""
+        timing = self.node.timing(decoder, length)
+        activations = 0.0 if timing is None else tokens * timing.memory_mib * 2**20 / timing.tokens
+        return checkpoint + 4 * trained + activations
+
+
+def costs_of(config: RecipeConfig, listing: Listing, work: Work) -> Iterator[Cost]:
+    """Yield the cost of each stage that runs."""
+    if "index" in config.stages:
+        splits = ", ".join(f"{split} {len(seconds):,}" for split, seconds in listing.seconds.items())
+        seconds = len(listing.all_seconds) / work.node.probes_s
+        yield Cost(stage="index", input=f"{len(listing.all_seconds):,} videos ({splits})", seconds=seconds)
+    if "features" in config.stages and not config.features:
+        yield features_cost(config, listing, work)
+    if "pretrain" in config.stages:
+        yield pretrain_cost(config, listing, work)
+    if "finetune" in config.stages:
+        yield finetune_cost(config, listing, work)
+        yield evaluate_cost(config, listing, work)
+
+
+def features_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+    """Return the cost of encoding each frame once."""
+    frames = cached_frames(listing.all_seconds, config.encode.frames_per_second)
+    facts = work.facts
+    return Cost(
+        stage="features",
+        input=f"{frames:,} frames",
+        tokens=frames * facts.tokens,
+        memory=4 * facts.parameters,
+        disk=facts.stored_bytes(frames),
+        seconds=work.encoding_s(frames, passes=1),
+    )
+
+
+def pretrain_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+    """Return the cost of LSMCL on two clips of each video, and of its probes."""
+    settings, masked = config.pretrain, config.pretrain.lsmcl.mask_ratio
+    train, val = (listing.seconds.get(split, []) for split in ("train", "val"))
+    order = training_order("pretrain", settings, train)
+    whole = work.length(settings.model, settings.clips)
+    clips, kept = 2 * order.total_steps * order.batch_size, round(whole * (1 - masked))
+    probed = sum(min(len(videos), settings.probe_videos) for videos in (train, val)) if listing.labelled else 0
+    probed *= evaluations(order, settings.loop.evaluate_every)
+    # Without the selection, which pretraining leaves out, S5 is S4 on all tokens.
+    decoder = settings.model.decoder.name.replace("s5", "vis4mer")
+    model_s = work.decoder_s(decoder, kept, trained=clips, forwarded=clips)
+    probes_s = work.decoder_s(decoder, whole, trained=0, forwarded=probed)
+    passes = (1 if settings.model.backbone.frozen else 4) * (1 - masked if settings.lsmcl.mask_on == "patches" else 1)
+    reading_s = work.clips_s((clips + probed) * settings.clips.frames, passes)
+    trained, checkpoint = weights_of(settings.model, settings.lsmcl)
+    return Cost(
+        stage="pretrain",
+        input=f"{len(train):,} videos, {settings.loop.epochs} epochs of {order.batch_size}",
+        clips=clips + probed,
+        steps=order.total_steps,
+        tokens=clips * kept + probed * whole,
+        memory=work.memory(decoder, kept * 2 * order.batch_size, kept, trained, checkpoint),
+        disk=settings.loop.keep_checkpoints * checkpoint,
+        seconds=work.together(reading_s, model_s, probes_s),
+    )
+
+
+def finetune_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+    """Return the cost of fine-tuning with each seed, validations included."""
+    settings, seeds = config.finetune, config.seeds
+    train, val = (listing.seconds.get(split, []) for split in ("train", "val"))
+    order = training_order("finetune", settings, train)
+    protocol = listing.protocol if settings.protocol == "auto" else settings.protocol
+    validated = evaluated_clips(protocol, settings.clips, val) * evaluations(order, settings.loop.evaluate_every)
+    clips, length = order.total_steps * order.batch_size, work.length(settings.model, settings.clips)
+    decoder = settings.model.decoder.name
+    model_s = work.decoder_s(decoder, length, trained=seeds * clips, forwarded=seeds * validated)
+    reading_s = work.clips_s(
+        seeds * (clips + validated) * settings.clips.frames, 1 if settings.model.backbone.frozen else 3
+    )
+    trained, checkpoint = weights_of(settings.model, 1)
+    return Cost(
+        stage="finetune",
+        input=f"{seeds} x {len(train):,} videos, {settings.loop.epochs} epochs of {order.batch_size}",
+        clips=seeds * (clips + validated),
+        steps=seeds * order.total_steps,
+        tokens=seeds * (clips + validated) * length,
+        memory=work.memory(decoder, length * order.batch_size, length, trained, checkpoint),
+        # The best checkpoint beside the last ones.
+        disk=seeds * (settings.loop.keep_checkpoints + 1) * checkpoint,
+        seconds=work.together(reading_s, model_s),
+    )
+
+
+def evaluate_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+    """Return the cost of evaluating each seed."""
+    settings, tuned = config.evaluate, config.finetune
+    videos = listing.seconds.get(settings.split, [])
+    chosen = [each for each in (settings.protocol, tuned.protocol) if each != "auto"]
+    protocol: EvaluationProtocol = chosen[0] if chosen else listing.protocol
+    clips = config.seeds * evaluated_clips(protocol, tuned.clips, videos, settings.clips_per_video)
+    length = work.length(tuned.model, tuned.clips)
+    model_s = work.decoder_s(tuned.model.decoder.name, length, trained=0, forwarded=clips)
+    return Cost(
+        stage="evaluate",
+        input=f"{config.seeds} x {len(videos):,} videos of {settings.split}, {protocol}",
+        clips=clips,
+        tokens=clips * length,
+        memory=4 * work.facts.parameters + settings.batch_size * length * work.facts.width * 4,
+        seconds=work.together(work.clips_s(clips * tuned.clips.frames, 1), model_s),
+    )

@@ -1,0 +1,93 @@
+"""A dry run: what each stage of a recipe would read, train and write, and the hours that it would take on a node."""
+
+from __future__ import annotations
+
+from pipelines.config import RecipeConfig
+from pipelines.recipes import steps
+from pipelines.recipes.costs import Cost, Work, costs_of, facts_of
+from pipelines.recipes.counts import Listing, listing_of
+from pipelines.recipes.rates import NODES, Node
+
+GIB = 2**30
+HEADER = ("stage", "input", "clips", "steps", "tokens", "device memory", "disk", "hours")
+
+
+def plan_of(config: RecipeConfig) -> str:
+    """Return the text of a recipe's dry run; nothing is written, and no video is read.
+
+    Raises:
+        UserError: the recipe, its annotations or settings are wrong.
+    """
+    steps.check(config)
+    listing = listing_of(config)
+    cached = bool(config.features) or "features" in config.stages
+    work = Work(NODES[config.node], facts_of(config.pretrain.model.backbone), cached)
+    costs = list(costs_of(config, listing, work))
+    return "\n".join([*_head(config, listing, work), *_table(costs), *_notes(config, work.node)])
+
+
+def _head(config: RecipeConfig, listing: Listing, work: Work) -> list[str]:
+    facts, hours = work.facts, sum(listing.all_seconds) / 3600
+    lines = [
+        f"recipe {config.name}, dry run on node {config.node}: {work.node.description}",
+        f"{len(listing.all_seconds):,} videos are listed, {hours:,.1f} hours; a frame has {facts.tokens} tokens of "
+        f"width {facts.width} and takes {facts.flops / 1e9:,.1f} GFLOP",
+    ]
+    if listing.assumed:
+        lines.append(f"the lengths of {listing.assumed:,} are not stated: the mean of the others stands in for them")
+    if config.features:
+        lines.append(f"features are ready in {config.features}")
+    return [*lines, ""]
+
+
+def _table(costs: list[Cost]) -> list[str]:
+    rows = [HEADER, *(_cells(cost) for cost in costs)]
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    total = Cost(
+        stage="all",
+        input="",
+        memory=max(cost.memory for cost in costs),
+        disk=sum(cost.disk for cost in costs),
+        seconds=sum(known) if len(known) == len(costs) else None,
+    )
+    rows.append(_cells(total))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return ["  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() for row in rows]
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return f"{cell:<{width}}" if column < HEADER.index("clips") else f"{cell:>{width}}"
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    def number(value: float, text: str) -> str:
+        return text if value else ""
+
+    hours = "not measured" if cost.seconds is None else f"~{cost.seconds / 3600:,.2f}"
+    return (
+        cost.stage,
+        cost.input,
+        number(cost.clips, f"{cost.clips:,}"),
+        number(cost.steps, f"{cost.steps:,}"),
+        number(cost.tokens, f"{cost.tokens / 1e6:,.1f} M"),
+        number(cost.memory, f"~{cost.memory / GIB:,.1f} GiB"),
+        number(cost.disk, f"{cost.disk / 1e9:,.1f} GB"),
+        hours,
+    )
+
+
+def _notes(config: RecipeConfig, node: Node) -> list[str]:
+    lines = [
+        "",
+        "Nothing was written. ~ marks extrapolations, by tokens of a decoder and FLOPs of a backbone, from these rates "
+        "of docs/benchmarks.md:",
+        *(f"  {name}: {source}" for name, source in node.sources.items()),
+    ]
+    if config.finetune.model.decoder.ssm.kind == "s4":
+        lines.append("  The recipe's state spaces are S4 (DPLR), whose rates are taken to be those of S4D.")
+    if config.node == "h200" and not config.finetune.scale.gpus_per_worker:
+        lines.append(
+            "  These are rates of bf16 on a GPU: run it with --scale.gpus-per-worker 1 --loop.precision bf16 "
+            "--encode.precision bf16."
+        )
+    return lines
