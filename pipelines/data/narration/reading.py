@@ -47,11 +47,11 @@ def read_labels(path: str, manifest: pa.Table) -> NarratedSteps:
         raise UserError(f"labels is {path!r}: there is no {LABELS_FILE}; run `python -m pipelines narrate` to its end")
     try:
         table = storage.read_table(name, ["video_id", "steps", "probabilities"])
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise UserError(f"labels is {path!r}: not a table of labels ({str(error).splitlines()[0]})") from None
-    about: Mapping[bytes, bytes] = table.schema.metadata or {}
-    if MADE_BY not in about or STEPS not in about or len(table.column_names) < 3:
-        raise UserError(f"labels is {path!r}: `narrate` did not write it; give the --out of `narrate`")
+        about: Mapping[bytes, bytes] = table.schema.metadata or {}
+        meta, names = LabelMeta(**json.loads(about[MADE_BY])), json.loads(about[STEPS])
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"labels is {path!r}: no labels that `narrate` wrote ({reason}); give its --out") from None
     rows = {name: row for row, name in enumerate(table["video_id"].to_pylist())}
     missing = [name for name in manifest["video_id"].to_pylist() if name not in rows]
     if missing:
@@ -61,8 +61,7 @@ def read_labels(path: str, manifest: pa.Table) -> NarratedSteps:
         )
     steps_NK = torch.from_numpy(_matrix(table["steps"]).astype(np.int64))
     probabilities_NK = torch.from_numpy(_matrix(table["probabilities"]).astype(np.float32))
-    meta = LabelMeta(**json.loads(about[MADE_BY]))
-    return NarratedSteps(StepLabels(rows, steps_NK, probabilities_NK), json.loads(about[STEPS]), meta.digest)
+    return NarratedSteps(StepLabels(rows, steps_NK, probabilities_NK), names, meta.digest)
 
 
 def _matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -256,8 +257,10 @@ def test_labels_of_something_else_are_refused(narrated: str, folder: Path, tmp_p
 
     assert "30 of 30 videos of the manifest have none, as " in refused(str(folder / "index"), narrated)
     assert "there is no labels.parquet; run `python -m pipelines narrate`" in refused(narrated, str(folder))
-    assert "not a table of labels" in refused(narrated, str(folder / "steps.csv"))
-    assert "`narrate` did not write it" in refused(narrated, storage.join(narrated, "manifest.parquet"))
+    other = tmp_path / "other.parquet"
+    storage.write_table(str(other), pa.table({"video_id": ["a"], "steps": [[1]], "probabilities": [[1.0]]}))
+    for path in (folder / "steps.csv", Path(narrated) / "manifest.parquet", other):
+        assert "no labels that `narrate` wrote (" in refused(narrated, str(path))
 
 
 @pytest.fixture
