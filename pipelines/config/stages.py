@@ -250,6 +250,7 @@ class FeaturesConfig:
         require(self.shard_gigabytes > 0, "shard_gigabytes", self.shard_gigabytes, "give more than 0")
         require(bool(self.import_) == bool(self.backbone), "backbone", self.backbone, IMPORT_NEEDS)
         require(not (self.import_ and self.segment_s), "segment_s", self.segment_s, "imported features take none")
+        require(bool(self.import_) or self.format == "auto", "format", self.format, "it is that of --import; give both")
         require(not (self.import_ and self.checkpoint), "checkpoint", self.checkpoint, "imported features take none")
         tokens = self.model.backbone.tokens
         require(tokens == 0, "model.backbone.tokens", tokens, "imported files say it themselves; leave it out")

@@ -80,12 +80,12 @@ def _notes(config: RecipeConfig, node: Node) -> list[str]:
     lines = [
         "",
         "Nothing was written. ~ marks extrapolations, by tokens of a decoder and FLOPs of a backbone, from these rates "
-        "of docs/benchmarks.md:",
+        "of docs/benchmarks.md; memory is without a backbone's buffers while it encodes:",
         *(f"  {name}: {source}" for name, source in node.sources.items()),
     ]
-    if config.finetune.model.decoder.ssm.kind == "s4":
+    if config.pretrain.model.decoder.ssm.kind == "s4":
         lines.append("  The recipe's state spaces are S4 (DPLR), whose rates are taken to be those of S4D.")
-    if config.node == "h200" and not config.finetune.scale.gpus_per_worker:
+    if config.node == "h200" and not config.pretrain.scale.gpus_per_worker:
         lines.append(
             "  These are rates of bf16 on a GPU: run it with --scale.gpus-per-worker 1 --loop.precision bf16 "
             "--encode.precision bf16."

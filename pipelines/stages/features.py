@@ -196,7 +196,7 @@ class Encoder:
 
     def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, backbone: Any, decoders: int) -> None:
         self.config, self.out, self.meta = config, out, meta
-        self.backbone: FrameEncoder = ray.get(backbone)
+        self.backbone: FrameEncoder = ray.get(backbone) if isinstance(backbone, ray.ObjectRef) else backbone
         self.backbone.eval().to("cuda" if config.scale.gpus_per_worker else "cpu")
         self.pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self.ahead = 2 * decoders

@@ -12,6 +12,7 @@ packets        what the bytes of a packet say: hidden frames, key frames, holes
 outline        is a file fragmented, or were several joined byte by byte
 opening        open a file, and choose its video stream
 pictures       how a frame is displayed: turned, mirrored, of square pixels
+crops          random resized crops: which part of a picture, and cutting it out of a decoded frame
 
 clip_times -> times in seconds -> reading.read_clips -> frames (T, S, S, 3) uint8
 """

@@ -34,7 +34,9 @@ from pipelines.data.manifest import SCHEMA
 from pipelines.data.video_process import VideoProcess
 from pipelines.data.video_requests import ClipRequest
 from pipelines.running.resources import ENVIRONMENT
+from s5.config import ViewsConfig
 from s5.video.clip_times import clip_seed
+from s5.video.crops import random_box
 from s5.video.reading import scaled
 from tests.bench.feeding import feeding
 from tests.bench.processes import cpu_seconds, cpu_seconds_since, resident_bytes
@@ -44,6 +46,7 @@ from tests.bench.videos import CLIPS, SIZE, Video, manifest_of, over_videos, pla
 CPU = torch.device("cpu")
 BATCH, WARM_STEPS, STEPS = 4, 8, 48
 TIMEOUT_S = 120.0
+MOCO_SCALE = (0.08, 1.0)
 # Ray's default for its workers.
 NICENESS = 15
 
@@ -185,6 +188,34 @@ def resize(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, An
     return seconds, [Row("decoded small (what the code does) / resized afterwards", value, 1.0, "lower")]
 
 
+def crops(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """Compare pairs of random resized crops with pairs of centre crops, by time and by CPU time."""
+    used: dict[str, list[float]] = {"crops": [], "centre": []}
+
+    def counted(name: str, reading: Callable[[], None]) -> None:
+        begin = time.process_time()
+        reading()
+        used[name].append(time.process_time() - begin)
+
+    def cases(row: Video, number: int) -> dict[str, Callable[[], object]]:
+        times, size, views = times_of(row, CLIPS, number), (row["width"], row["height"]), ViewsConfig()
+        draws = [np.random.default_rng([clip, number]) for clip in (1, 2)]
+        boxes = [random_box(size, MOCO_SCALE, views.crop_ratio, draw) for draw in draws]
+        return {
+            "crops": partial(counted, "crops", partial(read, row, times, boxes=boxes)),
+            "centre": partial(counted, "centre", partial(read, row, times)),
+        }
+
+    seconds = over_videos(rows, options.rounds, cases)
+    shares = [a / b for a, b in zip(seconds["crops"], seconds["centre"], strict=True)]
+    worst = max(median(part) for part in np.array_split(shares, len(rows)))
+    return seconds | {"cpu": used}, [
+        Row("pair of random crops / of centre crops", median(shares), 1.0, "lower"),
+        Row("pair of random crops / of centre crops, worst video", float(worst)),
+        Row("pair of random crops / of centre crops, by CPU time", ratio(used["crops"], used["centre"]), 1.0, "lower"),
+    ]
+
+
 def child(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     """Compare reading in a child process with reading in this one."""
     process = VideoProcess()
@@ -238,7 +269,15 @@ def soak(rows: list[Video], options: argparse.Namespace) -> tuple[dict[str, Any]
     ]
 
 
-PARTS = {"pairs": pairs, "resize": resize, "child": child, "feeding": feeding, "throughput": throughput, "soak": soak}
+PARTS = {
+    "pairs": pairs,
+    "resize": resize,
+    "crops": crops,
+    "child": child,
+    "feeding": feeding,
+    "throughput": throughput,
+    "soak": soak,
+}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pipelines.stages import sample
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.video.clip_times import long_short_times
+from s5.video.crops import Box
 from s5.video.reading import probe, read_clips, scaled
 from tests.bench.record import alternate
 
@@ -66,9 +67,9 @@ def times_of(row: Video, clips: ClipConfig, seed: int) -> list[np.ndarray]:
     return list(long_short_times(clips, row["start_s"], row["end_s"], row["fps"], seed))
 
 
-def read(row: Video, times: list[np.ndarray], size: int = SIZE) -> None:
+def read(row: Video, times: list[np.ndarray], size: int = SIZE, boxes: Sequence[Box] = ()) -> None:
     """Read clips of a video in this process, as a decode task's child does."""
-    read_clips(row["uri"], times, size, (row["width"], row["height"]), row["decoder"])
+    read_clips(row["uri"], times, size, (row["width"], row["height"]), row["decoder"], boxes)
 
 
 def plain(row: Video, times: list[np.ndarray], size: int | None = SIZE) -> np.ndarray:

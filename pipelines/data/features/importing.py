@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ def list_files(folder: str, file_format: str) -> tuple[list[FeatureFile], int]:
     return sorted(found, key=lambda file: file.path), others
 
 
-def _walk(root: str) -> Any:
+def _walk(root: str) -> Iterator[tuple[str, int, int]]:
     """Yield path, size and time of change of each file below a folder."""
     system, inner = storage.filesystem(root)
     prefix = root.removesuffix(inner) if storage.is_uri(root) else ""
@@ -147,11 +148,11 @@ def _mismatch(video: dict[str, Any], files: list[FeatureFile], folder: str, vide
     return ""
 
 
-def common_shape(rows: pa.Table) -> tuple[int, int]:
+def common_shape(rows: pa.Table, folder: str) -> tuple[int, int]:
     """Return tokens N and width D that most of the first files have.
 
     Raises:
-        UserError: none of these files can be read; gives the reason of the first.
+        UserError: no video has a file, or none of these files can be read; gives the reason of the first.
     """
     shapes: Counter[tuple[int, int]] = Counter()
     reasons = []
@@ -163,7 +164,9 @@ def common_shape(rows: pa.Table) -> tuple[int, int]:
         except VideoError as error:
             reasons.append(f"{storage.redacted(row['path'])}: {error}")
     if not shapes:
-        raise UserError(f"no file of features can be read, as {reasons[0]}" if reasons else "no video has a file")
+        first = f"{rows['video_id'][0].as_py()!r}: {rows['reason'][0].as_py()}"
+        why = f"no file can be read, as {reasons[0]}" if reasons else f"no video has a file of its own, as {first}"
+        raise UserError(f"import is {folder!r}: {why}; give files that are named by the ids of videos")
     return shapes.most_common(1)[0][0]
 
 

@@ -40,6 +40,17 @@ def test_override_converts_and_checks() -> None:
         ({"model.decoder.name": "s6"}, "model.decoder.name is 's6': input should be 's5', 'vis4mer', 'lst', "),
         ({"scale.num_workers": 33}, "loop.batch_size is 32: give at least scale.num_workers, 33, or 0"),
         ({"model.backbone.tubelet": 3}, "backbone.tubelet is 3: give a divisor of the 16 frames of a clip"),
+        ({"lsmcl.jitter": 0.4}, "unknown setting 'lsmcl.jitter': did you mean views.jitter"),
+        ({"views.crop_scale": (0.5,)}, r"views.crop_scale is \(0.5,\): give a smallest and a largest share"),
+        ({"views.crop_scale": (0, 1)}, r"views.crop_scale is \(0.0, 1.0\): give .*, above 0 and up to 1, or nothing"),
+        ({"views.crop_scale": ("nan", 1)}, r"views.crop_scale is \(nan, 1.0\): give a smallest"),
+        ({"views.crop_scale": (0.9, 0.5)}, r"views.crop_scale is \(0.9, 0.5\): give a smallest"),
+        ({"views.crop_ratio": (1, "inf")}, r"views.crop_ratio is \(1.0, inf\): give a smallest and a largest ratio"),
+        ({"views.crop_ratio": ()}, r"views.crop_ratio is \(\): give a smallest and a largest ratio"),
+        ({"views.flip": 1.1}, "views.flip is 1.1: give a value from 0 to 1"),
+        ({"views.jitter_share": "nan"}, "views.jitter_share is nan: give a value from 0 to 1"),
+        ({"views.blur": (1,)}, r"views.blur is \(1.0,\): give two shares from 0 to 1, of long and of short clips"),
+        ({"views.solarise": (0, 2)}, r"views.solarise is \(0.0, 2.0\): give two shares from 0 to 1"),
     ],
 )
 def test_mistakes_name_the_setting_the_value_and_the_remedy(changes: dict[str, object], message: str) -> None:

@@ -303,13 +303,10 @@ def test_a_backbone_of_another_kind_runs_through_all_stages(manifest: str, tmp_p
     features.run(made)
     meta = FeatureReader(made.out).meta
     assert (meta.tokens, meta.width, meta.backbone["name"]) == (4, 192, "swin_tiny_patch4_window7_224")
-    fresh = pretraining(manifest, weights, tmp_path / "fresh", **OTHER, **{"loop.epochs": 1})
-    read = replace(fresh, out=str(tmp_path / "read"), features=made.out)
-    for config in (fresh, read):
-        pretrain.run(config)
-    assert losses(read) == pytest.approx(losses(fresh), rel=5e-3)
-    assert len(set(losses(read))) == len(losses(read)) > 1
-    changes = OTHER | {"checkpoint": read.out, "features": made.out, "loop.epochs": 1}
+    one_epoch = {"features": made.out, "loop.epochs": 1}
+    read = pretraining(manifest, weights, tmp_path / "read", **OTHER, **one_epoch)
+    pretrain.run(read)
+    changes = OTHER | one_epoch | {"checkpoint": read.out}
     tuned = training(manifest, "", tmp_path / "tuned", **changes)
     finetune.run(tuned)
     settings: dict[str, Any] = {"manifest": manifest, "checkpoint": tuned.out, "split": "val", "batch_size": 5}

@@ -294,7 +294,7 @@ def test_shards_are_cut_by_size(tmp_path: Path) -> None:
     videos = manifest(*(video(str(number), float(count)) for number, count in enumerate(sizes)), video("none", 1.0))
     frame = TOKENS * WIDTH * 4
     assert plan(videos, files, "", 8 * frame + 300)[0]["shard"].to_pylist() == [0, 0, 1, 2, 2, 2]
-    assert common_shape(plan(videos, files, "", 1e9)[0]) == (TOKENS, WIDTH)
+    assert common_shape(plan(videos, files, "", 1e9)[0], "") == (TOKENS, WIDTH)
     changed = files_digest(files)
     write(tmp_path / "0.npy", frames(5))
     assert files_digest(list_files(str(tmp_path), "auto")[0]) != changed
@@ -305,6 +305,13 @@ def test_folders_without_features_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"import is '.*': no file below it ends in .npy, .npz, .pt"):
         list_files(str(tmp_path), "auto")
     write(tmp_path / "a.npz", frames(2))
+    rows, _ = plan(manifest(video("b", 2.0)), list_files(str(tmp_path), "auto")[0], "in", 1e9)
+    with pytest.raises(UserError, match=r"import is 'in': no video has a file of its own, as 'b': it has no file of"):
+        common_shape(rows, "in")
+    (tmp_path / "a.npz").write_bytes(b"damaged")
+    rows, _ = plan(manifest(video("a", 2.0)), list_files(str(tmp_path), "auto")[0], "in", 1e9)
+    with pytest.raises(UserError, match=r"import is 'in': no file can be read, as .*a.npz: its file is damaged"):
+        common_shape(rows, "in")
     with pytest.raises(UserError, match=r"no file below it ends in .npy; give one"):
         list_files(str(tmp_path), "npy")
 
