@@ -18,6 +18,10 @@ EvaluationProtocol = Literal["uniform", "windows", "whole", "multi-clip"]
 """Which clips of a video are learned from and which its result is put together from (`s5.video.clip_times`)."""
 
 
+SEGMENTS = "segments"
+"""Name of a backbone that is none: cached embeddings of segments stand for its tokens."""
+
+
 @dataclass(frozen=True)
 class PathRole:
     """Marks a setting that names a file or folder, in `typing.Annotated`."""
@@ -67,7 +71,7 @@ class BackboneConfig:
     """Frame encoder: a Vision Transformer of timm, or frozen any other model of timm whose features are a grid."""
 
     name: str = "vit_base_patch16_224"
-    """timm's name of the model."""
+    """timm's name of the model; `segments`: none, but cached embeddings of segments (`features --segment-s`)."""
     frame_size: int = 224
     """Height and width of a frame in pixels; positional embeddings are made for (or interpolated to) it."""
     weights: Annotated[str, PathRole("input", "weights", ("", "timm"))] = ""
@@ -90,10 +94,12 @@ class BackboneConfig:
     them, and stay so where `lsmcl.freeze_patches` keeps the patch projection as it is."""
 
     tokens: int = 0
-    """Tokens of a frame of imported features, which stand in for the frame encoder and set this themselves; 0 for a
-    model of timm."""
+    """Tokens of a frame of imported features, or of a segment's embedding, which stand in for the frame encoder and set
+    this themselves; 0 for a model of timm."""
     width: int = 0
     """Width of these tokens."""
+    made_by: str = ""
+    """Digest of the encoder that made the embeddings of segments, which set this themselves."""
 
     def __post_init__(self) -> None:
         if self.tokens:

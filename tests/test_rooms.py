@@ -42,6 +42,7 @@ STAGES = (
     "sample",
     "index",
     "transcode",
+    "narrate",
     "pretrain",
     "features",
     "finetune",

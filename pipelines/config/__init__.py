@@ -7,6 +7,7 @@ from pipelines.config.dotted import override as override
 from pipelines.config.dotted import paths as paths
 from pipelines.config.dotted import to_json as to_json
 from pipelines.config.dotted import unknown as unknown
+from pipelines.config.narration import NarrateConfig as NarrateConfig
 from pipelines.config.recipes import RecipeConfig as RecipeConfig
 from pipelines.config.run import STAGES as STAGES
 from pipelines.config.run import RunConfig as RunConfig

@@ -57,7 +57,7 @@ CONTRASTIVE: dict[str, Any] = {
 }
 CACHED: dict[str, Any] = CONTRASTIVE | {
     "lsmcl.mask_on": "tokens",
-    "lsmcl.jitter": 0.0,
+    "views.jitter": 0.0,
     # Fits the smallest task: LVU's relationship has 149 training videos.
     "loop.batch_size": 64,
     "loop.epochs": 100,

@@ -88,7 +88,49 @@ def videos() -> RunConfig:
     return override(quickstart(), changes)
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"base": base, "quickstart": quickstart, "videos": videos} | RECIPES
+def distant() -> RunConfig:
+    """Distant supervision of an encoder of narrated segments, in the sizes of arXiv 2201.10990, and its embeddings.
+
+    Theirs is a TimeSformer: here a ViT-B/16 on frames, and a transformer over the tokens of 8 frames.
+    """
+    changes = {
+        "finetune.manifest": "out/narrate/manifest.parquet",
+        "finetune.labels": "out/narrate",
+        "finetune.task": "distant",
+        "finetune.clips.frames": 8,
+        "finetune.model.backbone.weights": "timm",
+        "finetune.model.decoder.name": "lst",
+        "finetune.model.decoder.width": 1024,
+        "finetune.model.decoder.blocks": 1,
+        "finetune.optim.lr": 1e-4,
+        "finetune.loop.batch_size": 64,
+        "finetune.loop.epochs": 15,
+        "features.checkpoint": "out/distant",
+        "features.segment_s": 9.0,
+    }
+    return override(base(), in_sweep(changes))
+
+
+def distant_head() -> RunConfig:
+    """A task head over the embeddings of 16 segments, evenly taken from a video: S5, or with its name a peer."""
+    changes = {
+        "finetune.features": "out/features",
+        "finetune.protocol": "whole",
+        "finetune.model.backbone.name": "segments",
+        "finetune.model.backbone.frozen": True,
+        "finetune.model.decoder.width": 512,
+        "evaluate.features": "out/features",
+    }
+    return override(base(), in_sweep(changes))
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "base": base,
+    "quickstart": quickstart,
+    "videos": videos,
+    "distant": distant,
+    "distant-head": distant_head,
+} | RECIPES
 
 
 def preset(name: str) -> RunConfig:

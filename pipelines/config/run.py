@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from pipelines.config.narration import NarrateConfig
 from pipelines.config.recipes import RecipeConfig
 from pipelines.config.stages import (
     EvaluateConfig,
@@ -26,6 +27,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     transcode: TranscodeConfig = field(default_factory=TranscodeConfig)
+    narrate: NarrateConfig = field(default_factory=NarrateConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
@@ -39,6 +41,7 @@ StageConfig = (
     SampleConfig
     | IndexConfig
     | TranscodeConfig
+    | NarrateConfig
     | PretrainConfig
     | FeaturesConfig
     | FinetuneConfig

@@ -14,6 +14,8 @@ ManifestPath = Annotated[str, PathRole("input", "manifest")]
 CheckpointPath = Annotated[str, PathRole("input", "checkpoint")]
 FeaturesFiles = Annotated[str, PathRole("input", "folder")]
 FeaturesPath = Annotated[str, PathRole("input", "features")]
+TextPath = Annotated[str, PathRole("input", "file")]
+LabelsPath = Annotated[str, PathRole("input", "file or folder")]
 RunsFolder = Annotated[str, PathRole("scope", "folder")]
 
 

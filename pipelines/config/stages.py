@@ -13,6 +13,7 @@ from pipelines.config.shared import (
     CheckpointPath,
     FeaturesFiles,
     FeaturesPath,
+    LabelsPath,
     ManifestPath,
     OutFolder,
     RunsFolder,
@@ -23,6 +24,7 @@ from pipelines.config.shared import DecodeConfig as DecodeConfig
 from pipelines.config.shared import ScaleConfig as ScaleConfig
 from pipelines.config.shared import TrackingConfig as TrackingConfig
 from s5.config import (
+    SEGMENTS,
     BackboneConfig,
     ClipConfig,
     LoopConfig,
@@ -220,6 +222,9 @@ class FeaturesConfig:
     """What encodes the frames."""
     frames_per_second: float = 1.0
     """Frames encoded of a second of video; of imported features their frame rate."""
+    segment_s: float = 0.0
+    """Seconds of each of the segments that videos are cut into, of which the checkpoint's whole video model makes one
+    embedding each (for `model.backbone.name segments`), in place of tokens of single frames; 0 for frames."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast. What is stored is fp16."""
     chunk_frames: int = 64
@@ -237,16 +242,21 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         require(self.frames_per_second > 0, "frames_per_second", self.frames_per_second, "give more than 0")
+        require(0 <= self.segment_s < float("inf"), "segment_s", self.segment_s, "give 0 or more seconds")
+        remedy = "embeddings of segments are made by a whole video model; give its checkpoint"
+        require(bool(self.checkpoint) or not self.segment_s, "checkpoint", self.checkpoint, remedy)
         for name in ("chunk_frames", "shard_videos"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         require(self.shard_gigabytes > 0, "shard_gigabytes", self.shard_gigabytes, "give more than 0")
         require(bool(self.import_) == bool(self.backbone), "backbone", self.backbone, IMPORT_NEEDS)
+        require(not (self.import_ and self.segment_s), "segment_s", self.segment_s, "imported features take none")
         require(bool(self.import_) or self.format == "auto", "format", self.format, "it is that of --import; give both")
         require(not (self.import_ and self.checkpoint), "checkpoint", self.checkpoint, "imported features take none")
         tokens = self.model.backbone.tokens
         require(tokens == 0, "model.backbone.tokens", tokens, "imported files say it themselves; leave it out")
         tubelet = self.model.backbone.tubelet
-        require(tubelet == 1, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
+        single = tubelet == 1 or self.segment_s > 0
+        require(single, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
         weights = self.model.backbone.weights
         if self.checkpoint:
             require(not weights, "model.backbone.weights", weights, "the checkpoint has weights; leave one of them out")
@@ -264,8 +274,11 @@ class FinetuneConfig:
     """Pretrained checkpoint to start from: its folder or the --out of `pretrain`; empty to start from scratch."""
     features: FeaturesPath = ""
     """Cached features to read in place of videos: the --out of `features`. The backbone has to be frozen."""
-    task: Literal["class", "regression"] = "class"
-    """What is learned: the manifest's `label` (cross-entropy) or its `target` (squared error)."""
+    task: Literal["class", "regression", "distant"] = "class"
+    """What is learned: the manifest's `label` (cross-entropy), its `target` (squared error), or the written steps of
+    narrated segments (distant supervision: divergence from their soft labels)."""
+    labels: LabelsPath = ""
+    """Soft labels of the manifest's segments, for task distant: the --out of `narrate`."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Clips; only the long stride is used."""
     protocol: ProtocolSetting = "auto"
@@ -290,6 +303,10 @@ class FinetuneConfig:
         require_features(self.model.backbone, self.features)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
+        remedy = "task distant learns them; give the --out of `narrate`, or another task"
+        require(bool(self.labels) or self.task != "distant", "labels", self.labels, remedy)
+        remedy = f"task {self.task} has none; leave it out, or give --task distant"
+        require(not self.labels or self.task == "distant", "labels", self.labels, remedy)
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
@@ -353,7 +370,8 @@ class SweepConfig:
     stages: Literal["pretrain", "finetune", "pretrain+finetune"] = "pretrain+finetune"
     """What a trial runs."""
     metric: str = ""
-    """Metric to compare; empty for `val/accuracy` (`val/mse` in regression) or, after pretraining alone, `knn/top1`."""
+    """Metric to compare; empty for `val/accuracy` (`val/mse` in regression, `val/loss` in task distant) or, after
+    pretraining alone, `knn/top1`."""
     samples: int = 1
     """Draws from the random parts of the space."""
     concurrent_trials: int = 0
@@ -397,6 +415,8 @@ def require_features(backbone: BackboneConfig, features: str) -> None:
     """Raise `ValueError` where imported features are to stand for the frame encoder and none are given."""
     remedy = "imported features stand in for the frame encoder then; give features, or leave it out"
     require(bool(features) or not backbone.tokens, "model.backbone.tokens", backbone.tokens, remedy)
+    remedy = "embeddings of segments are read from cached features; give them"
+    require(bool(features) or backbone.name != SEGMENTS, "features", features, remedy)
 
 
 def require_no_views(views: ViewsConfig) -> None:

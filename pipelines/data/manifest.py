@@ -144,7 +144,7 @@ def check_for_training(
     batch_size: int,
     *,
     labelled: bool,
-    task: Literal["class", "regression"] = "class",
+    task: Literal["class", "regression", "distant"] = "class",
 ) -> None:
     """Check a manifest against the settings of a training run.
 
@@ -153,7 +153,7 @@ def check_for_training(
         clips: clips to be read.
         batch_size: videos of the global batch.
         labelled: the training needs labels or targets.
-        task: `class` needs labels, `regression` targets.
+        task: `class` needs labels, `regression` targets; `distant` has labels of its own.
 
     Raises:
         UserError: split train is empty or smaller than a batch, videos of train or val are too short, labels or targets
@@ -165,7 +165,7 @@ def check_for_training(
         raise UserError(f"the manifest has no videos in split train, only in {counts}; put some there and run `index`")
     for split in ("train", "val"):
         rows = split_of(table, split)
-        if labelled:
+        if labelled and task != "distant":
             _check_labels(rows, "label" if task == "class" else "target")
         check_clips(rows, clips)
     if labelled and task == "class":

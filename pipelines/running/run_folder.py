@@ -16,14 +16,15 @@ from pipelines.errors import UserError
 RESULT = "result.json"
 RUN = "run.json"
 REJECTS = "rejects.parquet"
-# Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features.
+# Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features or
+# labels.
 CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
 # These say where and how fast a stage runs, not what it computes: they may change when it resumes.
 FREE_SETTINGS = (
     *("scale.", "tracking.", "data."),
     *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
     *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
-    "node",
+    *("node", "chunk_segments"),
 )
 # Of stages whose settings another stage holds: a sweep, a recipe.
 STAGE_GROUPS = ("", *(f"{group}." for group in GROUPS.values()))

@@ -90,7 +90,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             stage.details["protocol"] = protocol
             stage.metrics |= {f"{config.split}/videos": used, f"{config.split}/listed": all_listed}
             stage.metrics |= {f"{config.split}/clips": len(found.video_ids)}
-            if meta.kind == "lsmcl":
+            if meta.pretrained:
                 reference = read(learned, per_video=1) if len(learned) else None
                 pretrained.report(stage, config, found, reference)
             else:
@@ -113,7 +113,7 @@ def chosen_protocol(manifest: pa.Table, config: EvaluateConfig, meta: Meta) -> E
     Raises:
         UserError: all windows are asked for of a pretrained encoder, whose clips are compared with each other.
     """
-    if meta.kind != "lsmcl":
+    if not meta.pretrained:
         return protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
     if config.protocol == "windows":
         raise UserError(
@@ -236,7 +236,7 @@ class Replica:
     ) -> ClipOutputs:
         """Return the model's outputs for this replica's clips of the videos."""
         kind = self.meta.kind
-        output = inference.features(self.model) if kind == "lsmcl" else inference.scores(self.model, kind)
+        output = inference.features(self.model) if self.meta.pretrained else inference.scores(self.model, kind)
         batches = self._counted(source.evaluation(videos, clips_per_video, batch_size))
         return inference.run(output, batches, self.device, pictured)
 

@@ -1,7 +1,8 @@
 """Features stage: the frames of a manifest's videos, each encoded once by a frozen backbone (`data.features.cache`).
 
 Copies of the backbone are actors of Ray Data. An actor makes whole shards: processes of its own read its videos in
-chunks, some ahead, so that it holds a few chunks and never a video.
+chunks, some ahead, so that it holds a few chunks and never a video. Where segments are asked for, a whole video model
+stands for the backbone, and the frames of a segment for one frame.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.exceptions
-import torch
 from torch import Tensor
 
 from pipelines import storage
@@ -30,15 +29,15 @@ from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
     FloatArray,
-    ShardWriter,
-    TokenArray,
     backbone_settings,
     finish,
     finished_shards,
     frame_times,
+    segment_times,
     shard_path,
     shard_writer,
 )
+from pipelines.data.features.encoding import FrameEncoder, encode, on_host, store
 from pipelines.data.manifest import digest, read_manifest
 from pipelines.data.video_process import VideoProcess
 from pipelines.data.video_requests import ClipRequest
@@ -47,9 +46,9 @@ from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.stages import imported
 from pipelines.stages.imported import summarise
-from pipelines.storage.weights import trained_backbone, weights_digest
+from pipelines.storage.weights import segment_encoder, trained_backbone, weights_digest
 from s5.errors import VideoError
-from s5.models.backbone import Backbone
+from s5.models.segments import SegmentEncoder
 from s5.video.reading import FrameArray
 
 COLUMNS = ["video_id", "uri", "start_s", "end_s", "width", "height", "decoder"]
@@ -68,7 +67,11 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
     if config.import_:
         return imported.run(config)
     manifest = read_manifest(config.manifest)
-    backbone = trained_backbone(config.model.backbone, config.checkpoint)
+    backbone: FrameEncoder
+    if config.segment_s:
+        backbone = segment_encoder(config.checkpoint)
+    else:
+        backbone = trained_backbone(config.model.backbone, config.checkpoint)
     meta = meta_of(config, backbone, digest(manifest))
     inputs = {"manifest": meta.manifest, "weights of the backbone": meta.weights}
     if (result := finished("features", config, inputs, redo="encode again")) is not None:
@@ -77,16 +80,18 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
     with stage_run("features", config, inputs=inputs) as stage:
         shards = -(-len(manifest) // config.shard_videos)
         done = finished_shards(stage.out)
+        unit = f"segments of {config.segment_s:g} s" if config.segment_s else "frames"
+        what = f"{meta.frames_per_second:g} {unit} a second, {meta.tokens} tokens of width {meta.width} each"
         stage.info(
-            f"{len(manifest)} videos in {shards} shards, {config.frames_per_second:g} frames a second, "
-            f"{meta.tokens} tokens of width {meta.width} a frame, {config.scale.num_workers} workers with {decoders} "
-            f"decoders each" + (f"; {len(done)} shards are there already" if done else "")
+            f"{len(manifest)} videos in {shards} shards, {what}, "
+            f"{config.scale.num_workers} workers with {decoders} decoders each"
+            + (f"; {len(done)} shards are there already" if done else "")
         )
         left = [shard for shard in range(shards) if shard not in done]
         stage.metrics["features/frames_per_second"] = encode_all(
             config, stage, meta, backbone, manifest, left, decoders
         )
-        black = np.zeros((1, *[config.model.backbone.frame_size] * 2, 3), np.uint8)
+        black = np.zeros((backbone.frames, *[backbone.config.frame_size] * 2, 3), np.uint8)
         index = finish(stage.out, meta, shards, on_host(encode(backbone, black, config.precision))[0])
         summarise(stage, index, meta, kept=len(done), strangers=[])
     return stage.result
@@ -108,19 +113,25 @@ def decoders_each(config: FeaturesConfig, tasks: int, nodes: list[float]) -> int
     return 1
 
 
-def meta_of(config: FeaturesConfig, backbone: Backbone, manifest: str) -> FeatureMeta:
+def meta_of(config: FeaturesConfig, backbone: FrameEncoder, manifest: str) -> FeatureMeta:
     """Return what the features are made from."""
+    settings = config.model.backbone
+    if isinstance(backbone, SegmentEncoder):
+        weights = f"{weights_digest(backbone.model.state_dict())}, {backbone.frames} frames"
+        settings = backbone.settings
+    else:
+        weights = weights_digest(backbone.vit.state_dict())
     return FeatureMeta(
-        backbone=backbone_settings(config.model.backbone),
-        weights=weights_digest(backbone.vit.state_dict()),
+        backbone=backbone_settings(settings),
+        weights=weights,
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
         precision=config.precision,
-        frames_per_second=config.frames_per_second,
+        frames_per_second=1 / config.segment_s if config.segment_s else config.frames_per_second,
         manifest=manifest,
         tokens=backbone.tokens,
         width=backbone.width,
-        chunk_frames=config.chunk_frames,
+        chunk_frames=max(1, config.chunk_frames // backbone.frames),
     )
 
 
@@ -128,7 +139,7 @@ def encode_all(
     config: FeaturesConfig,
     stage: Stage,
     meta: FeatureMeta,
-    backbone: Backbone,
+    backbone: FrameEncoder,
     manifest: pa.Table,
     shards: list[int],
     decoders: int,
@@ -152,7 +163,7 @@ def encoded(
     config: FeaturesConfig,
     out: str,
     meta: FeatureMeta,
-    backbone: Backbone,
+    backbone: FrameEncoder,
     manifest: pa.Table,
     shards: list[int],
     decoders: int,
@@ -169,7 +180,7 @@ def encoded(
     limit(dataset, workers * cpus)
     made = dataset.map_batches(
         Encoder,
-        fn_constructor_args=(config, out, meta, ray.put(backbone.vit.state_dict()), decoders),
+        fn_constructor_args=(config, out, meta, ray.put(backbone), decoders),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -180,51 +191,12 @@ def encoded(
     yield from tables
 
 
-def encode(backbone: Backbone, frames_THWC: FrameArray, precision: str) -> Tensor:
-    """Return the tokens (T, N, D) of frames, fp16, on the backbone's device, which may still be computing them."""
-    device = backbone.mean.device
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        tokens: Tensor = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
-    return tokens.view(len(frames_THWC), backbone.tokens, backbone.width)
-
-
-def on_host(tokens: Tensor) -> TokenArray:
-    """Return encoded tokens in host memory.
-
-    Raises:
-        VideoError: they are not finite, or too large for fp16.
-    """
-    if not bool(torch.isfinite(tokens).all()):
-        raise VideoError("tokens are not finite in fp16")
-    array: TokenArray = tokens.cpu().numpy()
-    return array
-
-
-def store(writer: ShardWriter, row: dict[str, Any], times_T: FloatArray, tokens: Tensor | VideoError | None) -> None:
-    """Append a chunk of a video to a shard, and note in its row of the index where it is, or why it cannot be."""
-    if row["reason"] or tokens is None:
-        return
-    try:
-        if isinstance(tokens, VideoError):
-            raise tokens
-        array = on_host(tokens)
-    except VideoError as error:
-        # What is written of it by now stays in the shard, and nothing points there.
-        row |= {"reason": storage.redacted(str(error)), "batch": 0, "frames": 0}
-        return
-    row["batch"] = row["batch"] if row["frames"] else writer.batches
-    row["frames"] += len(times_T)
-    writer.add(times_T, array)
-
-
 class Encoder:
     """One copy of the backbone, with the processes that read frames for it, as an actor of Ray Data."""
 
-    def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, weights: Any, decoders: int) -> None:
+    def __init__(self, config: FeaturesConfig, out: str, meta: FeatureMeta, backbone: Any, decoders: int) -> None:
         self.config, self.out, self.meta = config, out, meta
-        self.backbone = Backbone(replace(config.model.backbone, weights="", frozen=True))
-        state: dict[str, Tensor] = ray.get(weights) if isinstance(weights, ray.ObjectRef) else weights
-        self.backbone.vit.load_state_dict(state)
+        self.backbone: FrameEncoder = ray.get(backbone) if isinstance(backbone, ray.ObjectRef) else backbone
         self.backbone.eval().to("cuda" if config.scale.gpus_per_worker else "cpu")
         self.pool = ThreadPoolExecutor(decoders, thread_name_prefix="decode")
         self.ahead = 2 * decoders
@@ -268,18 +240,20 @@ class Encoder:
         """Yield a video's number, the times (T,) of a chunk and its frames to come; none more of one that failed."""
         window: deque[tuple[int, FloatArray, Future[FrameArray]]] = deque()
         for number, video in enumerate(videos):
-            times = frame_times(video["start_s"], video["end_s"], self.config.frames_per_second)
-            for first in range(0, len(times), self.config.chunk_frames):
+            times = frame_times(video["start_s"], video["end_s"], self.meta.frames_per_second)
+            for first in range(0, len(times), self.meta.chunk_frames):
                 if rows[number]["reason"]:
                     break
-                chunk = times[first : first + self.config.chunk_frames]
+                chunk = times[first : first + self.meta.chunk_frames]
                 window.append((number, chunk, self.pool.submit(self._read, video, chunk)))
                 if len(window) > self.ahead:
                     yield window.popleft()
         yield from window
 
     def _read(self, video: dict[str, Any], times_T: FloatArray) -> FrameArray:
-        size = self.config.model.backbone.frame_size
+        size = self.backbone.config.frame_size
+        if self.config.segment_s:
+            times_T = segment_times(times_T, self.config.segment_s, video["end_s"], self.backbone.frames)
         clips = ClipRequest([times_T], size, (video["width"], video["height"]), video["decoder"])
         process, timeout_s = self.processes.get(), self.config.data.decode_timeout_s
         try:

@@ -1,4 +1,7 @@
-"""Fine-tune stage: a video model on labels, from a pretrained checkpoint or from scratch, with Ray Train."""
+"""Fine-tune stage: a video model on labels, from a pretrained checkpoint or from scratch, with Ray Train.
+
+With task `distant`, the labels are soft ones of narrated segments: distant supervision, another way of pretraining.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import check_features
 from pipelines.data.features.cache import with_imported
 from pipelines.data.manifest import check_for_training, classes, digest, drop_too_short, read_manifest, split_of
+from pipelines.data.narration.reading import NarratedSteps, read_labels
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, listed_count, protocol_of
 from pipelines.errors import UserError
 from pipelines.running.progress import ProgressBar
@@ -31,18 +35,23 @@ from s5.config import EvaluationProtocol
 from s5.errors import CheckpointError, VideoError
 from s5.evaluation import inference, metrics
 from s5.models.video_model import VideoModel, check_model
+from s5.tasks.distant import Distant
 from s5.tasks.supervised import Supervised
 from s5.training.loop import TrainingLoop
+
+BEST = {"class": ("val/accuracy", "max"), "regression": ("val/mse", "min"), "distant": ("val/loss", "min")}
+"""Metric that picks the best checkpoint of a task, and whether it is the largest or the smallest."""
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What a training worker needs: settings, labelled videos, names of the classes and pretrained weights."""
+    """What a training worker needs: settings, labelled videos, names of classes or steps, and pretrained weights."""
 
     config: FinetuneConfig
     train: pa.Table
     val: pa.Table
     classes: list[str]
+    narrated: NarratedSteps | None
     order: ClipOrder
     protocol: EvaluationProtocol
     inputs: dict[str, str]
@@ -53,7 +62,7 @@ class FinetuneJob:
     @property
     def outputs(self) -> int:
         """Numbers that the head gives."""
-        return len(self.classes) if self.config.task == "class" else 1
+        return 1 if self.config.task == "regression" else len(self.classes)
 
 
 def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = None) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def run(config: FinetuneConfig, parent_run: str = "", on_row: OnRow | None = Non
         StageError: training failed, or was asked to stop.
     """
     job = build_job(config)
-    best = ("val/accuracy", "max") if config.task == "class" else ("val/mse", "min")
+    best = BEST[config.task]
     counts = {"val_videos": len(job.val), "val_listed": listed_count(job.val, "val"), "classes": len(job.classes)}
     return run_training(
         "finetune",
@@ -115,6 +124,9 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
     config = replace(config, model=replace(config.model, backbone=frame_encoder))
     weights = None
     inputs = {"manifest": digest(manifest)}
+    narrated = read_labels(config.labels, manifest) if config.task == "distant" else None
+    if narrated is not None:
+        inputs["labels"] = narrated.digest
     try:
         check_model(config.model)
         if config.checkpoint:
@@ -136,7 +148,8 @@ def build_job(config: FinetuneConfig) -> FinetuneJob:
         config=config,
         train=train,
         val=drop_too_short(split_of(manifest, "val"), clips),
-        classes=classes(manifest) if config.task == "class" else [],
+        classes=narrated.names if narrated else classes(manifest) if config.task == "class" else [],
+        narrated=narrated,
         order=order_of(config.loop, len(train)),
         protocol=protocol,
         inputs=inputs,
@@ -156,24 +169,30 @@ def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
     if job.weights is not None:
         model.load_pretrained(job.weights)
     task = Supervised(model, config.task, config.views)
+    if job.narrated is not None:
+        task = Distant(model, job.narrated.labels, config.views)
     source = clip_source(job, context, protocol=job.protocol)
-    evaluate = partial(validate, job, model, source, context) if len(job.val) else None
+    evaluate = partial(validate, job, task, source, context) if len(job.val) else None
     return training_loop(
         "finetune", job, context, task, config.task, model.config, source, evaluate, classes=job.classes
     )
 
 
-def validate(job: FinetuneJob, model: VideoModel, source: ClipSource, context: RayContext) -> dict[str, float]:
+def validate(job: FinetuneJob, task: Supervised, source: ClipSource, context: RayContext) -> dict[str, float]:
     """Return the metrics of the validation split, on every worker."""
     config = job.config
     batch_size = max(1, config.loop.batch_size // context.world_size)
     batches = source.evaluation(job.val, clips_per_video(job.protocol), batch_size)
-    found = inference.run_on_all(inference.scores(model, config.task), batches, context.device)
+    output = task.scores if isinstance(task, Distant) else inference.scores(task.model, config.task)
+    found = inference.run_on_all(output, batches, context.device)
     if context.rank == 0:
         context.reject(found.failures)
     if not found.video_ids:
         raise VideoError(f"none of the {len(job.val)} videos of split val can be read; run index again")
     found = inference.by_video(found)
+    if isinstance(task, Distant):
+        loss, accuracy = found.values.mean(0).tolist()
+        return {"val/accuracy": accuracy, "val/loss": loss, "val/videos": float(len(found.video_ids))}
     if config.task == "regression":
         mse = float(F.mse_loss(found.values[:, 0], found.targets))
         return {"val/mse": mse, "val/loss": mse, "val/videos": float(len(found.video_ids))}

@@ -46,7 +46,7 @@ def training_videos(
     train = labelled(split_of(manifest, "train"))
     if config.probe != "knn":
         _check_linear(config, meta, videos, train)
-    if meta.kind != "lsmcl" or config.split == "train" or len(labelled(videos)) == 0:
+    if not meta.pretrained or config.split == "train" or len(labelled(videos)) == 0:
         return train.slice(0, 0)
     train = drop_too_short(train, clips)
     return spread(train, config.train_videos or len(train))
@@ -54,7 +54,7 @@ def training_videos(
 
 def _check_linear(config: EvaluateConfig, meta: Meta, videos: pa.Table, train: pa.Table) -> None:
     asked = f"probe is {config.probe!r}: "
-    if meta.kind != "lsmcl":
+    if not meta.pretrained:
         raise UserError(f"{asked}the checkpoint is of a fine-tuned model, which has a head; leave the probe out")
     if config.split == "train":
         raise UserError(f"{asked}it learns from split 'train' and cannot be tested on it; give another split")
@@ -73,7 +73,7 @@ def _check_linear(config: EvaluateConfig, meta: Meta, videos: pa.Table, train: p
 
 def pictured_videos(config: EvaluateConfig, meta: Meta, videos: pa.Table, per_video: int) -> frozenset[str]:
     """Return the videos whose clips the picture of nearest clips is chosen among: the first by their ids."""
-    if meta.kind != "lsmcl" or config.features:
+    if not meta.pretrained or config.features:
         return frozenset()
     return frozenset(sorted(videos["video_id"].to_pylist())[: max(1, PICTURED_CLIPS // per_video)])
 

@@ -208,6 +208,13 @@ def write_table(path: str, table: pa.Table) -> None:
     write_bytes(path, sink.getvalue().to_pybytes())
 
 
+@contextmanager
+def table_writer(path: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """Yield a writer for one Parquet file that is written in parts; it appears when the block ends without an error."""
+    with atomic_write(path) as part, pq.ParquetWriter(part, schema) as writer:
+        yield writer
+
+
 def remove(path: str) -> None:
     """Delete a file if it is there."""
     system, inner = filesystem(path)

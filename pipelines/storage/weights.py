@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.errors import UserError
-from s5.checkpoints.checkpoint import check_architecture, encoder_weights
+from s5.checkpoints.checkpoint import check_architecture, encoder_weights, load_model
 from s5.config import BackboneConfig
 from s5.errors import CheckpointError
 from s5.models.backbone import Backbone
+from s5.models.segments import SegmentEncoder
 
 
 @contextmanager
@@ -106,6 +107,22 @@ def trained_backbone(config: BackboneConfig, path: str) -> Backbone:
         raise UserError(str(error)) from None
     backbone.vit.load_state_dict(weights)
     return backbone.eval()
+
+
+def segment_encoder(path: str) -> SegmentEncoder:
+    """Return the encoder of segments that the video model of a checkpoint is.
+
+    Raises:
+        UserError: there is none, or it reads embeddings itself.
+    """
+    try:
+        with local_checkpoint(path) as folder:
+            model, meta = load_model(folder)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    if model.config.backbone.tokens:
+        raise UserError(f"checkpoint is {path!r}: its model reads cached features, not frames; give another one")
+    return SegmentEncoder(model, int(meta.settings["clips"]["frames"]))
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -18,6 +18,7 @@ PRETRAIN_METRICS = ("knn/top1", "train/top1", "train/loss", "train/embedding_spr
 FINETUNE_METRICS = {
     "class": ("val/accuracy", "val/loss", "train/accuracy", "train/loss"),
     "regression": ("val/mse", "val/loss", "train/loss"),
+    "distant": ("val/loss", "val/accuracy", "train/accuracy", "train/loss"),
 }
 # Of these, what an evaluation gives: early stopping compares one after another.
 EVALUATED = ("knn/", "val/")
@@ -58,7 +59,7 @@ def objective_of(config: SweepConfig) -> Objective:
     Raises:
         UserError: no stage of a trial logs the metric, or early stopping cannot follow it.
     """
-    default = "val/accuracy" if config.finetune.task == "class" else "val/mse"
+    default = FINETUNE_METRICS[config.finetune.task][0]
     metric = config.metric or (default if "finetune" in stages(config) else "knn/top1")
     known = {"pretrain": PRETRAIN_METRICS, "finetune": FINETUNE_METRICS[config.finetune.task]}
     last = stages(config)[-1]
@@ -106,10 +107,9 @@ def stage_config(
         paths["scale.num_workers"] = 0
     if (weights := settings.model.backbone.weights) not in ("", "timm"):
         paths["model.backbone.weights"] = storage.absolute(weights)
-    if isinstance(settings, FinetuneConfig) and settings.checkpoint:
-        paths["checkpoint"] = storage.absolute(settings.checkpoint)
-    if settings.features:
-        paths["features"] = storage.absolute(settings.features)
+    for name in ("features", "checkpoint", "labels"):
+        if value := getattr(settings, name, ""):
+            paths[name] = storage.absolute(value)
     return override(settings, paths)
 
 

@@ -40,7 +40,7 @@ NOT_COMPARED = (
 # Decoders with the same weights: they differ only in the selection, which pretraining leaves out.
 INTERCHANGEABLE = {"s5", "vis4mer", "vtm"}
 
-Kind = Literal["lsmcl", "class", "regression"]
+Kind = Literal["lsmcl", "distant", "class", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class Meta:
     """The meta data of a checkpoint."""
 
     kind: Kind
-    """The task: `lsmcl` (an encoder), or `class` or `regression` (a fine-tuned model)."""
+    """The task: `lsmcl` or `distant` (a pretrained encoder), or `class` or `regression` (a fine-tuned model)."""
     step: int
     """Optimiser steps taken: also the position in the clip order."""
     model: dict[str, Any]
     """Settings of the model (ModelConfig)."""
     classes: list[str] = field(default_factory=list)
-    """Names of the classes in the order of the head's outputs."""
+    """Names of the classes, or of the written steps, in the order of the head's outputs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """All settings of the run."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -69,6 +69,11 @@ class Meta:
     """SHA-256 of each other file; filled in when they are written."""
     format: int = FORMAT
     """Version of this format."""
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it is an encoder that later training starts from, rather than a model for a labelled task."""
+        return self.kind in ("lsmcl", "distant")
 
 
 def contents(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -222,7 +227,7 @@ def load_model(folder: Path) -> tuple[VideoModel, Meta]:
     """
     meta = read_meta(folder)
     weights = encoder_weights(folder)
-    outputs = {"class": len(meta.classes), "regression": 1}.get(meta.kind)
+    outputs = {"class": len(meta.classes), "distant": len(meta.classes), "regression": 1}.get(meta.kind)
     # The checkpoint holds all weights: the file that the backbone started from may be gone.
     config = from_json(ModelConfig, meta.model | {"backbone": meta.model["backbone"] | {"weights": ""}})
     model = VideoModel(config, outputs)

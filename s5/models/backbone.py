@@ -26,6 +26,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    frames = 1
+    """Frames that are encoded together, those of a tubelet apart."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()

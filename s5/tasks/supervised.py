@@ -20,7 +20,7 @@ class Supervised(nn.Module):
     """Labelled clips to a loss."""
 
     def __init__(
-        self, model: VideoModel, kind: Literal["class", "regression"], views: ViewsConfig | None = None
+        self, model: VideoModel, kind: Literal["class", "regression", "distant"], views: ViewsConfig | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -47,14 +47,17 @@ class Supervised(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the scalars of a batch from the results of its clips."""
         logits_BC = encoded["logits"]
-        if self.kind == "class":
-            hits = (logits_BC.argmax(1) == batch.labels).float().mean()
-            scalars = {"loss": F.cross_entropy(logits_BC, batch.labels), "accuracy": hits}
-        else:
-            scalars = {"loss": F.mse_loss(logits_BC[:, 0], batch.targets)}
+        scalars = self.objective(logits_BC, targets, batch)
         scalars |= {name: values.float().mean() for name, values in encoded.items() if name != "logits"}
         weight = distributed.weight(len(logits_BC), batch.total)
         return {name: value * weight for name, value in scalars.items()}
+
+    def objective(self, logits_BC: Tensor, targets: Mapping[str, Tensor], batch: ClipBatch) -> dict[str, Tensor]:
+        """Return the loss, a mean over this worker's clips, and the accuracy where there are classes."""
+        if self.kind == "class":
+            hits = (logits_BC.argmax(1) == batch.labels).float().mean()
+            return {"loss": F.cross_entropy(logits_BC, batch.labels), "accuracy": hits}
+        return {"loss": F.mse_loss(logits_BC[:, 0], batch.targets)}
 
     def before_step(self, progress: float) -> None:
         """Set the temperature of the selection."""

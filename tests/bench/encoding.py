@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     changes |= {"precision": options.precision, "frames_per_second": FPS, "chunk_frames": options.chunk}
     config = override(FeaturesConfig(), changes)
     backbone = Backbone(config.model.backbone)
-    encoder = Encoder(config, str(folder), meta_of(config, backbone, ""), backbone.vit.state_dict(), options.decoders)
+    encoder = Encoder(config, str(folder), meta_of(config, backbone, ""), backbone, options.decoders)
     device = encoder.backbone.mean.device
     timed = Timed(encoder.backbone, device)
     rows = rows_of(folder, options.videos, options.seconds)

@@ -98,10 +98,11 @@ class Row:
 
 @dataclass(frozen=True)
 class AnnotationFile:
-    """An annotation file: the path `given` as setting `annotations`, or `name` below it."""
+    """An annotation file: the path `given` as a setting (`option`), or `name` below it."""
 
     given: str
     name: str = ""
+    option: str = "annotations"
 
     @property
     def path(self) -> str:
@@ -115,7 +116,7 @@ class AnnotationFile:
 
     def error(self, what: str) -> UserError:
         """Return the error for a fault of the file."""
-        return UserError(f"annotations is {self.given!r}: {what}")
+        return UserError(f"{self.option} is {self.given!r}: {what}")
 
     def read(self) -> str:
         """Return its text.
@@ -126,7 +127,8 @@ class AnnotationFile:
         if not storage.exists(self.path):
             raise self.error(f"there is no {self.name} in it" if self.name else "there is no such file")
         if storage.is_folder(self.path):
-            raise self.error("it is a folder; give a file, or with --source the data set whose folder it is")
+            other = ", or with --source the data set whose folder it is" if self.option == "annotations" else ""
+            raise self.error(f"it is a folder; give a file{other}")
         try:
             return storage.read_bytes(self.path).decode("utf-8-sig")
         except UnicodeDecodeError:

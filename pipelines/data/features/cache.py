@@ -31,7 +31,7 @@ from pyarrow import fs
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.running.run_folder import SHARDS
-from s5.config import BackboneConfig
+from s5.config import SEGMENTS, BackboneConfig
 from s5.video.clip_times import TOLERANCE_S
 
 TokenArray = npt.NDArray[np.float16]
@@ -53,7 +53,7 @@ INDEX = pa.schema(
 """Where the frames of a video are: shard, first record batch, number of frames, time of the first; or why there are
 none (`reason`)."""
 # Settings of the backbone that do not change its tokens, or that the digest of its weights covers.
-NOT_COMPARED = ("weights", "frozen", "tokens", "width")
+NOT_COMPARED = ("weights", "frozen", "tokens", "width", "made_by")
 IMPORTED = "imported: "
 """Begins what stands for the digest of the weights where the features come from files of another program."""
 
@@ -89,8 +89,9 @@ class FeatureMeta:
 
     @property
     def imported(self) -> bool:
-        """Whether the features come from files of another program; of their backbone the name alone is known."""
-        return self.weights.startswith(IMPORTED)
+        """Whether they stand for a frame encoder: features of another program, of whose backbone the name alone is
+        known, or embeddings of segments."""
+        return self.weights.startswith(IMPORTED) or self.backbone["name"] == SEGMENTS
 
     @property
     def digest(self) -> str:
@@ -107,6 +108,16 @@ def frame_times(start_s: float, end_s: float, frames_per_second: float) -> Float
     """Return the times (T,) of a segment's frames at a constant rate: those before its end, at least one."""
     count = max(1, math.ceil((end_s - start_s - TOLERANCE_S) * frames_per_second))
     return start_s + np.arange(count, dtype=np.float64) / frames_per_second
+
+
+def segment_times(starts_U: FloatArray, segment_s: float, end_s: float, frames: int) -> FloatArray:
+    """Return the times (U x T,) of the frames of segments, each in the middle of one of T equal parts.
+
+    The last segment of a video may be shorter.
+    """
+    parts_U = (np.minimum(starts_U + segment_s, end_s) - starts_U) / frames
+    times_UT: FloatArray = starts_U[:, None] + parts_U[:, None] * (np.arange(frames) + 0.5)
+    return times_UT.reshape(-1)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -201,6 +212,11 @@ def with_imported(config: BackboneConfig, folder: str) -> BackboneConfig:
     """
     meta = read_meta(folder) if folder else None
     if meta is None or not meta.imported:
+        if meta is not None and config.name == SEGMENTS:
+            raise UserError(
+                f"features is {folder!r}: they are tokens of frames, not embeddings of segments; give "
+                f"--model.backbone.name {meta.backbone['name']}, or the --out of `features --segment-s`"
+            )
         return config
     name = meta.backbone["name"]
     if name != config.name:
@@ -216,7 +232,12 @@ def with_imported(config: BackboneConfig, folder: str) -> BackboneConfig:
             f"features is {folder!r}: imported features are taken as they are; leave out model.backbone.cls_token and "
             "model.backbone.tubelet"
         )
-    return replace(config, tokens=meta.tokens, width=meta.width, weights="")
+    made_by = meta.weights if name == SEGMENTS else ""
+    if config.made_by not in ("", made_by):
+        raise UserError(
+            f"features is {folder!r}: embeddings of another encoder than the model was trained on; give those"
+        )
+    return replace(config, tokens=meta.tokens, width=meta.width, weights="", made_by=made_by)
 
 
 def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weights: str, manifest: str) -> None:
