@@ -115,6 +115,7 @@ def test_all_windows_of_a_video_give_its_result(
     assert "on 2 of 3 listed videos" in capsys.readouterr().out
 
     settings = {"checkpoint": config.out, "data.cpus_per_decode": 0.5, "data.max_failure_share": 0.5, "batch_size": 3}
+    settings["scale.num_workers"] = 0
     evaluation = override(EvaluateConfig(), common | settings | {"out": str(tmp_path / "evaluate")})
     gone = benchmark / "test3.mp4"
     moved = gone.rename(benchmark / "test3.gone")
@@ -154,7 +155,7 @@ def test_another_protocol_may_be_asked_for(benchmark: Path, tmp_path: Path) -> N
     changes = {"clips.long_stride": 1.0, "loop.batch_size": 4, "loop.epochs": 1, "protocol": "whole"}
     config = override(FinetuneConfig(), MODEL | common | changes | {"out": str(tmp_path / "finetune")})
     finetune.run(config)
-    settings = {"checkpoint": config.out, "data.cpus_per_decode": 0.5, "clips_per_video": 3}
+    settings = {"checkpoint": config.out, "data.cpus_per_decode": 0.5, "clips_per_video": 3, "scale.num_workers": 0}
     evaluation = override(EvaluateConfig(), common | settings | {"out": str(tmp_path / "evaluate")})
     # What fine-tuning was set to comes before the benchmark.
     assert evaluate.run(evaluation)["protocol"] == "whole"
@@ -247,7 +248,7 @@ def test_a_benchmark_from_its_annotations_to_its_figures(tmp_path: Path, source:
     common |= {"manifest": str(tmp_path / "index")}
     changes = {"clips.long_stride": 1.0, "loop.batch_size": 4, "loop.epochs": 1, "out": str(tmp_path / "finetune")}
     trained = finetune.run(override(FinetuneConfig(), MODEL | common | changes))
-    common |= {"checkpoint": str(tmp_path / "finetune"), "out": str(tmp_path / "evaluate")}
+    common |= {"checkpoint": str(tmp_path / "finetune"), "out": str(tmp_path / "evaluate"), "scale.num_workers": 0}
     common |= {"clips_per_video": 2} if source == "coin" else {}
     assert main(["evaluate", "--protocol", protocol, *(f"--{key}={value}" for key, value in common.items())]) == 0
 

@@ -14,6 +14,7 @@ from pipelines.config.presets import preset
 from pipelines.data.annotations import lvu
 from pipelines.errors import UserError
 from pipelines.recipes import steps
+from s5.config import ViewsConfig
 
 LVU = [name for name in RECIPES if name.startswith("paper-lvu-")]
 FOUND = {
@@ -79,7 +80,7 @@ def test_settings_are_the_papers(name: str) -> None:
         assert finetune.clips.frames == pretrain.clips.frames == (60 if name in LVU else 64)
         assert config.encode.model.backbone == pretrain.model.backbone == finetune.model.backbone
         assert finetune.model == pretrain.model
-        assert (pretrain.lsmcl.mask_on, pretrain.lsmcl.jitter) == ("tokens", 0)
+        assert (pretrain.lsmcl.mask_on, pretrain.views) == ("tokens", ViewsConfig())
 
 
 @pytest.mark.parametrize("name", LVU)

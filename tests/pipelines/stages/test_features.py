@@ -290,7 +290,7 @@ def test_pretraining_on_features_follows_pretraining_on_frames(
     assert results[0]["metrics"]["knn/videos"] == results[1]["metrics"]["knn/videos"] > 0
     # A pretrained encoder is evaluated on the same features, with probes and without a picture.
     settings: dict[str, Any] = {"manifest": manifest, "checkpoint": read.out, "features": cached, "split": "val"}
-    settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "probe": "both", "clips_per_video": 2}
+    settings |= {"tracking.uri": "off", "scale.num_workers": 0, "probe": "both", "clips_per_video": 2}
     found = evaluate.run(override(EvaluateConfig(), settings | {"out": str(tmp_path / "probe")}))
     assert {"knn/top1", "linear/top1", "linear/decay", "retrieval/same_video"} <= found["metrics"].keys()
     assert storage.read_json(str(tmp_path / "probe" / "metrics.json")) == found["metrics"]
@@ -310,7 +310,7 @@ def test_a_backbone_of_another_kind_runs_through_all_stages(manifest: str, tmp_p
     tuned = training(manifest, "", tmp_path / "tuned", **changes)
     finetune.run(tuned)
     settings: dict[str, Any] = {"manifest": manifest, "checkpoint": tuned.out, "split": "val", "batch_size": 5}
-    settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "data.cpus_per_decode": 0.5}
+    settings |= {"tracking.uri": "off", "scale.num_workers": 0, "data.cpus_per_decode": 0.5}
     frames = override(EvaluateConfig(), settings | {"out": str(tmp_path / "evaluated")})
     columns, score_VC = predictions(frames)
     found, found_VC = predictions(replace(frames, out=str(tmp_path / "evaluated_read"), features=made.out))
@@ -378,10 +378,10 @@ def test_features_of_a_checkpoint_give_its_predictions(
         finetune.build_job(replace(tuned, features=cached))
     for config in (learned, tuned):
         settings: dict[str, Any] = {"manifest": manifest, "checkpoint": config.out, "split": "val"}
-        settings |= {"tracking.uri": "off", "scale.cpus_per_worker": 0.5, "data.cpus_per_decode": 0.5, "batch_size": 5}
+        settings |= {"tracking.uri": "off", "scale.num_workers": 0, "data.cpus_per_decode": 0.5, "batch_size": 5}
         fresh = override(EvaluateConfig(), settings | {"out": f"{config.out}_fresh"})
         read = replace(fresh, out=f"{config.out}_read", features=made.out)
-        two = override(read, {"out": f"{config.out}_two", "scale.num_workers": 2})
+        two = override(read, {"out": f"{config.out}_two", "scale.num_workers": 2, "scale.cpus_per_worker": 0.5})
         columns, score_VC = predictions(fresh)
         for found, found_VC in (predictions(read), predictions(two)):
             assert found == columns

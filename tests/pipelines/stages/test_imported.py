@@ -103,7 +103,7 @@ def trained_from(folder: Path, tmp_path: Path, made: str) -> None:
     common: dict[str, Any] = {"manifest": str(folder / "manifest.parquet"), "features": made}
     common |= {"model.backbone.name": "vit-l", "model.backbone.frozen": True, "tracking.uri": "off"}
     common |= {"clips.short_stride": 1.0, "data.max_failure_share": 0.5}
-    settings = OWN | HEADS | common | {"out": str(tmp_path / "pre"), "lsmcl.mask_on": "tokens", "lsmcl.jitter": 0.0}
+    settings = OWN | HEADS | common | {"out": str(tmp_path / "pre"), "lsmcl.mask_on": "tokens", "views.jitter": 0.0}
     pretrain.run(override(PretrainConfig(), settings | {"loop.epochs": 1}))
     settings = OWN | common | {"out": str(tmp_path / "fine"), "checkpoint": str(tmp_path / "pre"), "loop.epochs": 15}
     tuned = override(FinetuneConfig(), settings)
@@ -111,7 +111,7 @@ def trained_from(folder: Path, tmp_path: Path, made: str) -> None:
     evaluation = override(
         EvaluateConfig(),
         {key: common[key] for key in ("manifest", "features", "tracking.uri")}
-        | {"checkpoint": tuned.out, "split": "val", "out": str(tmp_path / "eval"), "scale.cpus_per_worker": 0.5},
+        | {"checkpoint": tuned.out, "split": "val", "out": str(tmp_path / "eval"), "scale.num_workers": 0},
     )
     assert evaluate.run(evaluation)["metrics"]["val/accuracy"] == 1.0
     with pytest.raises(UserError, match=r"features is '': the checkpoint has no frame encoder, .* of 'vit-l'; give"):

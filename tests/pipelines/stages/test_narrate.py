@@ -170,7 +170,7 @@ def test_the_encoder_is_evaluated_and_fine_tuned(distant: FinetuneConfig, folder
     assert model.head is not None
     assert model.head.out_features == 9
     settings = {"manifest": str(folder / "index"), "checkpoint": distant.out, "out": str(tmp_path / "evaluate")}
-    settings |= {"tracking.uri": "off", "data.cpus_per_decode": 0.5, "scale.cpus_per_worker": 0.5}
+    settings |= {"tracking.uri": "off", "data.cpus_per_decode": 0.5, "scale.num_workers": 0}
     found = evaluate.run(override(EvaluateConfig(), settings | {"probe": "both", "protocol": "whole"}))
     assert {"knn/top1", "linear/top1"} <= found["metrics"].keys()
     job = finetune.build_job(training(settings["manifest"], tmp_path / "tuned", checkpoint=distant.out))
@@ -222,7 +222,7 @@ def test_a_head_reads_the_segments_of_whole_videos(segments: FeaturesConfig, tmp
         result = finetune.run(heading(segments, tmp_path / name, **{"model.decoder.name": name}))
         assert "val/accuracy" in result["metrics"]
     settings = {"manifest": segments.manifest, "checkpoint": str(tmp_path / "s5"), "out": str(tmp_path / "evaluate")}
-    config = override(EvaluateConfig(), settings | {"tracking.uri": "off", "scale.cpus_per_worker": 0.5})
+    config = override(EvaluateConfig(), settings | {"tracking.uri": "off", "scale.num_workers": 0})
     with pytest.raises(
         UserError, match=r"features is '': the checkpoint has no frame encoder, it reads imported features"
     ):
