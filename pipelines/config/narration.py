@@ -42,6 +42,7 @@ class NarrateConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
+        self.scale.require_workers()
         for name in ("top_k", "chunk_segments", "shard_segments"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "give a positive number")

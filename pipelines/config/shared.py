@@ -61,6 +61,11 @@ class ScaleConfig:
         """Processes that do the work, that of the stage included where it is one of them."""
         return self.num_workers or 1
 
+    def require_workers(self) -> None:
+        """Raise `ValueError` where there are none, for a stage whose own process does not do their work."""
+        remedy = "give at least 1: this stage does not work in its own process"
+        require(self.num_workers >= 1, "scale.num_workers", self.num_workers, remedy)
+
     def __post_init__(self) -> None:
         require(self.num_workers >= 0, "scale.num_workers", self.num_workers, "give 0 or more")
         require(self.cpus_per_worker > 0, "scale.cpus_per_worker", self.cpus_per_worker, "give more than 0")

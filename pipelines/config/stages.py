@@ -241,6 +241,7 @@ class FeaturesConfig:
     """Where the run is logged."""
 
     def __post_init__(self) -> None:
+        self.scale.require_workers()
         require(self.frames_per_second > 0, "frames_per_second", self.frames_per_second, "give more than 0")
         require(0 <= self.segment_s < float("inf"), "segment_s", self.segment_s, "give 0 or more seconds")
         remedy = "embeddings of segments are made by a whole video model; give its checkpoint"

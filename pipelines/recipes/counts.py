@@ -76,7 +76,7 @@ def training_order(stage: str, config: PretrainConfig | FinetuneConfig, seconds:
     clips = config.clips
     dropped = clips.too_short == "drop"
     usable = sum(not dropped or fits(clips, each, ASSUMED_FPS) for each in seconds)
-    loop = with_batch_size(config.loop, usable, config.scale.num_workers)
+    loop = with_batch_size(config.loop, usable, config.scale.world_size)
     if usable < loop.batch_size:
         raise UserError(f"{stage}.loop.batch_size is {loop.batch_size}: split train lists {usable} videos; give fewer")
     return order_of(loop, usable)

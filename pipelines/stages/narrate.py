@@ -175,7 +175,7 @@ def labelled(config: NarrateConfig, segments: pa.Table, labeller: tuple[Any, ...
     if len(segments) == 0:
         return pa.Table.from_pylist([], pa.schema([*LABELS, pa.field("row", pa.int64())])), []
     dataset = in_chunks(segments, config.chunk_segments)
-    workers = min(config.scale.world_size, -(-len(segments) // config.chunk_segments))
+    workers = min(config.scale.num_workers, -(-len(segments) // config.chunk_segments))
     limit(dataset, workers * config.scale.cpus_per_worker)
     made = dataset.map_batches(
         Labeller,

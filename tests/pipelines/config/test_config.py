@@ -10,8 +10,10 @@ import pytest
 from pipelines import command_line
 from pipelines.config import (
     STAGES,
+    FeaturesConfig,
     FinetuneConfig,
     IndexConfig,
+    NarrateConfig,
     PretrainConfig,
     SweepConfig,
     flatten,
@@ -28,6 +30,14 @@ def test_override_converts_and_checks() -> None:
     config = override(PretrainConfig(), {"optim.lr": "3e-4", "optim.betas": [0.9, 0.95], "model.backbone.depth": "2"})
     assert (config.optim.lr, config.optim.betas, config.model.backbone.depth) == (3e-4, (0.9, 0.95), 2)
     assert PretrainConfig().optim.lr != 3e-4
+
+
+@pytest.mark.parametrize("config", [FeaturesConfig(), NarrateConfig()])
+def test_stages_that_need_workers_say_so(config: FeaturesConfig | NarrateConfig) -> None:
+    with pytest.raises(
+        UserError, match=r"scale.num_workers is 0: give at least 1: this stage does not work in its own"
+    ):
+        override(config, {"scale.num_workers": 0})
 
 
 @pytest.mark.parametrize(

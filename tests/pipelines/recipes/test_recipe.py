@@ -43,6 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RecipeConfig:
     for split, lines in lists.items():
         (folder / f"{split}.csv").write_text(f"file_name,duration,action,class_id\n{lines}")
     changes = _everywhere(preset("paper-breakfast").recipe, TINY | {"loop.batch_size": 4, "loop.epochs": 1})
+    changes["encode.scale.num_workers"] = 1
     small = override(
         preset("paper-breakfast").recipe, changes | {f"pretrain.{key}": value for key, value in HEADS.items()}
     )
