@@ -197,24 +197,45 @@ def decode_tasks_per_worker(scale: ScaleConfig, data: DecodeConfig, workers: int
     return (min(fit, data.decode_tasks) if data.decode_tasks else fit) // workers or 1, data.cpus_per_decode
 
 
-def runs_that_fit(scale: ScaleConfig, data: DecodeConfig | None, most: int) -> tuple[int, int]:
+def own_device(scale: ScaleConfig) -> str:
+    """Return the device, `cuda` or `cpu`, of a worker in this process.
+
+    Raises:
+        UserError: it is to have a GPU, and this process sees none.
+    """
+    if not scale.gpus_per_worker:
+        return "cpu"
+    # Only where it is needed: it takes seconds.
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"scale.gpus_per_worker is {scale.gpus_per_worker:g} and scale.num_workers 0: this process sees no GPU; "
+            "give scale.num_workers 1 for a worker where there is one, or scale.gpus_per_worker 0"
+        )
+    return "cuda"
+
+
+def runs_that_fit(scale: ScaleConfig, data: DecodeConfig | None, most: int, here: bool = False) -> tuple[int, int]:
     """Return how many runs with such workers fit beside each other, and how many decode tasks each of them has then.
 
     Args:
         scale: the workers of a run.
         data: decoding, of which each worker needs a task; None where nothing is decoded.
         most: runs that are wanted.
-
-    Raises:
-        UserError: not even one fits.
+        here: workers have to be on this process' node; decode tasks may be anywhere.
     """
-    check_cluster(scale, data)
     workers = scale.min_workers or scale.world_size
-    runs, tasks = 1, workers
+    all_nodes, own = nodes(), own_node()
+    places = [node for node in all_nodes if own in node] if here else all_nodes
+    others = [node.get("CPU", 0.0) for node in all_nodes if own not in node] if here else []
+    runs, tasks = 0, 0
     for count in range(1, most + 1):
-        free = place_workers(nodes(), scale, count * workers)
-        fit = count * workers if data is None else _tasks_that_fit(free or [], data.cpus_per_decode)
-        if free is None or fit < count * workers:
+        free = place_workers(places, scale, count * workers)
+        if free is None:
+            break
+        fit = count * workers if data is None else _tasks_that_fit(free + others, data.cpus_per_decode)
+        if fit < count * workers:
             break
         runs, tasks = count, fit // count
     return runs, tasks
@@ -231,6 +252,8 @@ def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
         UserError: workers and decoding do not fit the cluster.
     """
     ensure_ray()
+    if scale.num_workers == 0:
+        own_device(scale)
     if data is None:
         _free_cpus(scale, scale.min_workers or scale.world_size)
         return 0

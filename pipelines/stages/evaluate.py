@@ -27,7 +27,7 @@ from pipelines.data.manifest import check_clips, classes, drop_too_short, read_m
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import StageError, UserError
 from pipelines.running.progress import ProgressBar
-from pipelines.running.resources import check_cluster, decode_tasks
+from pipelines.running.resources import check_cluster, decode_tasks, own_device
 from pipelines.running.stage import Stage, in_thread, stage_run
 from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
@@ -177,7 +177,7 @@ def outputs(
         if config.scale.num_workers:
             found = inference.merge(_by_replicas(config.scale, files, arguments, bar))
         else:
-            found = _here(files, arguments[0], bar)
+            found = _here(files, own_device(config.scale), arguments[0], bar)
     if not found.video_ids or len(found.failures) > config.data.max_failure_share * len(videos):
         first = found.failures[0]
         raise StageError(
@@ -196,16 +196,17 @@ def _by_replicas(
         num_cpus=scale.cpus_per_worker, num_gpus=scale.gpus_per_worker, max_concurrency=2
     )
     content = ray.put(files)
-    replicas = [replica.remote(content) for _ in arguments]
+    device = "cuda" if scale.gpus_per_worker else "cpu"
+    replicas = [replica.remote(content, device) for _ in arguments]
     parts = [actor.run.remote(*each) for actor, each in zip(replicas, arguments, strict=True)]
     while len(ray.wait(parts, num_returns=len(parts), timeout=POLL_S)[0]) < len(parts) and bar.visible:
         bar.move_to(sum(ray.get([actor.videos_seen.remote() for actor in replicas])))
     return list(ray.get(parts))
 
 
-def _here(files: dict[str, bytes], arguments: tuple[Any, ...], bar: ProgressBar) -> ClipOutputs:
+def _here(files: dict[str, bytes], device: str, arguments: tuple[Any, ...], bar: ProgressBar) -> ClipOutputs:
     """Return what the only replica gives, in this process."""
-    replica = Replica(files)
+    replica = Replica(files, device)
     part = in_thread(partial(replica.run, *arguments))
     while not part.done():
         wait([part], POLL_S)
@@ -216,14 +217,14 @@ def _here(files: dict[str, bytes], arguments: tuple[Any, ...], bar: ProgressBar)
 class Replica:
     """One copy of the model: a Ray actor, or in the process of the stage."""
 
-    def __init__(self, files: dict[str, bytes]) -> None:
+    def __init__(self, files: dict[str, bytes], device: str) -> None:
         import tempfile
 
         with tempfile.TemporaryDirectory(prefix="checkpoint_") as name:
             for file, content in files.items():
                 (Path(name) / file).write_bytes(content)
             self.model, self.meta = load_model(Path(name))
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
         self.model.to(self.device)
         self._seen: set[str] = set()
 

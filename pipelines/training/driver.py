@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from pipelines import storage
 from pipelines.errors import StageError, StoppedError, last_line
@@ -73,8 +74,13 @@ def drive(
                     requested = True
                     monitor.request_stop.remote()
                 forward(ray.get(monitor.take.remote()), stage, on_row)
+        except ray.exceptions.RayActorError as error:
+            raise StageError(
+                f"the process of the run's monitor was lost ({last_line(str(error))}): run the same command again to "
+                "resume"
+            ) from error
         finally:
-            if here and not training.done():
+            if here and len(received) < 2 and not training.done():
                 # Such as the end of a trial that Tune stops early: this process may run another one.
                 monitor.request_stop.remote()
                 wait([training])

@@ -115,7 +115,8 @@ class Heartbeat:
         try:
             reply: Reply = ray.get(self._send(phase=phase), timeout=self._reply_timeout_s)
         except ray.exceptions.ActorDiedError:
-            reply = Reply(in_run=False, stop=True)  # The driver is gone, and the monitor with it.
+            # The driver is gone, and the monitor with it; unless this process is the driver, which then says so.
+            reply = Reply(in_run=self._last_words is not None, stop=True)
         except (ray.exceptions.RayError, TimeoutError):
             return  # Unreachable for now: the next pulse tries again.
         self._stop = reply.stop

@@ -12,11 +12,11 @@ import ray
 import torch
 
 from pipelines import storage
+from pipelines.running.resources import own_device
 from pipelines.training.failure_policy import during
 from pipelines.training.heartbeat import WORKER_PROCESS
 from pipelines.training.run_monitor import STACKS
 from pipelines.training.worker import Place, WorkerSetup, run_loop
-from s5.errors import TrainingError
 from s5.training.loop import TrainingResult
 from s5.training.watchdog import Hang
 
@@ -25,7 +25,7 @@ def train_here(setup: WorkerSetup) -> TrainingResult:
     """Run the loop of the only worker in the calling thread.
 
     Raises:
-        TrainingError: a GPU is asked for, and this process sees none.
+        UserError: a GPU is asked for, and this process sees none.
         Exception: what the loop raises.
     """
 
@@ -47,19 +47,8 @@ def train_here(setup: WorkerSetup) -> TrainingResult:
     # As many as Ray gives the process of a worker.
     torch.set_num_threads(max(1, int(setup.scale.cpus_per_worker)))
     try:
-        return run_loop(setup, Place(0, 1, _device(setup.scale.gpus_per_worker), lambda: False, on_hang))
-    except TrainingError as error:
-        ray.get(setup.monitor.fail.remote(str(error)))
-        raise
+        return run_loop(setup, Place(0, 1, torch.device(own_device(setup.scale)), lambda: False, on_hang))
     finally:
         torch.set_num_threads(threads)
         # Of a model that is gone; another stage of this process may need the memory.
         torch.cuda.empty_cache()
-
-
-def _device(gpus: float) -> torch.device:
-    if not gpus:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise TrainingError(f"scale.gpus_per_worker is {gpus:g}: this process sees no GPU; give 0 to train on CPUs")
-    return torch.device("cuda", torch.cuda.current_device())

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from pipelines import storage, tracking
-from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override, unknown
+from pipelines.config import DataConfig, FinetuneConfig, PretrainConfig, ScaleConfig, SweepConfig, override, unknown
 from pipelines.errors import UserError
-from pipelines.running.resources import runs_that_fit
+from pipelines.running.resources import check_cluster, runs_that_fit
 from pipelines.running.run_folder import RESULT, TRIALS
 from pipelines.tuning.search_space import Dimension, configured, name_of, stages, trials
 
@@ -46,6 +46,16 @@ class TrialSettings:
     def here(self) -> bool:
         """Whether all its stages train in the trial's own process."""
         return all(settings.scale.num_workers == 0 for settings in self.stages.values())
+
+    @property
+    def held(self) -> ScaleConfig:
+        """What its process holds where all stages train in it: the most that any of them needs."""
+        scales = [settings.scale for settings in self.stages.values()]
+        return replace(
+            scales[0],
+            cpus_per_worker=max(scale.cpus_per_worker for scale in scales),
+            gpus_per_worker=max(scale.gpus_per_worker for scale in scales),
+        )
 
     @property
     def result(self) -> str:
@@ -101,10 +111,7 @@ def stage_config(
     if stage == "finetune" and "pretrain" in stages(config):
         changes["checkpoint"] = storage.join(folder, "pretrain")
     settings = cast(PretrainConfig | FinetuneConfig, override(getattr(config, stage), changes))
-    paths: dict[str, Any] = {"manifest": storage.absolute(settings.manifest)}
-    if settings.scale.num_workers == 1:
-        # The process of a trial is used again, with all that it has imported; another one need not be started.
-        paths["scale.num_workers"] = 0
+    paths = {"manifest": storage.absolute(settings.manifest)}
     if (weights := settings.model.backbone.weights) not in ("", "timm"):
         paths["model.backbone.weights"] = storage.absolute(weights)
     for name in ("features", "checkpoint", "labels"):
@@ -113,24 +120,66 @@ def stage_config(
     return override(settings, paths)
 
 
+Settings = PretrainConfig | FinetuneConfig
+Kind = tuple[ScaleConfig, DataConfig | None]
+"""What decides how many trials fit: workers and decoding."""
+
+
 def fit_cluster(config: SweepConfig, all_trials: list[TrialSettings]) -> tuple[list[TrialSettings], int]:
     """Return the trials with their share of the decoding worked out, and how many of them run at once.
 
-    Tune does not know what decoding holds, nor the workers of a trial with several, so this has to.
+    Tune does not know what decoding holds, nor the workers of a trial that Ray Train starts, so this has to. Trials of
+    one worker run in Tune's own processes, which are used again with all that they have imported, unless fewer of them
+    fit so: a tracking database in a file keeps these processes on this node.
 
     Raises:
         UserError: the largest trial does not fit the cluster.
     """
-    settings = [each for trial in all_trials for each in trial.stages.values()]
+    stages = [settings for trial in all_trials for settings in trial.stages.values()]
+    for scale, data in {_kind(settings) for settings in stages}:
+        check_cluster(replace(scale, num_workers=scale.world_size), data)
     most = min(config.concurrent_trials or len(all_trials), len(all_trials))
-    kinds = {(s.scale, None if s.features else s.data) for s in settings}
-    concurrent = min(runs_that_fit(scale, data, most)[0] for scale, data in kinds)
-    tasks = {(scale, data): runs_that_fit(scale, data, concurrent)[1] for scale, data in kinds if data is not None}
+    here, trials, fits = False, all_trials, _fits(all_trials, most, here=False)
+    if all(settings.scale.world_size == 1 for settings in stages):
+        inside = [replace(trial, stages=_in_own_process(trial)) for trial in all_trials]
+        on_this_node = bool(tracking.database(stages[0].tracking.uri))
+        found = _fits(inside, most, on_this_node)
+        if min(found.values())[0] >= min(fits.values())[0]:
+            here, trials, fits = on_this_node, inside, found
+    if trials is all_trials and any(settings.scale.num_workers == 0 for settings in stages):
+        raise UserError(
+            "scale.num_workers is 0: a trial of this sweep has another stage with several workers, or does not fit the "
+            "node of the sweep; give 1"
+        )
+    concurrent = min(fits.values())[0]
+    tasks = {kind: fit for kind, (_, fit) in _fits(trials, concurrent, here).items()}
+    return [replace(trial, stages=_with_decoding(trial, tasks)) for trial in trials], concurrent
 
-    def shared(settings: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
-        fit = tasks.get((settings.scale, settings.data), 1)
-        return override(settings, {"data.decode_tasks": min(fit, settings.data.decode_tasks or fit)})
 
-    return [
-        replace(each, stages={stage: shared(s) for stage, s in each.stages.items()}) for each in all_trials
-    ], concurrent
+def _kind(settings: Settings) -> Kind:
+    return settings.scale, None if settings.features else settings.data
+
+
+def _kinds(trial: TrialSettings) -> list[Kind]:
+    """Return the kinds of a trial's stages; in its own process, each has what the process holds."""
+    kinds = [_kind(settings) for settings in trial.stages.values()]
+    return [(trial.held, data) for _, data in kinds] if trial.here else kinds
+
+
+def _fits(trials: list[TrialSettings], most: int, here: bool) -> dict[Kind, tuple[int, int]]:
+    """Return how many trials of each kind fit at once, and the decode tasks of each then; `here`: on this node."""
+    return {kind: runs_that_fit(*kind, most, here) for kind in {kind for trial in trials for kind in _kinds(trial)}}
+
+
+def _in_own_process(trial: TrialSettings) -> dict[str, Settings]:
+    changes = {"scale.num_workers": 0, "scale.min_workers": 0}
+    return {stage: override(settings, changes) for stage, settings in trial.stages.items()}
+
+
+def _with_decoding(trial: TrialSettings, tasks: Mapping[Kind, int]) -> dict[str, Settings]:
+    """Return the settings of a trial's stages with no more decode tasks than there is room for."""
+    found = {}
+    for (stage, settings), kind in zip(trial.stages.items(), _kinds(trial), strict=True):
+        fit = min(tasks[kind], settings.data.decode_tasks or tasks[kind])
+        found[stage] = settings if settings.features else override(settings, {"data.decode_tasks": fit})
+    return found

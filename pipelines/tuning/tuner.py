@@ -102,11 +102,10 @@ def run_trials(
 
 def _resources(trial: TrialSettings) -> tune.PlacementGroupFactory:
     """Return what the process of a trial holds."""
-    scales = [settings.scale for settings in trial.stages.values()]
     bundle: dict[str, float] = {}
     if trial.here:
-        bundle = {"CPU": max(scale.cpus_per_worker for scale in scales)}
-        if gpus := max(scale.gpus_per_worker for scale in scales):
+        bundle = {"CPU": trial.held.cpus_per_worker}
+        if gpus := trial.held.gpus_per_worker:
             bundle["GPU"] = gpus
     uri = next(iter(trial.stages.values())).tracking.uri
     if not trial.here or tracking.database(uri):
@@ -203,8 +202,9 @@ def run_trial(
     parent: str,
 ) -> None:
     """Run the stages of one trial; their MLflow runs nest under the trial's, and that under the sweep's."""
-    # Tune gives a trial 2 s to return before it calls its process unfit for the next one: too few on a busy machine.
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "30"
+    # Tune gives a stopped trial 2 s to return, and else fails the next one. It finishes its step and saves; where it
+    # hangs, its watchdog ends the process.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "86400"
     name_cluster()
     trial = trials[chosen["trial"]]
     uri = next(iter(trial.stages.values())).tracking.uri
