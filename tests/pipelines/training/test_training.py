@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from ray.util.state import list_actors
 
 from pipelines import storage
 from pipelines.config import (
@@ -137,17 +138,41 @@ def test_what_a_row_raises_ends_the_training_of_this_process(straight: PretrainC
     assert list((tmp_path / "pretrain" / "checkpoints").glob("step_*/meta.json"))
 
 
+def test_a_lost_monitor_ends_the_run_with_a_sentence(straight: PretrainConfig, tmp_path: Path) -> None:
+    def lose(step: int, row: dict[str, float]) -> None:
+        if step == 1:
+            (monitor,) = [
+                actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.class_name == "RunMonitor"
+            ]
+            os.kill(monitor.pid, signal.SIGKILL)
+
+    config = override(straight, {"out": str(tmp_path / "pretrain"), "loop.epochs": 4000})
+    with pytest.raises(StageError, match=r"the process of the run's monitor was lost .*: run the same command again"):
+        pretrain.run(config, on_row=lose)
+    assert list((tmp_path / "pretrain" / "checkpoints").glob("step_*/meta.json"))
+
+
 HANGING = """
-import sys, time
+import os, signal, sys, threading, time
 from pipelines.config import PretrainConfig, override
 from pipelines.stages import pretrain
 from tests.pipelines.training.test_training import pretraining
 
 build = pretrain.build
 
+def interrupt():
+    for _ in range(2):
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def hang(progress):
+    if sys.argv[3] == "interrupted":
+        threading.Thread(target=interrupt).start()
+    time.sleep(1000)
+
 def hanging(job, context):
     loop = build(job, context)
-    loop.task.before_step = lambda progress: time.sleep(1000)
+    loop.task.before_step = hang
     return loop
 
 pretrain.build = hanging
@@ -155,19 +180,31 @@ pretrain.run(override(pretraining(sys.argv[1], sys.argv[2]), {"scale.hang_timeou
 """
 
 
-def test_a_run_that_hangs_in_its_own_process_says_so(manifest: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, manifest, str(tmp_path / "pretrain")],
+def hung(manifest: str, out: Path, how: str) -> subprocess.CompletedProcess[str]:
+    """Pretrain in a process of its own whose first step never ends; it hangs alone, or is interrupted twice."""
+    return subprocess.run(
+        [sys.executable, "-c", HANGING, manifest, str(out), how],
         cwd=ROOT,
         env=os.environ | {"RAY_ADDRESS": ""},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def test_a_run_that_hangs_in_its_own_process_says_so(manifest: str, tmp_path: Path) -> None:
+    done = hung(manifest, tmp_path / "pretrain", "alone")
     assert done.returncode == EXIT_STATUS
     assert "error: training hangs in step 1: training for 1" in done.stderr
     assert "run the same command again to resume" in done.stderr
     assert "time.sleep(1000)" in (tmp_path / "pretrain" / "stacks.txt").read_text()
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(manifest: str, tmp_path: Path) -> None:
+    done = hung(manifest, tmp_path / "pretrain", "interrupted")
+    assert "stopping: saving a checkpoint first (once more to stop at once)" in done.stdout
+    assert "KeyboardInterrupt" in done.stderr
+    assert "training hangs" not in done.stderr
 
 
 def test_a_run_that_diverges_ends_with_its_videos(
