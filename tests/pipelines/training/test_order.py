@@ -31,8 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 ROOT = Path(__file__).parents[3]
 VIDEOS, BATCH, EPOCHS = 17, 4, 4
 STEPS_PER_EPOCH, CHECKPOINT_EVERY = VIDEOS // BATCH, 3
-# Workers of each start, and the step (in mid-epoch, after a checkpoint) at which it is killed; the last one finishes.
-STARTS = [(1, 5), (2, 10), (1, EPOCHS * STEPS_PER_EPOCH)]
+# Workers of each start (0: its own process), and the step (in mid-epoch, after a checkpoint) at which it is killed; the last one finishes.
+STARTS = [(0, 5), (2, 10), (1, EPOCHS * STEPS_PER_EPOCH)]
 WAIT_S = 240
 DRIVER = """
 import dataclasses, os, sys, time
@@ -132,7 +132,7 @@ def train(folder: Path, start: int, ray_folder: str) -> None:
     try:
         end = time.monotonic() + WAIT_S
         while driver.poll() is None and time.monotonic() < end:
-            held = sum(step == hold for step, *_ in records(folder, start)) == workers
+            held = sum(step == hold for step, *_ in records(folder, start)) == max(workers, 1)
             # As soon as the checkpoint is stored: the next start resumes from it.
             if held and stored(folder) == hold // CHECKPOINT_EVERY * CHECKPOINT_EVERY:
                 return
