@@ -34,9 +34,7 @@ def test_override_converts_and_checks() -> None:
 
 @pytest.mark.parametrize("config", [FeaturesConfig(), NarrateConfig()])
 def test_stages_that_need_workers_say_so(config: FeaturesConfig | NarrateConfig) -> None:
-    with pytest.raises(
-        UserError, match=r"scale.num_workers is 0: give at least 1: this stage does not work in"
-    ):
+    with pytest.raises(UserError, match=r"scale.num_workers is 0: give at least 1: this stage does not work in"):
         override(config, {"scale.num_workers": 0})
 
 
