@@ -498,7 +498,8 @@ def test_imported_features_stand_in_for_the_frame_encoder(tmp_path: Path) -> Non
     [
         ({"name": "swin"}, r"imported from 'vit-l', not 'swin'; give --model.backbone.name vit-l, or other features"),
         ({"tokens": TOKENS, "width": 9}, r"model.backbone.width is 8 there, not 9; give 8"),
-        ({"cls_token": True}, r"imported features are taken as they are; leave out model.backbone.cls_token"),
+        ({"cls_token": True}, r"imported features are taken as they are; give --model.backbone.no-cls-token$"),
+        ({"cls_token": True, "tubelet": 2}, r"give --model.backbone.no-cls-token and --model.backbone.tubelet 1$"),
     ],
 )
 def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -507,10 +508,18 @@ def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: 
         with_imported(BackboneConfig(**(settings | changes)), features_folder(tmp_path))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["vit-l", "swin"])
+def test_a_model_with_a_frame_encoder_reads_no_imported_features(name: str, frozen: bool, tmp_path: Path) -> None:
+    """Nor where name and sizes agree: what made the features may have had other weights."""
+    with pytest.raises(UserError, match=rf"imported ones of 'vit-l', .* a frame encoder of its own, '{name}'; give"):
+        check_fresh(features_folder(tmp_path), meta_of(), BackboneConfig(name=name, frozen=frozen), "", "m")
+
+
 def test_another_manifest_and_missing_features_are_refused(tmp_path: Path) -> None:
     folder = features_folder(tmp_path)
     with pytest.raises(UserError, match=r"from another manifest, or it has changed since"):
-        check_fresh(folder, meta_of(), BackboneConfig(name="vit-l", frozen=True), "", "other")
+        check_fresh(folder, meta_of(), with_imported(BackboneConfig(name="vit-l", frozen=True), folder), "", "other")
     changes = {"model.backbone.frozen": True, "model.backbone.tokens": 3, "model.backbone.width": 8}
     with pytest.raises(UserError, match=r"backbone.tokens is 3: imported features stand in for the frame encoder then"):
         override(FinetuneConfig(), changes)
