@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from pipelines.config.dotted import flatten as flatten
@@ -236,7 +236,7 @@ class FeaturesConfig:
     data: DecodeConfig = field(default_factory=DecodeConfig)
     """Decoding, shared out among the workers; the time limit is for one chunk."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
-    """Workers: copies of the backbone."""
+    """Workers: copies of the backbone; an import has none."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is logged."""
 
@@ -255,12 +255,32 @@ class FeaturesConfig:
         require(not (self.import_ and self.checkpoint), "checkpoint", self.checkpoint, "imported features take none")
         tokens = self.model.backbone.tokens
         require(tokens == 0, "model.backbone.tokens", tokens, "imported files say it themselves; leave it out")
+        self._require_effects()
         tubelet = self.model.backbone.tubelet
-        single = tubelet == 1 or self.segment_s > 0
-        require(single, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
+        require(tubelet == 1, "model.backbone.tubelet", tubelet, "features are of single frames; give 1")
         weights = self.model.backbone.weights
         if self.checkpoint:
             require(not weights, "model.backbone.weights", weights, "the checkpoint has weights; leave one of them out")
+
+    def _require_effects(self) -> None:
+        """Raise `ValueError` where a setting is given that says nothing of what is done.
+
+        With an import, those of the encoder may stay where they are of the one that --backbone names: a recipe has it.
+        """
+        encoded = "the checkpoint's video model embeds segments, not frames; leave it out"
+        idle = {"shard_gigabytes": "it is of imported features; leave it out, or give --import"}
+        if self.import_:
+            encoded = "nothing is encoded with --import; leave it out"
+            idle = {"precision": encoded, "shard_videos": encoded}
+        elif self.segment_s:
+            idle["frames_per_second"] = encoded
+        for name, remedy in idle.items():
+            value = getattr(self, name)
+            require(value == getattr(FeaturesConfig, name), name, value, remedy)
+        if self.segment_s or (self.import_ and self.model.backbone.name != self.backbone):
+            for setting in fields(BackboneConfig):
+                value = getattr(self.model.backbone, setting.name)
+                require(value == setting.default, f"model.backbone.{setting.name}", value, encoded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +332,10 @@ class FinetuneConfig:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
             require_no_views(self.views)
+        for name in ("blur", "solarise"):
+            shares = getattr(self.views, name)
+            remedy = f"fine-tuning has no short clips, whose share the second is; give it {shares[0]:g} 0"
+            require(shares[1] == 0, f"views.{name}", shares, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

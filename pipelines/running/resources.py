@@ -184,6 +184,22 @@ def decode_tasks(scale: ScaleConfig, data: DecodeConfig) -> int:
     return min(fit, data.decode_tasks) if data.decode_tasks else fit
 
 
+def tasks_alone(data: DecodeConfig) -> int:
+    """Return how many decode tasks may run at once where there are no workers.
+
+    Raises:
+        UserError: none fits a node.
+    """
+    free = node_cpus()
+    fit = _tasks_that_fit(free, data.cpus_per_decode)
+    if not fit:
+        raise UserError(
+            f"data.cpus_per_decode is {data.cpus_per_decode:g}: no node of the cluster has more than {max(free):g} "
+            "CPUs, and a task has to fit on one; lower it, or add larger nodes"
+        )
+    return min(fit, data.decode_tasks) if data.decode_tasks else fit
+
+
 def decode_tasks_per_worker(scale: ScaleConfig, data: DecodeConfig, workers: int) -> tuple[int, float]:
     """Return the number of decode tasks of each running worker, and the CPUs that a task reserves.
 
@@ -241,11 +257,11 @@ def runs_that_fit(scale: ScaleConfig, data: DecodeConfig | None, most: int, here
     return runs, tasks
 
 
-def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
+def check_cluster(scale: ScaleConfig | None, data: DecodeConfig | None) -> int:
     """Start or join Ray and return how many decode tasks fit beside the workers; call it before anything is written.
 
     Args:
-        scale: the workers.
+        scale: the workers; None where there are none, but tasks alone.
         data: decoding; None where nothing is decoded, which gives 0.
 
     Raises:
@@ -255,6 +271,7 @@ def check_cluster(scale: ScaleConfig, data: DecodeConfig | None) -> int:
     if scale.num_workers == 0:
         own_device(scale)
     if data is None:
-        _free_cpus(scale, scale.min_workers or scale.world_size)
+        if scale is not None:
+            _free_cpus(scale, scale.min_workers or scale.world_size)
         return 0
-    return decode_tasks(scale, data)
+    return tasks_alone(data) if scale is None else decode_tasks(scale, data)

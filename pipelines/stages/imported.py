@@ -40,7 +40,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         return result
     rows, strangers = plan(manifest, files, config.import_, config.shard_gigabytes * 1e9)
     meta = meta_of(config, inputs, *common_shape(rows, config.import_))
-    tasks = check_cluster(config.scale, config.data)
+    tasks = check_cluster(None, config.data)
     with stage_run("features", config, inputs=inputs) as stage:
         shards = int(rows["shard"][-1].as_py()) + 1
         done = finished_shards(stage.out)

@@ -238,6 +238,21 @@ def load_model(folder: Path) -> tuple[VideoModel, Meta]:
     return model.eval(), meta
 
 
+def _check_frame_encoder(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise `CheckpointError` where imported features stand in for the frame encoder there alone, or here alone."""
+    here = wanted.get("backbone.tokens", there["tokens"])
+    if there["tokens"] and not here:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} has no frame encoder, it was trained on imported features of "
+            f"{there['name']!r}; give --features with those, or another checkpoint"
+        )
+    if here and not there["tokens"]:
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} has a frame encoder of its own, {there['name']!r}, and the features are "
+            "imported ones; give features that it computed, or a checkpoint trained on these"
+        )
+
+
 def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
     """Compare a checkpoint's architecture with the one that is to be trained, without reading its weights.
 
@@ -249,6 +264,7 @@ def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
         CheckpointError: they differ; names the setting and both values.
     """
     there = asdict(from_json(ModelConfig, read_meta(folder).model))
+    _check_frame_encoder(folder, there["backbone"], wanted)
     for key, value in wanted.items():
         if key.startswith(NOT_COMPARED):
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import pickle
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -214,7 +215,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], config: BackboneCon
         # timm has a function of this name beside each model whose weights had other layouts, or depend on its size.
         module = vision_transformer if is_plain_vit(model) else sys.modules[type(model).__module__]
         convert = getattr(module, "checkpoint_filter_fn", lambda state, model: state)
-        state = convert(state, model)
+        # It checks nothing: what it stumbles over stays as it is, and fits no better.
+        with suppress(LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError):
+            state = convert(state, model)
         if PROJECTION in state and state[PROJECTION].ndim == 4 and state[PROJECTION].shape[1] == 3:
             state[PROJECTION] = adapt_input_conv(3 * config.tubelet, state[PROJECTION])
     if wrong := unfit():

@@ -9,10 +9,14 @@ Shapes: T frames, N tokens a frame, D width.
 from __future__ import annotations
 
 import importlib
+import lzma
 import pickle
 import shutil
+import struct
 import tempfile
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,7 +54,7 @@ class StoredArray:
         """
         with _failures_told():
             part = self.read(first, stop)
-        part = part.detach().half().numpy() if isinstance(part, torch.Tensor) else part
+            part = part.detach().half().numpy() if isinstance(part, torch.Tensor) else part
         with np.errstate(over="ignore"):
             array: TokenArray = np.ascontiguousarray(part, np.float16).reshape(stop - first, *self.shape[1:])
         # A sum is not finite where a number is not, and is found without an array of answers.
@@ -74,12 +78,12 @@ def open_array(path: str, file_format: str) -> Iterator[StoredArray]:
     Raises:
         VideoError: the file cannot be read, or has no array of features.
     """
-    # What fails while the array is used, as a full disk, is no fault of the file.
+    # What fails while it is copied or the array is used, as a full disk or a network, is no fault of the file.
     with ExitStack() as stack:
+        name = stack.enter_context(_local(path))
         with _failures_told():
-            name = stack.enter_context(_local(path))
             shape, dtype, read = stack.enter_context(_OPENERS[file_format](name))
-        yield StoredArray(_checked(tuple(shape), str(dtype)), read)
+        yield StoredArray(_checked(tuple(shape), dtype), read)
 
 
 @contextmanager
@@ -87,20 +91,24 @@ def _failures_told() -> Iterator[None]:
     """Turn what libraries raise at files that they cannot read into `VideoError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError) as error:
         raise VideoError(f"its file cannot be read ({_reason(error)})") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, zlib.error, lzma.LZMAError) as error:
         raise VideoError(f"its file is damaged or of another format ({_reason(error)})") from None
+    # What they stumble over where they do not check; its message says nothing of the file.
+    except (LookupError, AttributeError, TypeError, AssertionError, struct.error, tokenize.TokenError):
+        raise VideoError("its file is damaged or of another format") from None
 
 
 def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _checked(shape: tuple[int, ...], dtype: str) -> tuple[int, int, int]:
-    kind = dtype.removeprefix("torch.")
+def _checked(shape: tuple[int, ...], dtype: Any) -> tuple[int, int, int]:
+    # The name of a type of NumPy says nothing of the order of its bytes, which is converted.
+    kind = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
     if kind not in FLOATS:
-        raise VideoError(f"its features are {kind} numbers, not floating-point ones")
+        raise VideoError(f"its features are {kind} numbers, not {', '.join(FLOATS)}")
     if len(shape) not in (2, 3) or 0 in shape:
         raise VideoError(f"its features have the shape {shape}, not (T, N, D) or (T, D)")
     return (shape[0], 1, shape[1]) if len(shape) == 2 else (shape[0], shape[1], shape[2])
@@ -110,6 +118,8 @@ def _one(names: list[str]) -> str:
     """The name of a file's array of features."""
     if len(names) == 1:
         return names[0]
+    if not names:
+        raise VideoError("its file has no array")
     if NAMED not in names:
         raise VideoError(f"its file has {len(names)} arrays ({', '.join(names[:3])}) and none is named {NAMED!r}")
     return NAMED
@@ -123,7 +133,11 @@ def _local(path: str) -> Iterator[str]:
         return
     system, inner = storage.filesystem(path)
     with tempfile.NamedTemporaryFile(prefix="features-") as copy:
-        with system.open_input_stream(inner) as stream:
+        try:
+            source = system.open_input_stream(inner)
+        except FileNotFoundError:
+            raise VideoError("its file cannot be read (it is not there)") from None
+        with source as stream:
             shutil.copyfileobj(stream, copy, 1 << 20)
         copy.flush()
         yield copy.name
@@ -134,14 +148,14 @@ Opened = tuple[Any, Any, Callable[[int, int], Any]]
 
 @contextmanager
 def _npy(path: str) -> Iterator[Opened]:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    array = np.lib.format.open_memmap(path, mode="r")
     yield array.shape, array.dtype, lambda first, stop: array[first:stop]
 
 
 @contextmanager
 def _npz(path: str) -> Iterator[Opened]:
     with zipfile.ZipFile(path) as archive:
-        name = _one([name.removesuffix(".npy") for name in archive.namelist()])
+        name = _one([name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")])
         with archive.open(f"{name}.npy") as member:
             version = np.lib.format.read_magic(member)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -169,12 +183,18 @@ class _Rows:
 @contextmanager
 def _pt(path: str) -> Iterator[Opened]:
     # Files of PyTorch before 1.6 cannot be mapped; they are read whole.
-    value = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    archive = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        if not archive and file.read(1) != pickle.PROTO:
+            raise ValueError("it is not one that torch.save wrote")
+    value = torch.load(path, "cpu", weights_only=True, mmap=archive)
     if isinstance(value, Mapping):
         tensors = {str(key): item for key, item in value.items() if isinstance(item, torch.Tensor)}
         value = tensors[_one(list(tensors))] if tensors else None
     if not isinstance(value, torch.Tensor):
         raise ValueError("it holds no tensor")
+    if value.layout != torch.strided:
+        raise ValueError("its tensor is sparse")
     tensor = value
     yield tensor.shape, tensor.dtype, lambda first, stop: tensor[first:stop]
 
@@ -184,8 +204,8 @@ def _safetensors(path: str) -> Iterator[Opened]:
     with safe_open(path, "pt") as file:
         name = _one(list(file.keys()))
         stored = file.get_slice(name)
-        probe = stored[0:0]
-        yield stored.get_shape(), probe.dtype, lambda first, stop: stored[first:stop]
+        shape = stored.get_shape()
+        yield shape, (stored[0:0] if shape else file.get_tensor(name)).dtype, lambda first, stop: stored[first:stop]
 
 
 @contextmanager
@@ -193,7 +213,8 @@ def _h5(path: str) -> Iterator[Opened]:
     h5py = importlib.import_module("h5py")
     with h5py.File(path, "r") as file:
         stored = file[_one([name for name in file if isinstance(file[name], h5py.Dataset)])]
-        yield stored.shape, stored.dtype, lambda first, stop: stored[first:stop]
+        # An empty one has None.
+        yield stored.shape or (), stored.dtype, lambda first, stop: stored[first:stop]
 
 
 _OPENERS = {"npy": _npy, "npz": _npz, "pt": _pt, "safetensors": _safetensors, "h5": _h5}

@@ -227,10 +227,10 @@ def with_imported(config: BackboneConfig, folder: str) -> BackboneConfig:
     for key, there in (("tokens", meta.tokens), ("width", meta.width)):
         if (here := getattr(config, key)) not in (0, there):
             raise UserError(f"features is {folder!r}: model.backbone.{key} is {there} there, not {here}; give {there}")
-    if config.cls_token or config.tubelet != 1:
+    off = {"no-cls-token": config.cls_token, "tubelet 1": config.tubelet != 1}
+    if remedies := [f"--model.backbone.{remedy}" for remedy, given in off.items() if given]:
         raise UserError(
-            f"features is {folder!r}: imported features are taken as they are; leave out model.backbone.cls_token and "
-            "model.backbone.tubelet"
+            f"features is {folder!r}: imported features are taken as they are; give {' and '.join(remedies)}"
         )
     made_by = meta.weights if name == SEGMENTS else ""
     if config.made_by not in ("", made_by):
@@ -254,6 +254,11 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
         UserError: they differ; names the difference.
     """
     stale = f"features is {folder!r}: computed"
+    if meta.imported and not backbone.tokens:
+        raise UserError(
+            f"features is {folder!r}: imported ones of {meta.backbone['name']!r}, where the model has a frame encoder "
+            f"of its own, {backbone.name!r}; give features that it computed, or a model trained on these"
+        )
     with_imported(backbone, folder)
     if backbone.tokens and not meta.imported:
         raise UserError(

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,20 +101,8 @@ def files_digest(files: list[FeatureFile]) -> str:
 def plan(
     manifest: pa.Table, files: list[FeatureFile], folder: str, shard_bytes: float
 ) -> tuple[pa.Table, list[Failure]]:
-    """Return a row of ROWS per video, in shards of about so many bytes, and the files that belong to no video.
-
-    A video's file has its id as name, or that of its file in the manifest, with or without the folders.
-    """
-    named: dict[str, list[FeatureFile]] = defaultdict(list)
-    for file in files:
-        for name in {file.name, file.name.rpartition("/")[2]}:
-            named[name].append(file)
-    ids, uris = manifest["video_id"].to_pylist(), manifest["uri"].to_pylist()
-    hits = [named.get(video_id) or named.get(_stem(uri), []) for video_id, uri in zip(ids, uris, strict=True)]
-    videos_of: dict[str, set[str]] = defaultdict(set)
-    for uri, hit in zip(uris, hits, strict=True):
-        for file in hit:
-            videos_of[file.path].add(uri)
+    """Return a row of ROWS per video, in shards of about so many bytes, and the files that belong to no video."""
+    hits, videos_of = match(manifest["video_id"].to_pylist(), manifest["uri"].to_pylist(), files)
     rows: list[dict[str, Any]] = []
     shard, filled, count = 0, 0.0, 0
     for video, hit in zip(manifest.select(COLUMNS).to_pylist(), hits, strict=True):
@@ -132,8 +120,47 @@ def plan(
     return pa.Table.from_pylist(rows, ROWS), strangers
 
 
-def _stem(uri: str) -> str:
-    return os.path.splitext(uri.rpartition("/")[2])[0]
+def match(
+    ids: list[str], uris: list[str], files: list[FeatureFile]
+) -> tuple[list[list[FeatureFile]], dict[str, set[str]]]:
+    """Return the files that may be of each video, and the uris of the videos that each file, by its path, may be of.
+
+    A file's name is a video's id; or else it ends as the path of the video's own file does, in as many folders as
+    possible; or else in its id; or else in the bare name of its file. What fits one video better is not another's.
+    """
+    named: dict[str, list[FeatureFile]] = defaultdict(list)
+    for file in files:
+        name, more = file.name, "/"
+        while more:
+            named[name].append(file)
+            _, more, name = name.partition("/")
+    hits: list[list[FeatureFile]] = [[] for _ in ids]
+    videos_of: dict[str, set[str]] = defaultdict(set)
+
+    def search(names: Iterable[str], whole: bool = False) -> None:
+        found = {}
+        for row, name in enumerate(names):
+            if not hits[row] and name in named:
+                fit = [file for file in named[name] if file.name == name or not whole]
+                found[row] = [file for file in fit if file.path not in videos_of or uris[row] in videos_of[file.path]]
+        for row, hit in found.items():
+            hits[row] = hit
+            for file in hit:
+                videos_of[file.path].add(uris[row])
+
+    search(ids, whole=True)
+    paths = [os.path.splitext(uri)[0] for uri in uris]
+    for folders in range(max(file.name.count("/") for file in files), 0, -1):
+        search(_last_parts(path, folders) for path in paths)
+    search(ids)
+    search(path.rpartition("/")[2] for path in paths)
+    return hits, videos_of
+
+
+def _last_parts(path: str, folders: int) -> str:
+    """Return the name that a path ends in with so many folders before it; empty where it has fewer."""
+    parts = path.rsplit("/", folders + 1)[-folders - 1 :]
+    return "/".join(parts) if len(parts) > folders else ""
 
 
 def _mismatch(video: dict[str, Any], files: list[FeatureFile], folder: str, videos_of: dict[str, set[str]]) -> str:
@@ -141,8 +168,10 @@ def _mismatch(video: dict[str, Any], files: list[FeatureFile], folder: str, vide
     if not files:
         return f"it has no file of features below {storage.redacted(folder)}"
     names = ", ".join(storage.redacted(file.path) for file in files[:3])
+    if len({file.name for file in files}) < len(files):
+        return f"it has {len(files)} files of features ({names}): say by --format which endings count, or rename others"
     if len(files) > 1:
-        return f"it has {len(files)} files of features ({names}): remove all but one"
+        return f"it has {len(files)} files of features ({names}): name them by the ids of their videos"
     if (others := len(videos_of[files[0].path])) > 1:
         return f"{names} may be of any of {others} videos: name it by the id of its video"
     return ""
@@ -213,21 +242,25 @@ def _import(video: dict[str, Any], writer: ShardWriter, meta: FeatureMeta) -> di
 def segment_frames(video: dict[str, Any], frames: int, frames_per_second: float) -> tuple[int, int, float]:
     """Return the first frame of a video's segment, the one after its last, and the time of the first in the video.
 
-    Frame k of features of the whole video is the one at k / frames_per_second; otherwise they are of the segment.
+    Frame k of features of the whole video is the one at k / frames_per_second; otherwise they are of the segment. Where
+    they may be of either, they are of the one whose length is closer, and of the whole video where both are as close.
 
     Raises:
         VideoError: the features are neither of the whole video nor of its segment; see `FRAMES` and `SHARE`.
     """
     start_s, end_s, whole_s = video["start_s"], video["end_s"], video["duration_s"]
 
-    def agree(length_s: float) -> bool:
-        return bool(abs(frames / frames_per_second - length_s) <= FRAMES / frames_per_second + SHARE * length_s)
+    def off_s(length_s: float) -> float:
+        """How far the features are off a length; infinite where they cannot have it."""
+        off = abs(frames / frames_per_second - length_s)
+        return off if off <= FRAMES / frames_per_second + SHARE * length_s else math.inf
 
-    if agree(whole_s):
+    whole_off_s, segment_off_s = off_s(whole_s), off_s(end_s - start_s)
+    if whole_off_s < math.inf and whole_off_s <= segment_off_s + TOLERANCE_S:
         first = min(math.floor((start_s + TOLERANCE_S) * frames_per_second), frames - 1)
         last = frames if end_s >= whole_s - TOLERANCE_S else math.ceil((end_s - TOLERANCE_S) * frames_per_second)
         return first, max(first + 1, min(last, frames)), first / frames_per_second
-    if agree(end_s - start_s):
+    if segment_off_s < math.inf:
         return 0, frames, start_s
     segment = "" if end_s - start_s >= whole_s - TOLERANCE_S else f" (its segment {end_s - start_s:g} s)"
     raise VideoError(

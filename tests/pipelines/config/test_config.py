@@ -92,6 +92,45 @@ def test_mistakes_in_what_is_indexed(changes: dict[str, object], message: str) -
         override(IndexConfig(), changes)
 
 
+IMPORT = {"import_": "files", "backbone": "vit-l"}
+SEGMENTED = {"checkpoint": "out/finetune", "segment_s": 9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (IMPORT | {"precision": "bf16"}, "precision is 'bf16': nothing is encoded with --import; leave it out"),
+        (IMPORT | {"shard_videos": 7}, "shard_videos is 7: nothing is encoded with --import; leave it out"),
+        (IMPORT | {"model.backbone.weights": "timm"}, "model.backbone.weights is 'timm': nothing is encoded with"),
+        (IMPORT | {"model.backbone.name": "swin"}, "model.backbone.name is 'swin': nothing is encoded with --import"),
+        ({"shard_gigabytes": 2}, "shard_gigabytes is 2.0: it is of imported features; leave it out, or give --import"),
+        (SEGMENTED | {"shard_gigabytes": 2}, "shard_gigabytes is 2.0: it is of imported features"),
+        (
+            SEGMENTED | {"frames_per_second": 2},
+            "frames_per_second is 2.0: the checkpoint's video model embeds segments",
+        ),
+        (SEGMENTED | {"model.backbone.depth": 2}, "model.backbone.depth is 2: the checkpoint's video model embeds"),
+    ],
+)
+def test_settings_of_features_without_effect_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        override(FeaturesConfig(), changes)
+
+
+def test_a_recipe_may_import_what_its_encoder_made() -> None:
+    name = PRESETS["paper-breakfast"]().recipe.encode.model.backbone.name
+    changes = {"import_": "files", "backbone": name, "shard_gigabytes": 2}
+    for config in (preset("paper-breakfast").features, preset("paper-breakfast").recipe.encode):
+        assert override(config, changes).frames_per_second == 2
+
+
+@pytest.mark.parametrize("name", ["blur", "solarise"])
+def test_fine_tuning_has_no_short_clips_to_change(name: str) -> None:
+    with pytest.raises(UserError, match=rf"views.{name} is \(0.5, 0.1\): fine-tuning has no short .*; give it 0.5 0$"):
+        override(FinetuneConfig(), {f"views.{name}": (0.5, 0.1)})
+    override(FinetuneConfig(), {f"views.{name}": (0.5, 0)})
+
+
 def test_flatten_has_every_leaf_once() -> None:
     leaves = flatten(FinetuneConfig())
     assert leaves["model.decoder.ssm.state"] == 64

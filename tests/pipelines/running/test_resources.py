@@ -50,6 +50,15 @@ def test_a_decode_task_has_to_fit_one_node(monkeypatch: pytest.MonkeyPatch) -> N
     assert resources.decode_tasks(scale(1, 1.5), DataConfig(cpus_per_decode=1)) == 2
 
 
+def test_tasks_alone_have_all_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "ensure_ray", lambda: None)
+    monkeypatch.setattr(resources, "node_cpus", lambda: [2.0, 1.5])
+    assert resources.check_cluster(None, DataConfig(cpus_per_decode=1)) == 3
+    assert resources.check_cluster(None, DataConfig(cpus_per_decode=0.5, decode_tasks=4)) == 4
+    with pytest.raises(UserError, match=r"data.cpus_per_decode is 3: no node of the cluster has more than 2 CPUs"):
+        resources.check_cluster(None, DataConfig(cpus_per_decode=3))
+
+
 def test_fewer_workers_are_enough_where_they_may_be_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, 1)
     settings, data = scale(2, 0.75, min_workers=1), DataConfig(cpus_per_decode=0.25)

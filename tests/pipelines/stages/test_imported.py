@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def importing(folder: Path, out: Path) -> FeaturesConfig:
     line = f"features --manifest {folder}/manifest.parquet --import {folder}/files --backbone vit-l --format npy "
     line += f"--frames-per-second 1 --out {out} --shard-gigabytes 1e-5 --chunk-frames 8 --tracking.uri off "
-    _, config = parse((line + "--scale.cpus-per-worker 0.5 --data.cpus-per-decode 0.5").split())
+    _, config = parse((line + "--data.cpus-per-decode 2").split())
     assert isinstance(config, FeaturesConfig)
     return config
 

@@ -125,6 +125,8 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
     checkpoint.check_architecture(folder, leaves(asdict(MODEL)) | {"decoder.name": "vtm"})
     with pytest.raises(CheckpointError, match=r"model.decoder.name is 's5' there and 'lst' here; give --model"):
         checkpoint.check_architecture(folder, leaves(asdict(MODEL)) | {"decoder.name": "lst"})
+    with pytest.raises(CheckpointError, match=r"has a frame encoder of its own, '.*', and the features are imported"):
+        checkpoint.check_architecture(folder, leaves(asdict(MODEL)) | {"backbone.tokens": 3, "backbone.width": 8})
     deeper = VideoModel(replace(MODEL, backbone=replace(MODEL.backbone, depth=2)), 2)
     with pytest.raises(ValueError, match="another architecture"):
         deeper.load_pretrained(checkpoint.encoder_weights(folder))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from pipelines.config import FeaturesConfig, FinetuneConfig, override
 from pipelines.data.features.arrays import FORMATS, check_formats, open_array
 from pipelines.data.features.cache import IMPORTED, FeatureMeta, ShardWriter, check_fresh, finish, with_imported
 from pipelines.data.features.importing import (
+    FeatureFile,
     common_shape,
     files_digest,
     import_shard,
     list_files,
+    match,
     plan,
     segment_frames,
 )
@@ -154,9 +159,13 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
         ("a.npz", b"not an archive", "its file is damaged or of another format"),
         ("a.pt", b"not a tensor", "its file"),
         ("a.safetensors", b"not tensors", "its file"),
-        ("a.npy", np.zeros((3, 2), np.int64), "its features are int64 numbers, not floating-point ones"),
+        ("a.npy", np.zeros((3, 2), np.int64), "its features are int64 numbers, not float16, float32"),
         ("a.npy", np.zeros((2, 3, 4, 5), np.float32), r"its features have the shape \(2, 3, 4, 5\), not \(T, N, D\)"),
         ("a.npy", np.zeros((0, 3, 4), np.float32), r"its features have the shape \(0, 3, 4\)"),
+        ("a.npy", np.float32(1), r"its features have the shape \(\)"),
+        ("a.pt", b"hello, this is text", r"its file cannot be read \(it is not one that torch.save wrote\)"),
+        ("a.pt", b"", r"its file cannot be read \(it is not one that torch.save wrote\)"),
+        ("a.pt", b"\x80\x02e.", "its file is damaged or of another format$"),
     ],
 )
 def test_files_that_hold_no_features_are_named(name: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -166,6 +175,57 @@ def test_files_that_hold_no_features_are_named(name: str, content: Any, message:
         np.save(tmp_path / name, content)
     with pytest.raises(VideoError, match=message), open_array(str(tmp_path / name), name.partition(".")[2]):
         pass
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_files_with_another_ending_than_theirs_are_rejects(ending: str, tmp_path: Path) -> None:
+    if ending == "h5":
+        pytest.importorskip("h5py")
+    for file_format in sorted({"npy", "npz", "pt", "safetensors"} - {ending}):
+        write(tmp_path / f"a.{file_format}", frames(10))
+        with pytest.raises(VideoError, match="its file"), open_array(str(tmp_path / f"a.{file_format}"), ending):
+            pass
+
+
+def test_damage_anywhere_is_a_reject(tmp_path: Path) -> None:
+    """Whatever the libraries stumble over, the import goes on."""
+    generator = np.random.default_rng(0)
+    rejects = dict.fromkeys(("npy", "npz", "pt", "safetensors"), 0)
+    for file_format in rejects:
+        path = tmp_path / f"a.{file_format}"
+        write(path, frames(6))
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for _ in range(100):
+            damaged = whole.copy()
+            damaged[generator.integers(0, min(400, len(whole)), 3)] = generator.integers(0, 256, 3)
+            path.write_bytes(damaged.tobytes())
+            try:
+                with open_array(str(path), file_format) as array, np.errstate(all="ignore"):
+                    array.tokens(0, 1)
+            except VideoError:
+                rejects[file_format] += 1
+    assert all(rejects.values())
+
+
+def test_tensors_that_are_no_features_are_rejects(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.safetensors")
+    save_file({"x": torch.tensor(1.0)}, path)
+    with pytest.raises(VideoError, match=r"its features have the shape \(\)"), open_array(path, "safetensors"):
+        pass
+    torch.save(torch.eye(4).to_sparse(), tmp_path / "a.pt")
+    with pytest.raises(VideoError, match="its tensor is sparse"), open_array(str(tmp_path / "a.pt"), "pt"):
+        pass
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("readme.txt", "about")
+    with pytest.raises(VideoError, match="its file has no array"), open_array(str(tmp_path / "a.npz"), "npz"):
+        pass
+
+
+@pytest.mark.parametrize("file_format", ["npy", "npz", "h5"])
+def test_the_order_of_bytes_does_not_matter(file_format: str, tmp_path: Path) -> None:
+    write(tmp_path / f"a.{file_format}", frames(6).astype(">f4"))
+    with open_array(str(tmp_path / f"a.{file_format}"), file_format) as array:
+        np.testing.assert_array_equal(array.tokens(0, 6), frames(6).astype(np.float16))
 
 
 def test_several_arrays_without_a_name_are_refused(tmp_path: Path) -> None:
@@ -183,6 +243,39 @@ def test_a_disk_that_is_full_is_no_fault_of_the_file(tmp_path: Path, monkeypatch
     monkeypatch.setattr(ShardWriter, "add", full)
     with pytest.raises(OSError, match="No space left"):
         imported(tmp_path / "in", tmp_path / "out", manifest(video("a", 10.0)))
+
+
+class Store:
+    """An object store whose files fail to open, or to be read to their ends."""
+
+    def __init__(self, opening: OSError | None = None) -> None:
+        self.opening = opening
+
+    def open_input_stream(self, name: str) -> io.RawIOBase:
+        if self.opening:
+            raise self.opening
+        return Broken()
+
+
+class Broken(io.RawIOBase):
+    def read(self, size: int = -1) -> bytes:
+        raise OSError("connection reset")
+
+
+def test_a_network_that_fails_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import stops and can be resumed; only a file that is gone is a reject."""
+
+    def opened(store: Store) -> None:
+        monkeypatch.setattr(storage, "filesystem", lambda path: (store, path))
+        with open_array("s3://bucket/a.npy", "npy"):
+            pass
+
+    with pytest.raises(OSError, match="connection reset"):
+        opened(Store())
+    with pytest.raises(OSError, match="timed out"):
+        opened(Store(OSError("timed out")))
+    with pytest.raises(VideoError, match=r"its file cannot be read \(it is not there\)"):
+        opened(Store(FileNotFoundError("no such key")))
 
 
 def test_a_file_that_ends_early_is_a_reject(tmp_path: Path) -> None:
@@ -210,8 +303,8 @@ def test_each_mistake_is_one_reject_and_nothing_is_lost(tmp_path: Path) -> None:
     good = frames(10)
     write(folder / "good.npy", good)
     write(folder / "P03" / "cam01" / "tea.npy", good)  # by the path of a Breakfast video
-    write(folder / "twice.npy", good)
-    write(folder / "sub" / "twice.npz", good)
+    write(folder / "one" / "twice.npy", good)
+    write(folder / "two" / "twice.npy", good)
     broken = good.copy()
     broken[7, 1, 2] = np.nan
     write(folder / "broken.npy", broken)
@@ -259,6 +352,55 @@ def test_a_file_that_could_be_of_two_videos_is_given_to_neither(tmp_path: Path) 
     np.testing.assert_array_equal(stored(tmp_path / "more", "y/a", 10), frames(10, 1).astype(np.float16))
 
 
+def hits(videos: dict[str, str], *names: str) -> dict[str, list[str]]:
+    """Name the files that may be of each video, given with its uri."""
+    files = [FeatureFile(f"/in/{name}", name.partition(".")[0], "npy", 1, 0) for name in names]
+    found, _ = match(list(videos), list(videos.values()), files)
+    return {video: [file.path.removeprefix("/in/") for file in hit] for video, hit in zip(videos, found, strict=True)}
+
+
+def test_files_in_the_folders_of_their_videos_are_told_apart() -> None:
+    """Cameras of Breakfast give their files the same names."""
+    cameras = {f"{cam}-tea": f"s3://bucket/videos/P03/{cam}/P03_tea.avi" for cam in ("cam01", "cam02")}
+    both = {"cam01-tea": ["P03/cam01/P03_tea.npy"], "cam02-tea": ["P03/cam02/P03_tea.npy"]}
+    assert hits(cameras, "P03/cam01/P03_tea.npy", "P03/cam02/P03_tea.npy") == both
+    # Below another folder, or with fewer of them than the videos are in.
+    deeper = {video: [f"features/{name}"] for video, (name,) in both.items()}
+    assert hits(cameras, *(name for (name,) in deeper.values())) == deeper
+    fewer = {video: [name.removeprefix("P03/")] for video, (name,) in both.items()}
+    assert hits(cameras, *(name for (name,) in fewer.values())) == fewer
+    # One is missing, and the other one's file is not taken for it.
+    assert hits(cameras, "P03/cam01/P03_tea.npy") == {"cam01-tea": ["P03/cam01/P03_tea.npy"], "cam02-tea": []}
+    # The same name in a folder of no video goes to the one video that has none.
+    assert hits(cameras, "P03/cam01/P03_tea.npy", "x/P03_tea.npy")["cam02-tea"] == ["x/P03_tea.npy"]
+    # A name by id counts most.
+    assert hits(cameras, "P03/cam01/P03_tea.npy", "cam01-tea.npy", "cam02-tea.npy") == {
+        "cam01-tea": ["cam01-tea.npy"],
+        "cam02-tea": ["cam02-tea.npy"],
+    }
+    assert hits({"b": "/v/x/a.mp4", "a": "/v/y/b.mp4"}, "f/a.npy", "f/b.npy") == {"b": ["f/b.npy"], "a": ["f/a.npy"]}
+    # A relative name with fewer folders than files have takes nothing from one with more.
+    assert hits({"1": "a.mp4", "2": "x/a.mp4"}, "x/a.npy") == {"1": [], "2": ["x/a.npy"]}
+    # All stretches of a video have its file, but for one with a file of its own.
+    stretches = {"a@0-5": "/v/a.mp4", "a": "/v/a.mp4", "a@5-9": "/v/a.mp4"}
+    assert hits(stretches, "a.npy", "a@5-9.npy") == {"a@0-5": ["a.npy"], "a": ["a.npy"], "a@5-9": ["a@5-9.npy"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("one/a.npy", "two/a.npy"), r"it has 2 files of features \(.*\): name them by the ids of their videos"),
+        (("a.npy", "a.npz"), r"it has 2 files of features \(.*\): say by --format which endings count, or rename"),
+    ],
+)
+def test_no_file_is_to_be_removed(names: tuple[str, ...], reason: str, tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / name, frames(10))
+    rows, strangers = plan(manifest(video("a", 10.0)), list_files(str(tmp_path), "auto")[0], "", 1e9)
+    assert re.match(reason, rows["reason"][0].as_py())
+    assert strangers == []
+
+
 @pytest.mark.parametrize(
     ("start_s", "end_s", "count", "fps", "expected"),
     [
@@ -275,6 +417,21 @@ def test_a_segment_gets_its_frames(
     start_s: float, end_s: float, count: int, fps: float, expected: tuple[int, int, float]
 ) -> None:
     assert segment_frames(video("a", 100.0, start_s, end_s), count, fps) == expected
+
+
+@pytest.mark.parametrize(
+    ("start_s", "end_s", "count", "expected"),
+    [
+        (1, 9.5, 9, (0, 9, 1.0)),  # 8.5 s are closer to 9 frames than 10 s are
+        (1, 9.5, 10, (1, 10, 1.0)),
+        (1, 9, 9, (1, 9, 1.0)),  # as close: of the whole video, whose last frame is missing
+        (0, 10, 9, (0, 9, 0.0)),
+    ],
+)
+def test_a_segment_nearly_as_long_as_its_video(
+    start_s: float, end_s: float, count: int, expected: tuple[int, int, float]
+) -> None:
+    assert segment_frames(video("a", 10.0, start_s, end_s), count, 1.0) == expected
 
 
 def test_frames_of_another_rate_are_refused() -> None:
@@ -341,7 +498,8 @@ def test_imported_features_stand_in_for_the_frame_encoder(tmp_path: Path) -> Non
     [
         ({"name": "swin"}, r"imported from 'vit-l', not 'swin'; give --model.backbone.name vit-l, or other features"),
         ({"tokens": TOKENS, "width": 9}, r"model.backbone.width is 8 there, not 9; give 8"),
-        ({"cls_token": True}, r"imported features are taken as they are; leave out model.backbone.cls_token"),
+        ({"cls_token": True}, r"imported features are taken as they are; give --model.backbone.no-cls-token$"),
+        ({"cls_token": True, "tubelet": 2}, r"give --model.backbone.no-cls-token and --model.backbone.tubelet 1$"),
     ],
 )
 def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -350,10 +508,18 @@ def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: 
         with_imported(BackboneConfig(**(settings | changes)), features_folder(tmp_path))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", ["vit-l", "swin"])
+def test_a_model_with_a_frame_encoder_reads_no_imported_features(name: str, frozen: bool, tmp_path: Path) -> None:
+    """Nor where name and sizes agree: what made the features may have had other weights."""
+    with pytest.raises(UserError, match=rf"imported ones of 'vit-l', .* a frame encoder of its own, '{name}'; give"):
+        check_fresh(features_folder(tmp_path), meta_of(), BackboneConfig(name=name, frozen=frozen), "", "m")
+
+
 def test_another_manifest_and_missing_features_are_refused(tmp_path: Path) -> None:
     folder = features_folder(tmp_path)
     with pytest.raises(UserError, match=r"from another manifest, or it has changed since"):
-        check_fresh(folder, meta_of(), BackboneConfig(name="vit-l", frozen=True), "", "other")
+        check_fresh(folder, meta_of(), with_imported(BackboneConfig(name="vit-l", frozen=True), folder), "", "other")
     changes = {"model.backbone.frozen": True, "model.backbone.tokens": 3, "model.backbone.width": 8}
     with pytest.raises(UserError, match=r"backbone.tokens is 3: imported features stand in for the frame encoder then"):
         override(FinetuneConfig(), changes)
