@@ -110,8 +110,9 @@ def test_lengths_that_are_not_stated_are_said(year: RecipeConfig) -> None:
     assert listing.seconds["test"][-2:] == pytest.approx([mean, mean])
     assert "the lengths of 2 are not stated" in dry_run.plan_of(year)
     path.unlink()
-    with pytest.raises(UserError, match=r"there is no lvu_durations\.csv in it"):
-        dry_run.plan_of(year)
+    for given in (year.annotations, f"{year.annotations}/year/"):
+        with pytest.raises(UserError, match=rf"annotations is '{given}\S*': a dry run needs lvu_durations\.csv beside"):
+            dry_run.plan_of(override(year, {"annotations": given}))
 
 
 def test_what_a_stage_would_refuse_is_refused(year: RecipeConfig) -> None:
@@ -137,7 +138,7 @@ def test_hours_are_proportional_to_tokens_and_unknown_rates_are_said(year: Recip
     once, twice = (costs(override(year, {"seeds": seeds}))["finetune"].seconds for seeds in (1, 2))
     assert once is not None
     assert twice == pytest.approx(2 * once)
-    unmeasured = {"finetune.model.decoder.name": "tsn"}
+    unmeasured = {f"{stage}.model.decoder.name": "tsn" for stage in ("pretrain", "finetune")}
     assert costs(override(year, unmeasured))["finetune"].seconds is None
     assert "not measured" in dry_run.plan_of(override(year, unmeasured))
     # Decoding shares the cores with the model on CPUs, and runs beside it on a GPU's node.
