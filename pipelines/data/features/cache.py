@@ -229,8 +229,8 @@ def with_imported(config: BackboneConfig, folder: str) -> BackboneConfig:
             raise UserError(f"features is {folder!r}: model.backbone.{key} is {there} there, not {here}; give {there}")
     if config.cls_token or config.tubelet != 1:
         raise UserError(
-            f"features is {folder!r}: imported features are taken as they are; leave out model.backbone.cls_token and "
-            "model.backbone.tubelet"
+            f"features is {folder!r}: imported features are taken as they are; give --model.backbone.no-cls-token and "
+            "--model.backbone.tubelet 1"
         )
     made_by = meta.weights if name == SEGMENTS else ""
     if config.made_by not in ("", made_by):

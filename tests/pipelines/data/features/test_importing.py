@@ -341,7 +341,7 @@ def test_imported_features_stand_in_for_the_frame_encoder(tmp_path: Path) -> Non
     [
         ({"name": "swin"}, r"imported from 'vit-l', not 'swin'; give --model.backbone.name vit-l, or other features"),
         ({"tokens": TOKENS, "width": 9}, r"model.backbone.width is 8 there, not 9; give 8"),
-        ({"cls_token": True}, r"imported features are taken as they are; leave out model.backbone.cls_token"),
+        ({"cls_token": True}, r"imported features are taken as they are; give --model.backbone.no-cls-token"),
     ],
 )
 def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
