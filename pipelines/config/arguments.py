@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.config.dotted import convert, hints, unknown
+from pipelines.config.recipes import IN_WORKERS_ONLY
 from pipelines.errors import UserError
 
 BOOLEANS = ("true", "false", "yes", "no", "1", "0")
@@ -23,7 +24,8 @@ def parse_settings(arguments: Sequence[str], config: Any, groups: Sequence[str] 
         arguments: what the command line says.
         config: the settings that it changes.
         groups: of its groups, those that hold the settings of a stage each: `--loop.epochs` sets that of all of them
-            which have it. What a stage has alone, outside of a group of its own, such as `task`, needs its full name.
+            which have it, but for a 0 in those of `IN_WORKERS_ONLY`. What a stage has alone, outside of a group of its
+            own, such as `task`, needs its full name.
 
     Raises:
         UserError: an unknown setting, one without a value, or a value of the wrong type.
@@ -40,7 +42,10 @@ def parse_settings(arguments: Sequence[str], config: Any, groups: Sequence[str] 
         values = [text] if has_value else []
         if not has_value and not negated:
             values = _values_of(known[keys[0]], rest)
-        changes |= {key: _value(known[key], key, values, negated) for key in keys}
+        given = {key: _value(known[key], key, values, negated) for key in keys}
+        if len(given) > 1:
+            given = {key: value for key, value in given.items() if value or key not in IN_WORKERS_ONLY}
+        changes |= given
     return changes
 
 

@@ -29,6 +29,8 @@ NodeName = Literal["cpu-2", "h200"]
 STAGE_ORDER: tuple[StageName, ...] = get_args(StageName)
 GROUPS: dict[str, str] = {stage: "encode" if stage == "features" else stage for stage in STAGE_ORDER}
 """Group of a recipe's settings that holds those of a stage."""
+IN_WORKERS_ONLY = ("encode.scale.num_workers",)
+"""Settings that a 0 for all stages leaves as they are: the work of these stages is not done in their own process."""
 LINKS = {
     "index": ("out", "source", "videos", "annotations"),
     "features": ("out", "manifest"),
@@ -114,5 +116,7 @@ class RecipeConfig:
             value = getattr(settings, name)
             remedy = f"the recipe sets it for stage {stage}; leave it out"
             require(value == getattr(defaults, name), f"{GROUPS[stage]}.{name}", value, remedy)
+        task = self.finetune.task
+        require(task != "distant", "finetune.task", task, "a table's row is of labels; give class or regression")
         seed = self.finetune.loop.seed
         require(seed == 0, "finetune.loop.seed", seed, "a recipe fine-tunes with each of its seeds; give --seeds")

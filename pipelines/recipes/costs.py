@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.config import RecipeConfig
+from pipelines.config import DataConfig, FinetuneConfig, PretrainConfig, RecipeConfig
+from pipelines.data.features.cache import with_imported
 from pipelines.errors import UserError
 from pipelines.recipes.counts import (
     Listing,
     cached_frames,
     evaluated_clips,
     evaluations,
+    mean_span_s,
     training_order,
 )
 from pipelines.recipes.rates import Node
@@ -39,6 +41,8 @@ class Cost:
     """Tokens that the stage's model sees: frames of a backbone, or what a decoder reads in all of its steps."""
     memory: float = 0.0
     """Bytes on the device."""
+    host: float = 0.0
+    """Bytes of cached tokens in the host's memory, which is pinned where there is a GPU."""
     disk: float = 0.0
     """Bytes below --out."""
     seconds: float | None = 0.0
@@ -60,11 +64,13 @@ class Facts:
 
 
 def facts_of(config: BackboneConfig) -> Facts:
-    """Return the facts of a backbone, from a model without memory.
+    """Return the facts of a backbone, from a model without memory; imported features cost no FLOPs.
 
     Raises:
         UserError: there is no such backbone.
     """
+    if config.tokens:
+        return Facts(config.tokens, config.width, 0.0, 0)
     try:
         with torch.device("meta"):
             backbone = Backbone(replace(config, weights=""))
@@ -75,6 +81,28 @@ def facts_of(config: BackboneConfig) -> Facts:
         raise UserError(str(error)) from None
     parameters = sum(weight.numel() for weight in backbone.parameters())
     return Facts(backbone.tokens, backbone.width, counter.get_total_flops() / config.tubelet, parameters)
+
+
+def model_of(config: RecipeConfig, settings: PretrainConfig | FinetuneConfig) -> ModelConfig:
+    """Return the model of a stage; ready features that were imported stand in for its backbone."""
+    return replace(settings.model, backbone=with_imported(settings.model.backbone, config.features))
+
+
+def backbone_of(config: RecipeConfig) -> BackboneConfig:
+    """Return the backbone of the first stage that has one; the others have the same.
+
+    Raises:
+        UserError: it is to be imported, so that nothing is known of it yet.
+    """
+    if "features" in config.stages and not config.features:
+        given = config.encode.import_
+        if given:
+            raise UserError(
+                f"encode.import is {given!r}: a dry run does not read such files; run `features --import` and give "
+                "its --out as --features"
+            )
+        return config.encode.model.backbone
+    return model_of(config, config.pretrain if "pretrain" in config.stages else config.finetune).backbone
 
 
 def weights_of(model: ModelConfig, task: LSMCLConfig | int) -> tuple[int, int]:
@@ -108,16 +136,25 @@ class Work:
         """Return the tokens of a clip."""
         return model.backbone.steps(clips.frames) * self.facts.tokens
 
-    def encoding_s(self, frames: int, passes: float) -> float:
-        """Return the seconds in which videos' frames are read and seen by the backbone, so many times each."""
-        decoding_s, model_s = frames / self.node.frames_s, frames * passes * self.facts.flops / self.node.encoder_flops
+    def encoding_s(self, frames: int, video_s: float, passes: float) -> float:
+        """Return the seconds in which frames, spread over so much video, are read and seen so often by the backbone."""
+        decoding_s = video_s / self.node.decoded_s
+        model_s = frames * passes * self.facts.flops / self.node.encoder_flops
         return decoding_s + model_s if self.node.shared_cores else max(decoding_s, model_s)
 
-    def clips_s(self, frames: int, passes: float) -> float:
+    def clips_s(self, frames: int, video_s: float, passes: float) -> float:
         """Return the seconds until the frames of clips are tokens."""
         if self.cached:
             return self.facts.stored_bytes(frames) / self.node.features_bytes_s
-        return self.encoding_s(frames, passes)
+        return self.encoding_s(frames, video_s, passes)
+
+    def whole(self, clips: int, frames: int) -> int:
+        """Return the bytes of all cached tokens of a batch of clips; 0 where frames are read."""
+        return self.facts.stored_bytes(clips * frames) if self.cached else 0
+
+    def waiting(self, clips: int, frames: int, data: DataConfig) -> int:
+        """Return the bytes of batches on the host: those kept ready, one that is read and one that is used."""
+        return (data.prefetch_batches + 2) * self.whole(clips, frames)
 
     def decoder_s(self, decoder: str, length: int, *, trained: int, forwarded: int) -> float | None:
         """Return the seconds that a decoder takes for clips of so many tokens; None where it was not measured."""
@@ -165,7 +202,7 @@ def features_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
         tokens=frames * facts.tokens,
         memory=4 * facts.parameters,
         disk=facts.stored_bytes(frames),
-        seconds=work.encoding_s(frames, passes=1),
+        seconds=work.encoding_s(frames, sum(listing.all_seconds), passes=1),
     )
 
 
@@ -183,15 +220,22 @@ def pretrain_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     model_s = work.decoder_s(decoder, kept, trained=clips, forwarded=clips)
     probes_s = work.decoder_s(decoder, whole, trained=0, forwarded=probed)
     passes = (1 if settings.model.backbone.frozen else 4) * (1 - masked if settings.lsmcl.mask_on == "patches" else 1)
-    reading_s = work.clips_s((clips + probed) * settings.clips.frames, passes)
-    trained, checkpoint = weights_of(settings.model, settings.lsmcl)
+    strides = settings.clips.long_stride, settings.clips.short_stride
+    video_s = order.total_steps * order.batch_size * mean_span_s("uniform", settings.clips, train, *strides)
+    video_s += probed * mean_span_s("uniform", settings.clips, [*train, *val], settings.clips.long_stride)
+    reading_s = work.clips_s((clips + probed) * settings.clips.frames, video_s, passes)
+    trained, checkpoint = weights_of(model_of(config, settings), settings.lsmcl)
+    batch = 2 * order.batch_size
     return Cost(
         stage="pretrain",
         input=f"{len(train):,} videos, {settings.loop.epochs} epochs of {order.batch_size}",
         clips=clips + probed,
         steps=order.total_steps,
         tokens=clips * kept + probed * whole,
-        memory=work.memory(decoder, kept * 2 * order.batch_size, kept, trained, checkpoint),
+        # All tokens of long and short clips, and once more where they are joined, before some are masked.
+        memory=work.memory(decoder, kept * batch, kept, trained, checkpoint)
+        + 2 * work.whole(batch, settings.clips.frames),
+        host=work.waiting(batch, settings.clips.frames, settings.data),
         disk=settings.loop.keep_checkpoints * checkpoint,
         seconds=work.together(reading_s, model_s, probes_s),
     )
@@ -203,14 +247,17 @@ def finetune_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     train, val = (listing.seconds.get(split, []) for split in ("train", "val"))
     order = training_order("finetune", settings, train)
     protocol = listing.protocol if settings.protocol == "auto" else settings.protocol
-    validated = evaluated_clips(protocol, settings.clips, val) * evaluations(order, settings.loop.evaluate_every)
+    validated, validated_s = evaluated_clips(protocol, settings.clips, val)
+    validations = evaluations(order, settings.loop.evaluate_every)
+    validated *= validations
     clips, length = order.total_steps * order.batch_size, work.length(settings.model, settings.clips)
     decoder = settings.model.decoder.name
     model_s = work.decoder_s(decoder, length, trained=seeds * clips, forwarded=seeds * validated)
-    reading_s = work.clips_s(
-        seeds * (clips + validated) * settings.clips.frames, 1 if settings.model.backbone.frozen else 3
-    )
-    trained, checkpoint = weights_of(settings.model, 1)
+    video_s = clips * mean_span_s(protocol, settings.clips, train, settings.clips.long_stride)
+    video_s += validations * validated_s
+    passes = 1 if settings.model.backbone.frozen else 3
+    reading_s = work.clips_s(seeds * (clips + validated) * settings.clips.frames, seeds * video_s, passes)
+    trained, checkpoint = weights_of(model_of(config, settings), 1)
     return Cost(
         stage="finetune",
         input=f"{seeds} x {len(train):,} videos, {settings.loop.epochs} epochs of {order.batch_size}",
@@ -218,6 +265,7 @@ def finetune_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
         steps=seeds * order.total_steps,
         tokens=seeds * (clips + validated) * length,
         memory=work.memory(decoder, length * order.batch_size, length, trained, checkpoint),
+        host=work.waiting(order.batch_size, settings.clips.frames, settings.data),
         # The best checkpoint beside the last ones.
         disk=seeds * (settings.loop.keep_checkpoints + 1) * checkpoint,
         seconds=work.together(reading_s, model_s),
@@ -230,7 +278,8 @@ def evaluate_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     videos = listing.seconds.get(settings.split, [])
     chosen = [each for each in (settings.protocol, tuned.protocol) if each != "auto"]
     protocol: EvaluationProtocol = chosen[0] if chosen else listing.protocol
-    clips = config.seeds * evaluated_clips(protocol, tuned.clips, videos, settings.clips_per_video)
+    once, once_s = evaluated_clips(protocol, tuned.clips, videos, settings.clips_per_video)
+    clips, video_s = config.seeds * once, config.seeds * once_s
     length = work.length(tuned.model, tuned.clips)
     model_s = work.decoder_s(tuned.model.decoder.name, length, trained=0, forwarded=clips)
     return Cost(
@@ -239,5 +288,6 @@ def evaluate_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
         clips=clips,
         tokens=clips * length,
         memory=4 * work.facts.parameters + settings.batch_size * length * work.facts.width * 4,
-        seconds=work.together(work.clips_s(clips * tuned.clips.frames, 1), model_s),
+        host=work.waiting(settings.batch_size, tuned.clips.frames, settings.data),
+        seconds=work.together(work.clips_s(clips * tuned.clips.frames, video_s, 1), model_s),
     )

@@ -88,12 +88,28 @@ def evaluations(order: ClipOrder, evaluate_every: int) -> int:
     return -(-order.total_steps // every) if every else 1
 
 
-def evaluated_clips(protocol: EvaluationProtocol, clips: ClipConfig, seconds: Sequence[float], given: int = 0) -> int:
-    """Return the clips that an evaluation reads of videos of these lengths."""
-    if protocol != "windows":
-        return len(seconds) * clips_per_video(protocol, given)
-    window_s = clips.frames * stride_s(clips, clips.long_stride, ASSUMED_FPS)
-    return sum(len(lvu_windows(each, window_s)) for each in seconds)
+def evaluated_clips(
+    protocol: EvaluationProtocol, clips: ClipConfig, seconds: Sequence[float], given: int = 0
+) -> tuple[int, float]:
+    """Return the clips that an evaluation reads of videos of these lengths, and the seconds of video in them."""
+    count, whole_s = 0, 0.0
+    for each in seconds:
+        of_video = clips_per_video(protocol, given)
+        if protocol == "windows":
+            of_video = len(lvu_windows(each, clips.frames * stride_s(clips, clips.long_stride, ASSUMED_FPS)))
+        count += of_video
+        whole_s += of_video * span_s(protocol, clips, clips.long_stride, each)
+    return count, whole_s
+
+
+def span_s(protocol: EvaluationProtocol, clips: ClipConfig, stride: float, seconds: float) -> float:
+    """Return the seconds between the ends of a clip of a video of that length, at most all of it."""
+    return seconds if protocol == "whole" else min(seconds, clips.frames * stride_s(clips, stride, ASSUMED_FPS))
+
+
+def mean_span_s(protocol: EvaluationProtocol, clips: ClipConfig, seconds: Sequence[float], *strides: float) -> float:
+    """Return the seconds that clips at these strides, one each, take of a video in the mean; 0 without videos."""
+    return fmean([sum(span_s(protocol, clips, stride, each) for stride in strides) for each in seconds] or [0.0])
 
 
 def cached_frames(seconds: Sequence[float], frames_per_second: float) -> int:

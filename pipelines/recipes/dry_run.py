@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pipelines.config import RecipeConfig
+from pipelines.config import EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RecipeConfig
 from pipelines.recipes import steps
-from pipelines.recipes.costs import Cost, Work, costs_of, facts_of
+from pipelines.recipes.costs import Cost, Work, backbone_of, costs_of, facts_of
 from pipelines.recipes.counts import Listing, listing_of
 from pipelines.recipes.rates import NODES, Node
 
 GIB = 2**30
-HEADER = ("stage", "input", "clips", "steps", "tokens", "device memory", "disk", "hours")
+HEADER = ("stage", "input", "clips", "steps", "tokens", "device memory", "host memory", "disk", "hours")
 
 
 def plan_of(config: RecipeConfig) -> str:
@@ -21,7 +21,7 @@ def plan_of(config: RecipeConfig) -> str:
     steps.check(config)
     listing = listing_of(config)
     cached = bool(config.features) or "features" in config.stages
-    work = Work(NODES[config.node], facts_of(config.pretrain.model.backbone), cached)
+    work = Work(NODES[config.node], facts_of(backbone_of(config)), cached)
     costs = list(costs_of(config, listing, work))
     return "\n".join([*_head(config, listing, work), *_table(costs), *_notes(config, work.node)])
 
@@ -47,6 +47,7 @@ def _table(costs: list[Cost]) -> list[str]:
         stage="all",
         input="",
         memory=max(cost.memory for cost in costs),
+        host=max(cost.host for cost in costs),
         disk=sum(cost.disk for cost in costs),
         seconds=sum(known) if len(known) == len(costs) else None,
     )
@@ -71,6 +72,7 @@ def _cells(cost: Cost) -> tuple[str, ...]:
         number(cost.steps, f"{cost.steps:,}"),
         number(cost.tokens, f"{cost.tokens / 1e6:,.1f} M"),
         number(cost.memory, f"~{cost.memory / GIB:,.1f} GiB"),
+        number(cost.host, f"~{cost.host / GIB:,.1f} GiB"),
         number(cost.disk, f"{cost.disk / 1e9:,.1f} GB"),
         hours,
     )
@@ -83,9 +85,15 @@ def _notes(config: RecipeConfig, node: Node) -> list[str]:
         "of docs/benchmarks.md; memory is without a backbone's buffers while it encodes:",
         *(f"  {name}: {source}" for name, source in node.sources.items()),
     ]
-    if config.pretrain.model.decoder.ssm.kind == "s4":
+    settings = steps.settings_of(steps.steps_of(config))
+    kinds = {
+        each.model.decoder.ssm.kind for each in settings.values() if isinstance(each, PretrainConfig | FinetuneConfig)
+    }
+    if "s4" in kinds:
         lines.append("  The recipe's state spaces are S4 (DPLR), whose rates are taken to be those of S4D.")
-    if config.node == "h200" and not config.pretrain.scale.gpus_per_worker:
+    working = (FeaturesConfig, PretrainConfig, FinetuneConfig, EvaluateConfig)
+    scales = [each.scale for each in settings.values() if isinstance(each, working)]
+    if config.node == "h200" and not all(scale.gpus_per_worker for scale in scales):
         lines.append(
             "  These are rates of bf16 on a GPU: run it with --scale.gpus-per-worker 1 --loop.precision bf16 "
             "--encode.precision bf16."

@@ -34,8 +34,8 @@ class Node:
     description: str
     encoder_flops: float
     """FLOP/s of a frozen backbone's forward pass."""
-    frames_s: float
-    """Frames a second that all of its decode tasks read at 224 pixels."""
+    decoded_s: float
+    """Seconds of video that all of its decode tasks read in a second, at 224 pixels."""
     shared_cores: bool
     """Whether decoding takes the cores that the model runs on, so that their times add up."""
     probes_s: float
@@ -70,16 +70,16 @@ def _on_cpu(*figures: float) -> tuple[Timing, ...]:
 
 
 DECODING = (
-    "0.47 s on one core for 60 + 60 frames at 224 pixels of a 768x576 video of 80 s (Decoding, 2026-11-23, beside "
-    "other work)"
+    "0.47 s on one core for clips of 60 s and of 15 s, of a 768x576 MS-MPEG4 v3 video of 80 s, at 224 pixels "
+    "(Decoding, 2026-11-23, beside other work); other codecs and sizes take another time"
 )
-FRAMES_S_A_CORE = 120 / 0.47
+DECODED_S_A_CORE = (60 + 15) / 0.47
 FEATURES = "4.8 GB/s from the page cache on 2 CPU cores (Decoding, 2026-11-23, beside other work); a disk is slower"
 NODES = {
     "h200": Node(
         description="one NVIDIA H200 and 16 CPU cores, bf16",
         encoder_flops=0.31 * 989e12,
-        frames_s=14 * FRAMES_S_A_CORE,
+        decoded_s=14 * DECODED_S_A_CORE,
         shared_cores=False,
         probes_s=16 / 2 * 240 / 10,
         features_bytes_s=4.8e9,
@@ -101,7 +101,7 @@ NODES = {
     "cpu-2": Node(
         description="2 CPU cores, fp32",
         encoder_flops=64 * 9.2e9 / 2.73,
-        frames_s=2 * FRAMES_S_A_CORE,
+        decoded_s=2 * DECODED_S_A_CORE,
         shared_cores=True,
         probes_s=240 / 10,
         features_bytes_s=4.8e9,

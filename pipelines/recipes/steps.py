@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from pipelines.config.recipes import GROUPS
 from pipelines.data.annotations.benchmarks import NAMES, annotations_of
 from pipelines.data.manifest import description, read_manifest
 from pipelines.errors import UserError
+from pipelines.recipes.compatibility import check_together
 from pipelines.running.run_folder import RunFolder
 from pipelines.tracking.uri import OFF
 
@@ -28,10 +29,12 @@ class Step:
 
 
 def check(config: RecipeConfig) -> None:
-    """Check that a recipe is named and has what it starts from: videos and annotations of its benchmark, or a manifest.
+    """Check that a recipe is named, has what it starts from, and has settings that work together.
+
+    It starts from videos and annotations of its benchmark, or a manifest.
 
     Raises:
-        UserError: it is not, or has not.
+        UserError: it is not, has not, or a stage would refuse its settings.
     """
     if not config.name:
         raise UserError(f"no recipe is named: give `recipe NAME` with one of {', '.join(RECIPES)}")
@@ -39,7 +42,12 @@ def check(config: RecipeConfig) -> None:
         raise UserError(unknown("recipe", config.name, tuple(RECIPES)))
     if config.manifest:
         _check_manifest(config)
-        return
+    else:
+        _check_listing(config)
+    check_together(config, settings_of(steps_of(config)))
+
+
+def _check_listing(config: RecipeConfig) -> None:
     if "index" not in config.stages:
         raise UserError(f"stages is {config.stages!r}: without index, give the manifest that it made as --manifest")
     for name in ("annotations",) if config.dry_run else ("videos", "annotations"):
@@ -85,6 +93,11 @@ def steps_of(config: RecipeConfig) -> list[Step]:
     ]
 
 
+def settings_of(todo: Sequence[Step]) -> dict[str, StageConfig]:
+    """Return the settings of each stage that runs, by its name; of several seeds, those of the last."""
+    return {step.stage: step.config for step in todo}
+
+
 def _changes(config: RecipeConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield name, stage and settings that differ from the recipe's own, of each step."""
     out, stages = storage.absolute(config.out), config.stages
@@ -113,4 +126,7 @@ def _changes(config: RecipeConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _settings(config: RecipeConfig, name: str, stage: str, changes: dict[str, Any], uri: str) -> StageConfig:
     logged = {"tracking.uri": uri, "tracking.experiment": config.tracking.experiment, "tracking.run_name": name}
     out = storage.join(storage.absolute(config.out), *name.split("/"))
-    return cast(StageConfig, override(getattr(config, GROUPS[stage]), changes | logged | {"out": out}))
+    try:
+        return cast(StageConfig, override(getattr(config, GROUPS[stage]), changes | logged | {"out": out}))
+    except UserError as error:
+        raise UserError(f"settings of stage {stage} ({GROUPS[stage]}.KEY): {error}") from None

@@ -32,7 +32,7 @@ from pipelines.running.stage import Stage, in_thread, stage_run
 from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
-from s5.checkpoints.checkpoint import Meta, encoder_weights, load_model, read_meta
+from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, load_model, read_meta
 from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.config import from_json as config_from_json
 from s5.errors import CheckpointError
@@ -63,7 +63,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         check_clips(rows, checked)
         videos = drop_too_short(rows, checked)
         learned = pretrained.training_videos(manifest, config, meta, videos, checked)
-        inputs = {}
+        inputs = {"checkpoint": digest(folder)}
         backbone = config_from_json(BackboneConfig, meta.model["backbone"])
         if backbone.tokens and not config.features:
             raise UserError(

@@ -13,17 +13,20 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines import storage
-from pipelines.config import INPUTS, FinetuneConfig, PretrainConfig, RecipeConfig
-from pipelines.data.manifest import check_for_training, read_manifest
+from pipelines.config import INPUTS, EvaluateConfig, FinetuneConfig, PretrainConfig, RecipeConfig
+from pipelines.data.manifest import check_for_training, read_manifest, split_of
 from pipelines.data.protocols import checked_clips, protocol_of
+from pipelines.errors import UserError
 from pipelines.recipes import steps
+from pipelines.recipes.compatibility import check_strides
 from pipelines.recipes.dry_run import plan_of
 from pipelines.recipes.row import ROW, in_words, row_of
-from pipelines.recipes.steps import Step, steps_of
+from pipelines.recipes.steps import Step, settings_of, steps_of
 from pipelines.running.resources import ensure_ray
-from pipelines.running.run_folder import RunFolder
+from pipelines.running.run_folder import RESULT, RunFolder
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.stages import evaluate, features, finetune, index, pretrain, report
+from pipelines.storage.weights import checkpoint_digest
 
 RUNNERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "index": index.run,
@@ -49,7 +52,7 @@ def run(config: RecipeConfig) -> dict[str, Any]:
         print(plan_of(config), flush=True)
         return {}
     steps.refuse_another(config)
-    if (result := finished("recipe", config, redo="run the recipe again")) is not None:
+    if has_row(steps_of(config)) and (result := finished("recipe", config, redo="run the recipe again")) is not None:
         return result
     with stage_run("recipe", config) as stage:
         ensure_ray()
@@ -59,12 +62,18 @@ def run(config: RecipeConfig) -> dict[str, Any]:
     return stage.result
 
 
+def has_row(todo: Sequence[Step]) -> bool:
+    """Return whether all is there that the row is of; other folders of a finished recipe may be deleted."""
+    measured = [step for step in todo if step.stage in ("finetune", "evaluate")]
+    return all(RunFolder.of(step.stage, step.config).exists(RESULT) for step in measured)
+
+
 def run_steps(stage: Stage, config: RecipeConfig) -> dict[str, dict[str, Any]]:
     """Run the steps that are not finished, and return the result of each."""
     found: dict[str, dict[str, Any]] = {}
     todo = steps_of(config)
     if config.manifest:
-        check_training(todo)
+        check_training(config, todo)
     for number, step in enumerate(todo, start=1):
         result = earlier_result(step)
         if result is not None:
@@ -74,17 +83,17 @@ def run_steps(stage: Stage, config: RecipeConfig) -> dict[str, dict[str, Any]]:
             result = RUNNERS[step.stage](step.config)
         found[step.name] = result
         if step.stage == "index":
-            check_training(todo)
+            check_training(config, todo)
     return found
 
 
-def check_training(todo: Sequence[Step]) -> None:
-    """Check the manifest against both training stages, before hours go into features.
+def check_training(config: RecipeConfig, todo: Sequence[Step]) -> None:
+    """Check the manifest against the stages that read its videos, before hours go into features.
 
     Raises:
-        UserError: videos are too few or too short, or labels are missing.
+        UserError: videos are too few, too short or of too high a frame rate, labels are missing, or a split is empty.
     """
-    settings = {step.stage: step.config for step in todo}
+    settings = settings_of(todo)
     pretraining, tuning = settings.get("pretrain"), settings.get("finetune")
     if isinstance(pretraining, PretrainConfig):
         manifest = read_manifest(pretraining.manifest)
@@ -93,12 +102,18 @@ def check_training(todo: Sequence[Step]) -> None:
         manifest = read_manifest(tuning.manifest)
         clips = checked_clips(tuning.clips, protocol_of(manifest, tuning.protocol))
         check_for_training(manifest, clips, tuning.loop.batch_size, labelled=True, task=tuning.task)
+        if not len(split_of(manifest, config.evaluate.split)):
+            raise UserError(f"evaluate.split is {config.evaluate.split!r}: no video of it can be read; give another")
+    if isinstance(reading := pretraining or tuning, PretrainConfig | FinetuneConfig):
+        manifest = read_manifest(reading.manifest)
+        check_strides(config, settings, protocol_of(manifest), manifest["fps"].to_pylist())
 
 
 def earlier_result(step: Step) -> dict[str, Any] | None:
     """Return the result of a finished run of a stage that would otherwise run again, if there is one.
 
-    Its inputs are results of the steps before, which have seen whether they are the same.
+    Its inputs are results of the steps before, which have seen whether they are the same; but a checkpoint may have
+    been trained again since it was evaluated.
 
     Raises:
         UserError: it ran with other settings.
@@ -106,8 +121,11 @@ def earlier_result(step: Step) -> dict[str, Any] | None:
     if step.stage in SKIPPING:
         return None
     folder = RunFolder.of(step.stage, step.config)
-    earlier = folder.check_stage() or {}
-    return replace(folder, inputs=earlier.get(INPUTS, {})).finished()
+    inputs = (folder.check_stage() or {}).get(INPUTS, {})
+    result = replace(folder, inputs=inputs).finished()
+    if result is None or not isinstance(step.config, EvaluateConfig):
+        return result
+    return result if inputs.get("checkpoint") == checkpoint_digest(step.config.checkpoint) else None
 
 
 def conclude(stage: Stage, config: RecipeConfig, found: dict[str, dict[str, Any]]) -> None:

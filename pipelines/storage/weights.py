@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.errors import UserError
-from s5.checkpoints.checkpoint import check_architecture, encoder_weights, load_model
+from s5.checkpoints.checkpoint import check_architecture, digest, encoder_weights, load_model
 from s5.config import BackboneConfig
 from s5.errors import CheckpointError
 from s5.models.backbone import Backbone
@@ -51,6 +51,22 @@ def local_checkpoint(path: str) -> Iterator[Path]:
         yield target
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def checkpoint_digest(path: str) -> str:
+    """Return the digest of a checkpoint's weights.
+
+    Args:
+        path: as for `local_checkpoint`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    try:
+        with local_checkpoint(path) as folder:
+            return digest(folder)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
 
 
 def with_trained_weights(config: BackboneConfig) -> BackboneConfig:

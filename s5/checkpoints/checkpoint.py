@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -263,8 +264,24 @@ def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
     Raises:
         CheckpointError: they differ; names the setting and both values.
     """
-    there = asdict(from_json(ModelConfig, read_meta(folder).model))
-    _check_frame_encoder(folder, there["backbone"], wanted)
+    there = from_json(ModelConfig, read_meta(folder).model)
+    _check_frame_encoder(folder, asdict(there.backbone), wanted)
+    if different := difference(there, wanted):
+        key, found = different
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} is of another architecture: model.{key} is {found!r} there and "
+            f"{wanted[key]!r} here; give --model.{key} {found}, or the same --preset or --config"
+        )
+
+
+def difference(model: ModelConfig, wanted: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the first setting, and its value in `model`, for which weights of the model are not those wanted.
+
+    Args:
+        model: settings of the model that was trained.
+        wanted: settings of the model to be trained, by dotted keys.
+    """
+    there = asdict(model)
     for key, value in wanted.items():
         if key.startswith(NOT_COMPARED):
             continue
@@ -272,7 +289,5 @@ def check_architecture(folder: Path, wanted: dict[str, Any]) -> None:
         for part in key.split("."):
             found = found[part]
         if found != value and not (key == "decoder.name" and {found, value} <= INTERCHANGEABLE):
-            raise CheckpointError(
-                f"checkpoint {str(folder)!r} is of another architecture: model.{key} is {found!r} there and {value!r} "
-                f"here; give --model.{key} {found}, or the same --preset or --config"
-            )
+            return key, found
+    return None

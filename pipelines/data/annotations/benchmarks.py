@@ -8,6 +8,7 @@ from pipelines import storage
 from pipelines.data.annotations import breakfast, coin, kinetics, lvu
 from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations
 from pipelines.errors import UserError
+from s5.config import EvaluationProtocol
 
 READERS: dict[str, Callable[[str], Annotations]] = {
     "lvu": lvu.read,
@@ -16,6 +17,13 @@ READERS: dict[str, Callable[[str], Annotations]] = {
     "kinetics": kinetics.read,
 }
 """Readers of annotations whose videos are named by ids without endings."""
+PROTOCOLS: dict[str, EvaluationProtocol] = {
+    "lvu": lvu.PROTOCOL,
+    "breakfast": breakfast.PROTOCOL,
+    "coin": coin.PROTOCOL,
+    "kinetics": kinetics.PROTOCOL,
+}
+"""How each is evaluated."""
 NAMES = {"lvu": "LVU", "breakfast": "Breakfast", "coin": "COIN", "kinetics": "Kinetics"}
 GIVE = {
     "lvu": "the folder lvu_1.0, or that of the task in it",
@@ -95,6 +103,11 @@ def lengths_s(benchmark: str, annotations: Annotations, path: str) -> dict[str, 
     """
     if benchmark == "lvu":
         folder = storage.absolute(path).rstrip("/").rpartition("/")[0]
+        if not storage.exists(storage.join(folder, LVU_DURATIONS)):
+            raise UserError(
+                f"annotations is {path!r}: a dry run needs {LVU_DURATIONS} beside that folder, with the lengths of the "
+                "videos; give the folder lvu_1.0 or a task in it, or put the file there"
+            )
         rows = AnnotationFile(folder, LVU_DURATIONS).rows(("videoid", "duration"))
         return {row.text["videoid"]: float(row.integer("duration", 1)) for row in rows}
     return {video.video_id: seconds for video in annotations.videos if (seconds := _length_s(video)) is not None}

@@ -5,8 +5,11 @@ The video `P03-cam01-P03_cereals` is the file P03/cam01/P03_cereals.avi. There i
 
 from __future__ import annotations
 
+from typing import Final
+
 from pipelines.data.annotations.shared import AnnotatedVideo, Annotations, Row, annotation_files, class_list
 
+PROTOCOL: Final = "whole"
 COLUMNS = ("file_name", "duration", "action", "class_id")
 CLASSES = 10
 SPLITS = ("train", "test")
@@ -26,7 +29,7 @@ def read(given: str) -> Annotations:
         if not listed:
             raise file.error(f"{file.short} lists no videos")
         videos += listed
-    return Annotations(videos, class_list(names, CLASSES), "breakfast", "", "whole")
+    return Annotations(videos, class_list(names, CLASSES), "breakfast", "", PROTOCOL)
 
 
 def _video(row: Row, split: str, names: dict[int, str]) -> AnnotatedVideo:
@@ -38,4 +41,6 @@ def _video(row: Row, split: str, names: dict[int, str]) -> AnnotatedVideo:
     if names.setdefault(label, name) != name:
         raise row.error("action", f"class {label} is {names[label]!r} elsewhere")
     stated_s = float(row.text["duration"]) if row.text["duration"].isdecimal() else None
-    return AnnotatedVideo(video_id, "/".join(parts), row.location, split, name, label, stated_s=stated_s)
+    # Several cameras film each performance, and the benchmark's own splits are by person.
+    where = "/".join(parts)
+    return AnnotatedVideo(video_id, where, row.location, split, name, label, stated_s=stated_s, group=parts[0])

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, Final
 
 from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations, class_list
 
+PROTOCOL: Final = "whole"
 CLASSES = 180
 SUBSETS = {"training": "train", "testing": "test"}
 
@@ -35,7 +36,7 @@ def read(given: str) -> Annotations:
         raise file.error(f'{file.short} has no "database" of videos by their ids; give COIN.json')
     names: dict[int, str] = {}
     videos = [_video(file, video_id, entry, names) for video_id, entry in database.items()]
-    return Annotations(videos, class_list(names, CLASSES), "coin", "", "whole")
+    return Annotations(videos, class_list(names, CLASSES), "coin", "", PROTOCOL)
 
 
 def _object(pairs: list[tuple[str, Any]], file: AnnotationFile) -> dict[str, Any]:

@@ -7,11 +7,13 @@ index in the sorted class names of the training split.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from pipelines import storage
 from pipelines.data.annotations.shared import AnnotatedVideo, AnnotationFile, Annotations, Row
 from pipelines.errors import UserError
 
+PROTOCOL: Final = "multi-clip"
 COLUMNS = ("youtube_id", "time_start", "time_end", "split")
 OPTIONAL = ("label", "is_cc")
 """Columns that a file may lack: the test split may come without labels."""
@@ -30,7 +32,7 @@ def read(given: str) -> Annotations:
     if not names:
         raise UserError(f"annotations is {given!r}: no clip of split train has a label, and those define the classes")
     labels = {name: label for label, name in enumerate(names)}
-    return Annotations(list(_videos(rows, labels)), names, "kinetics", "", "multi-clip")
+    return Annotations(list(_videos(rows, labels)), names, "kinetics", "", PROTOCOL)
 
 
 def _files(given: str) -> list[AnnotationFile]:

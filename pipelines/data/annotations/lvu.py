@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 from pipelines import storage
 from pipelines.data.annotations.shared import (
@@ -21,6 +22,7 @@ from pipelines.data.annotations.shared import (
 from pipelines.data.manifest import SPLITS
 from pipelines.errors import UserError
 
+PROTOCOL: Final = "windows"
 CLASSES = {"relationship": 4, "way_speaking": 5, "scene": 6, "director": 10, "genre": 4, "writer": 10, "year": 9}
 """Number of classes of each classification task; ids that occur in no split still have an output."""
 COUNTS = {"like_ratio": ("like_count", "dislike_count"), "view_count": ("view_count",)}
@@ -48,7 +50,7 @@ def read(given: str) -> Annotations:
     videos = [
         _video(row, task, split, names) for split, file in zip(SPLITS, files, strict=True) for row in _rows(file, task)
     ]
-    return Annotations(videos, class_list(names, CLASSES.get(task, 0)), "lvu", task, "windows")
+    return Annotations(videos, class_list(names, CLASSES.get(task, 0)), "lvu", task, PROTOCOL)
 
 
 _WHAT = "the folder of a task, such as lvu_1.0/genre, with train.csv, val.csv and test.csv"

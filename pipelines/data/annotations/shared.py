@@ -32,6 +32,8 @@ class AnnotatedVideo:
     stated_s: float | None = None
     """Length of the file, where the annotations state it; `index` measures its own."""
     uri: str = ""
+    group: str = ""
+    """What it shares with others that may not be on another side of a split, such as the person on it."""
     reason: str = ""
     """Why it is rejected before it is probed."""
 

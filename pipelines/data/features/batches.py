@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from pipelines.config import DataConfig
 from pipelines.data.clip_batches import CANDIDATE_COLUMNS
 from pipelines.data.clip_order import ClipOrder
 from pipelines.data.decode_tasks import NO_LABEL, ClipSpec
-from pipelines.data.features.cache import FeatureMeta, TokenArray, check_fresh, read_meta
+from pipelines.data.features.cache import TokenArray, check_fresh, read_meta
 from pipelines.data.features.reader import FeatureReader
 from pipelines.data.manifest import digest
 from pipelines.errors import UserError
@@ -81,17 +81,28 @@ class _Clip:
 
 
 def check_stride(
-    meta: FeatureMeta, clips: ClipConfig, protocol: EvaluationProtocol, videos: pa.Table, pairs: bool = False
+    frames_per_second: float, clips: ClipConfig, protocol: EvaluationProtocol, fps: Sequence[float], pairs: bool = False
 ) -> None:
-    """Raise `UserError` where frames of clips are closer than those of the features; `whole` clips have no stride."""
+    """Check that frames of clips are no closer than those of the features; `whole` clips have no stride.
+
+    Args:
+        frames_per_second: of the features.
+        clips: the clips.
+        protocol: how they are read.
+        fps: frame rates of the videos.
+        pairs: whether short clips are read beside the long ones.
+
+    Raises:
+        UserError: they are.
+    """
     if protocol == "whole" or clips.frames == 1:
         return
     name, stride = ("short_stride", clips.short_stride) if pairs else ("long_stride", clips.long_stride)
-    shortest_s = min(stride_s(clips, stride, fps) for fps in videos["fps"].to_pylist())
-    if shortest_s * meta.frames_per_second < 1 - 1e-6:
+    shortest_s = min(stride_s(clips, stride, rate) for rate in fps)
+    if shortest_s * frames_per_second < 1 - 1e-6:
         raise UserError(
             f"clips.{name} is {stride:g} {clips.unit}, {shortest_s:g} s: the cached features are "
-            f"{1 / meta.frames_per_second:g} s apart; raise it, or compute features with more --frames-per-second"
+            f"{1 / frames_per_second:g} s apart; raise it, or compute features with more --frames-per-second"
         )
 
 
@@ -117,7 +128,7 @@ def check_features(
             "features come from a trained backbone: give the checkpoint or model.backbone.weights that computed them"
         )
     check_fresh(folder, meta, backbone, weights_digest(weights or {}), digest(manifest))
-    check_stride(meta, clips, protocol, manifest, pairs)
+    check_stride(meta.frames_per_second, clips, protocol, manifest["fps"].to_pylist(), pairs)
     return meta.digest
 
 

@@ -253,6 +253,23 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
     Raises:
         UserError: they differ; names the difference.
     """
+    check_backbone(folder, meta, backbone)
+    stale = f"features is {folder!r}: computed"
+    if not meta.imported and meta.weights != weights:
+        raise UserError(
+            f"{stale} with other weights of the backbone than this run's; recompute them, or give the checkpoint or "
+            "model.backbone.weights that they were computed with"
+        )
+    if meta.manifest != manifest:
+        raise UserError(f"{stale} from another manifest, or it has changed since; recompute or import them again")
+
+
+def check_backbone(folder: str, meta: FeatureMeta, backbone: BackboneConfig) -> None:
+    """Check that features are those of a backbone, as far as its settings say.
+
+    Raises:
+        UserError: they differ; names the difference.
+    """
     stale = f"features is {folder!r}: computed"
     if meta.imported and not backbone.tokens:
         raise UserError(
@@ -272,10 +289,3 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
                 f"{stale} with model.backbone.{name} {there!r}, not {value!r}; recompute them or give "
                 f"--model.backbone.{name} {there}"
             )
-    if not meta.imported and meta.weights != weights:
-        raise UserError(
-            f"{stale} with other weights of the backbone than this run's; recompute them, or give the checkpoint or "
-            "model.backbone.weights that they were computed with"
-        )
-    if meta.manifest != manifest:
-        raise UserError(f"{stale} from another manifest, or it has changed since; recompute or import them again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from pipelines.config import RecipeConfig, override
 from pipelines.config.presets import preset
 from pipelines.data.annotations import benchmarks
 from pipelines.data.clip_order import ClipOrder
+from pipelines.data.features.cache import IMPORTED, FeatureMeta
 from pipelines.errors import UserError
 from pipelines.recipes import counts, dry_run
-from pipelines.recipes.costs import Cost, Facts, Work, costs_of, facts_of
+from pipelines.recipes.costs import Cost, Facts, Work, backbone_of, costs_of, facts_of
 from pipelines.recipes.rates import NODES
 from s5.config import BackboneConfig
 from s5.models.backbone import Backbone
@@ -47,7 +49,7 @@ def year(tmp_path: Path) -> RecipeConfig:
 
 
 def costs(config: RecipeConfig) -> dict[str, Cost]:
-    facts = facts_of(config.pretrain.model.backbone)
+    facts = facts_of(backbone_of(config))
     work = Work(NODES[config.node], facts, "features" in config.stages)
     return {cost.stage: cost for cost in costs_of(config, counts.listing_of(config), work)}
 
@@ -110,8 +112,9 @@ def test_lengths_that_are_not_stated_are_said(year: RecipeConfig) -> None:
     assert listing.seconds["test"][-2:] == pytest.approx([mean, mean])
     assert "the lengths of 2 are not stated" in dry_run.plan_of(year)
     path.unlink()
-    with pytest.raises(UserError, match=r"there is no lvu_durations\.csv in it"):
-        dry_run.plan_of(year)
+    for given in (year.annotations, f"{year.annotations}/year/"):
+        with pytest.raises(UserError, match=rf"annotations is '{given}\S*': a dry run needs lvu_durations\.csv beside"):
+            dry_run.plan_of(override(year, {"annotations": given}))
 
 
 def test_what_a_stage_would_refuse_is_refused(year: RecipeConfig) -> None:
@@ -137,15 +140,92 @@ def test_hours_are_proportional_to_tokens_and_unknown_rates_are_said(year: Recip
     once, twice = (costs(override(year, {"seeds": seeds}))["finetune"].seconds for seeds in (1, 2))
     assert once is not None
     assert twice == pytest.approx(2 * once)
-    unmeasured = {"finetune.model.decoder.name": "tsn"}
+    unmeasured = {f"{stage}.model.decoder.name": "tsn" for stage in ("pretrain", "finetune")}
     assert costs(override(year, unmeasured))["finetune"].seconds is None
     assert "not measured" in dry_run.plan_of(override(year, unmeasured))
     # Decoding shares the cores with the model on CPUs, and runs beside it on a GPU's node.
     frames, facts = 1000, Facts(tokens=10, width=8, flops=1e9, parameters=1)
     for node in NODES.values():
-        parts = frames / node.frames_s, frames * facts.flops / node.encoder_flops
-        whole = Work(node, facts, cached=False).clips_s(frames, passes=1)
+        parts = 700.0 / node.decoded_s, frames * facts.flops / node.encoder_flops
+        whole = Work(node, facts, cached=False).clips_s(frames, 700.0, passes=1)
         assert whole == pytest.approx(sum(parts) if node.shared_cores else max(parts))
+
+
+def test_decoding_takes_time_by_the_seconds_of_video_that_clips_span(year: RecipeConfig) -> None:
+    node, train, val, test = (
+        NODES["cpu-2"],
+        *(list(LENGTHS.values())[p] for p in (slice(12), slice(12, 20), slice(20, None))),
+    )
+    stages = ("index", "finetune", "evaluate")
+    # 0.47 s a core for a clip of 60 s and one of 15 s.
+    assert node.decoded_s == pytest.approx(2 * 75 / 0.47)
+    changes = {"stages": stages, "seeds": 1, "finetune.loop.evaluate_every": 0, "finetune.model.backbone.depth": 1}
+    config = override(year, changes)
+    work = Work(node, replace(facts_of(backbone_of(config)), flops=0.0), cached=False)
+    found = {cost.stage: cost.seconds for cost in costs_of(config, counts.listing_of(config), work)}
+    timing = node.timing("s5", 60 * 17)
+    assert timing is not None
+    windows_s = {each: slow_windows(each) * min(60, each) for each in LENGTHS.values()}
+    clips = sum(map(slow_windows, test))
+    decoding_s = sum(windows_s[each] for each in test) / node.decoded_s
+    assert found["evaluate"] == pytest.approx(decoding_s + clips * 60 * 17 * timing.forward_s / timing.tokens)
+    trained, validated = 50 * 3 * 4, sum(map(slow_windows, val))
+    decoding_s = trained * sum(min(60, each) for each in train) / 12 + sum(windows_s[each] for each in val)
+    model_s = 60 * 17 * (trained * timing.train_s + validated * timing.forward_s) / timing.tokens
+    assert found["finetune"] == pytest.approx(decoding_s / node.decoded_s + model_s)
+
+
+def test_batches_of_cached_tokens_are_counted_on_device_and_host(year: RecipeConfig) -> None:
+    # Pairs of clips of 4 videos, 60 frames of 17 tokens of width 192, fp16.
+    pairs = 2 * 4 * 60 * 17 * 192 * 2
+    for prefetch in (0, 3):
+        found = costs(override(year, {"pretrain.data.prefetch_batches": prefetch, "seeds": 1}))
+        assert found["pretrain"].host == (prefetch + 2) * pairs
+        assert found["finetune"].host == 4 * pairs / 2
+    facts, listing = facts_of(backbone_of(year)), counts.listing_of(year)
+    cached, decoded = (
+        {cost.stage: cost.memory for cost in costs_of(year, listing, Work(NODES["h200"], facts, cached))}
+        for cached in (True, False)
+    )
+    assert cached["pretrain"] - decoded["pretrain"] == 2 * pairs
+
+
+def test_a_stage_that_does_not_run_says_nothing(year: RecipeConfig) -> None:
+    alone = {"stages": ("index", "features", "finetune", "evaluate"), "node": "h200"}
+    alone |= {"pretrain.model.backbone.name": "vit_huge", "pretrain.model.decoder.ssm.kind": "s4"}
+    alone |= {"finetune.model.decoder.ssm.kind": "s4d", "pretrain.scale.gpus_per_worker": 1.0}
+    said = dry_run.plan_of(override(year, alone))
+    assert "S4 (DPLR)" not in said
+    assert "a frame has 17 tokens of width 192" in said
+    assert "--scale.gpus-per-worker 1" in said
+    gpus = {f"{group}.scale.gpus_per_worker": 1.0 for group in ("encode", "finetune", "evaluate")}
+    gpus["pretrain.scale.gpus_per_worker"] = 0.0
+    assert "--scale.gpus-per-worker 1" not in dry_run.plan_of(override(year, alone | gpus))
+
+
+def test_imported_features_may_be_of_any_backbone(year: RecipeConfig, tmp_path: Path) -> None:
+    meta = FeatureMeta(
+        backbone={"name": "videomae"},
+        weights=f"{IMPORTED}digest",
+        mean=[],
+        std=[],
+        precision="",
+        frames_per_second=1.0,
+        manifest="m",
+        tokens=5,
+        width=32,
+        chunk_frames=64,
+    )
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "ready/features.json").write_text(json.dumps(asdict(meta)))
+    names: dict[str, Any] = {f"{stage}.model.backbone.name": "videomae" for stage in ("pretrain", "finetune")}
+    names |= {f"{stage}.model.backbone.cls_token": False for stage in ("pretrain", "finetune")}
+    config = override(year, {"features": str(tmp_path / "ready"), "seeds": 1} | names)
+    said = dry_run.plan_of(config)
+    assert "a frame has 5 tokens of width 32" in said
+    assert "features  " not in said
+    with pytest.raises(UserError, match=r"imported from 'videomae', not 'vit_tiny_patch16_224'"):
+        dry_run.plan_of(override(config, {"finetune.model.backbone.name": "vit_tiny_patch16_224"}))
 
 
 def test_facts_are_those_of_the_model() -> None:

@@ -125,6 +125,15 @@ def test_a_group_is_set_in_all_stages_and_a_stage_by_its_name() -> None:
         command_line.parse(["sweep", "--loop.epochs", "3"])
 
 
+def test_no_workers_for_all_leaves_features_its_worker() -> None:
+    config = parsed("paper-lvu-year", "--encode.scale.num-workers", "3", "--scale.num-workers", "0")
+    workers = [stage.scale.num_workers for stage in (config.encode, config.pretrain, config.finetune, config.evaluate)]
+    assert workers == [3, 0, 0, 0]
+    assert parsed("paper-lvu-year", "--scale.num-workers", "2").encode.scale.num_workers == 2
+    with pytest.raises(UserError, match="does not work in its own process"):
+        parsed("paper-lvu-year", "--encode.scale.num-workers", "0")
+
+
 def test_run_json_names_the_recipe(tmp_path: Path) -> None:
     config = parsed("paper-coin", "--seeds", "2", "--pretrain.loop.epochs", "1")
     (tmp_path / "run.json").write_text(json.dumps(to_json("recipe", config)))
@@ -204,6 +213,53 @@ def test_annotations_of_another_benchmark(
     assert error.startswith("error: annotations is '")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "--finetune.model.decoder.name lst",
+            "finetune.model.decoder.name is 'lst': it starts from what is pretrained",
+        ),
+        ("--pretrain.model.decoder.blocks 2", "finetune.model.decoder.blocks is 3: it starts from what is pretrained"),
+        ("--encode.model.backbone.name vit_base_patch16_224", "pretrain.model.backbone.name is 'vit_large"),
+        ("--encode.model.backbone.weights vit.safetensors", "pretrain.model.backbone.weights is 'timm'"),
+        ("--finetune.model.backbone.cls_token False", "finetune.model.backbone.cls_token is False"),
+        ("--encode.frames-per-second 0.25", "encode.frames_per_second is 0.25, too few for stage pretrain"),
+        ("--finetune.clips.long-stride 0.5 --finetune.clips.short-stride 0.5", "encode.frames_per_second is 1, too"),
+        ("--pretrain.lsmcl.mask-on patches", "settings of stage pretrain (pretrain.KEY): lsmcl.mask_on is 'patches'"),
+        ("--finetune.model.backbone.frozen False", "settings of stage finetune (finetune.KEY): model.backbone.frozen"),
+        ("--evaluate.split tset", "unknown evaluate.split 'tset'"),
+        ("--finetune.task distant --finetune.labels l", "finetune.task is 'distant'"),
+        ("--model.backbone.name vit_huge", "backbone.name is 'vit_huge': timm has no such model"),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_settings_that_cannot_work_together_are_refused_before_anything_starts(
+    given: str, message: str, dry: tuple[str, ...], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "l").mkdir()
+    (data / "vit.safetensors").write_bytes(b"")
+    before = sorted(data.rglob("*"))
+    arguments = ["recipe", "paper-lvu-year", "--videos", "videos", "--annotations", "lvu_1.0", *given.split(), *dry]
+    assert command_line.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(data.rglob("*")) == before
+
+
+def test_what_works_together_is_not_refused(data: Path) -> None:
+    base = {"videos": "videos", "annotations": "lvu_1.0", "tracking.uri": "off"}
+    steps.check(override(recipe("paper-lvu-year"), base))
+    steps.check(override(recipe("paper-lvu-year"), base | {"finetune.model.decoder.name": "vis4mer"}))
+    lst = {f"{stage}.model.decoder.name": "lst" for stage in ("pretrain", "finetune")}
+    steps.check(override(recipe("paper-lvu-year"), base | lst))
+    alone = {"stages": ("index", "features", "finetune", "evaluate"), "finetune.model.decoder.name": "lst"}
+    steps.check(override(recipe("paper-lvu-year"), base | alone))
+    # Whole videos have no stride, and those of frames need the rates of the videos.
+    whole = base | {"annotations": "breakfast", "finetune.clips.short_stride": 0.1}
+    whole |= {"finetune.clips.long_stride": 0.1}
+    steps.check(override(recipe("paper-breakfast"), whole | {"pretrain.clips.unit": "frames"}))
 
 
 def test_an_out_of_another_recipe(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config import DecodeConfig, IndexConfig, TrackingConfig
+from pipelines.data.annotations import breakfast
 from pipelines.data.annotations.shared import AnnotatedVideo
 from pipelines.data.indexing import holding_out
 from pipelines.data.manifest import check_for_training, classes, description, read_manifest
@@ -294,6 +296,53 @@ def test_hold_out_takes_the_share_of_each_class_by_seed() -> None:
 def test_hold_out_leaves_a_video_of_each_class_for_training() -> None:
     assert holding_out.hold_out(_listed(1), {"val": 0.9}, 0) == {}
     assert len(holding_out.hold_out(_listed(3), {"val": 0.99}, 0)) == 2
+
+
+def _performed(people: dict[str, str], cameras: int = 3) -> list[AnnotatedVideo]:
+    """List dishes of people as Breakfast does: each performance by several cameras."""
+    return [
+        AnnotatedVideo(f"{person}-cam{camera}-{dish}", "", class_name=dish, split="train", group=person)
+        for person, dishes in people.items()
+        for dish in dishes
+        for camera in range(cameras)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_held_out_whole(seed: int) -> None:
+    videos = _performed({f"P{number:02}": "abcd" if number % 3 else "ab" for number in range(40)})
+    held = holding_out.hold_out(videos, {"val": 0.1, "test": 0.2}, seed)
+    sides = {(video.group, held.get(video.video_id, "train")) for video in videos}
+    assert len(sides) == 40
+    counts = Counter(held.values())
+    # Groups have 6 or 12 videos, so that half of one may be missing or too many.
+    assert abs(counts["val"] - 0.1 * len(videos)) <= 6.5
+    assert abs(counts["test"] - 0.2 * len(videos)) <= 6.5
+    for split in ("val", "test", "train"):
+        assert {v.class_name for v in videos if held.get(v.video_id, "train") == split} == set("abcd")
+    assert held == holding_out.hold_out(videos[::-1], {"val": 0.1, "test": 0.2}, seed)
+
+
+def test_groups_leave_each_class_for_training_and_come_back_whole() -> None:
+    alone = _performed({"P00": "ab", "P01": "a", "P02": "a"})
+    held = holding_out.hold_out(alone, {"val": 0.5}, 0)
+    assert held
+    assert not [name for name in held if name.startswith("P00")]
+    videos = _performed({"P00": "ab", "P01": "a"})
+    held = {video.video_id: "val" for video in videos if video.group == "P00"}
+    holding_out.keep_learnable(videos, held)
+    assert held == {}
+
+
+def test_breakfast_holds_out_people(tmp_path: Path) -> None:
+    header = "file_name,duration,action,class_id\n"
+    lines = [f"P{p:02}-cam0{c}-P{p:02}_tea,9,tea,0\n" for p in range(20) for c in range(4)]
+    (tmp_path / "train.csv").write_text(header + "".join(lines))
+    (tmp_path / "test.csv").write_text(header + "P50-cam01-P50_tea,9,tea,0\n")
+    videos = breakfast.read(str(tmp_path)).videos
+    held = holding_out.hold_out(videos, {"val": 0.1}, 0)
+    assert Counter(name.partition("-")[0] for name in held).most_common() == [(name[:3], 4) for name in list(held)[::4]]
+    assert len(held) == 8
 
 
 def test_a_class_that_lost_its_training_videos_gets_one_back() -> None:

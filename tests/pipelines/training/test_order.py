@@ -31,7 +31,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 ROOT = Path(__file__).parents[3]
 VIDEOS, BATCH, EPOCHS = 17, 4, 4
 STEPS_PER_EPOCH, CHECKPOINT_EVERY = VIDEOS // BATCH, 3
-# Workers of each start (0: its own process), and the step (in mid-epoch, after a checkpoint) at which it is killed; the last one finishes.
+# Workers of each start (0: its own process), and the step, in mid-epoch after a checkpoint, at which it is killed; the
+# last one finishes.
 STARTS = [(0, 5), (2, 10), (1, EPOCHS * STEPS_PER_EPOCH)]
 WAIT_S = 240
 DRIVER = """
