@@ -123,6 +123,13 @@ def test_every_form_of_steps_gives_the_same_ids(tmp_path: Path) -> None:
         check_count(found[0], 3)
 
 
+@pytest.mark.parametrize("headline", [None, "", " \n"])
+def test_a_step_without_headline_has_its_text(headline: str | None, tmp_path: Path) -> None:
+    tasks = {"Tea": [{"headline": headline, "text": "Boil water"}, {"headline": "Pour", "text": "Boil water"}]}
+    found = read_steps(write(tmp_path / "s.json", json.dumps(tasks)))
+    assert [step.text for step in found] == ["Boil water", "Pour"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -134,6 +141,7 @@ def test_every_form_of_steps_gives_the_same_ids(tmp_path: Path) -> None:
         ("s.json", "3", "neither a list of tasks nor an object of tasks"),
         ("s.json", '{"Tea": "Boil"}', "task 'Tea' is str, not a list of steps"),
         ("s.json", '{"Tea": ["Boil", 3]}', "task 'Tea' step 2 is 3: give a text, or an object with a headline"),
+        ("s.json", '{"Tea": [{"headline": 0, "text": "Boil"}]}', "task 'Tea' step 1 is 0: give a text"),
         ("s.json", "[]", "none of its 0 steps has a text"),
         ("s.txt", "", "give a file that ends in .csv or .json"),
     ],
