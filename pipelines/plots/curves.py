@@ -146,7 +146,7 @@ def _finish_panel(axes: Axes, panel: Panel, runs: Mapping[str, Mapping[str, Poin
         axes.legend(handles=handles, handlelength=2.6, loc="best")
 
 
-def sweep_map(keys: tuple[str, ...], trials: Sequence[Trial], metric: str) -> bytes | None:
+def sweep_map(keys: tuple[str, ...], trials: Sequence[Trial], metric: str, is_lowest_best: bool) -> bytes | None:
     """Draw a sweep's results: a line over one key, a map over two; None where there is nothing that could be drawn."""
     done = [trial for trial in trials if trial.result is not None and np.isfinite(trial.result)]
     if not done or len(keys) not in (1, 2):
@@ -156,7 +156,9 @@ def sweep_map(keys: tuple[str, ...], trials: Sequence[Trial], metric: str) -> by
             return _png(_line(keys[0], done, metric))
         rows, columns = (_ordered({trial.values[i] for trial in trials}) for i in (0, 1))
         is_grid = len(rows) * len(columns) <= 2 * len(trials)
-        return _png(_heat_map(keys, rows, columns, done, metric) if is_grid else _scatter(keys, done, metric))
+        if is_grid:
+            return _png(_heat_map(keys, rows, columns, done, metric, is_lowest_best))
+        return _png(_scatter(keys, done, metric, is_lowest_best))
 
 
 def _ordered(values: set[str]) -> list[str]:
@@ -194,7 +196,12 @@ def _line(key: str, trials: Sequence[Trial], metric: str) -> Figure:
 
 
 def _heat_map(
-    keys: tuple[str, ...], rows: Sequence[str], columns: Sequence[str], trials: Sequence[Trial], metric: str
+    keys: tuple[str, ...],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    trials: Sequence[Trial],
+    metric: str,
+    is_lowest_best: bool,
 ) -> Figure:
     """Draw a cell for each pair of values, the best one framed; repeated pairs show their mean."""
     cells = np.full((len(rows), len(columns)), np.nan)
@@ -204,7 +211,7 @@ def _heat_map(
                 cells[i, j] = _mean(here)
     figure = Figure(figsize=(1.9 + 0.75 * len(columns), 1.1 + 0.55 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(cells, cmap="cividis_r" if is_error(metric) else "cividis", aspect="auto")
+    image = axes.imshow(cells, cmap="cividis_r" if is_lowest_best else "cividis", aspect="auto")
     for (i, j), value in np.ndenumerate(cells):
         if np.isnan(value):
             axes.text(j, i, "–", ha="center", va="center", color="0.4")
@@ -219,7 +226,7 @@ def _heat_map(
             va="center",
             color="white" if is_dark else "black",
         )
-    best = np.unravel_index(np.nanargmin(cells) if is_error(metric) else np.nanargmax(cells), cells.shape)
+    best = np.unravel_index(np.nanargmin(cells) if is_lowest_best else np.nanargmax(cells), cells.shape)
     frame = (float(best[1]) - 0.48, float(best[0]) - 0.46)
     axes.add_patch(Rectangle(frame, 0.96, 0.92, fill=False, edgecolor=COLOURS[1], linewidth=2))
     axes.set_xticks(range(len(columns)), columns)
@@ -233,7 +240,7 @@ def _heat_map(
     return figure
 
 
-def _scatter(keys: tuple[str, ...], trials: Sequence[Trial], metric: str) -> Figure:
+def _scatter(keys: tuple[str, ...], trials: Sequence[Trial], metric: str, is_lowest_best: bool) -> Figure:
     """Draw trials at drawn (not gridded) values of two keys, their results as colours."""
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
@@ -250,7 +257,7 @@ def _scatter(keys: tuple[str, ...], trials: Sequence[Trial], metric: str) -> Fig
             set_scale("log")
         places.append([float(trial.values[i]) for trial in trials])
     results = [trial.result for trial in trials if trial.result is not None]
-    cmap = "cividis_r" if is_error(metric) else "cividis"
+    cmap = "cividis_r" if is_lowest_best else "cividis"
     dots = axes.scatter(places[1], places[0], c=results, cmap=cmap, s=45, edgecolors="0.3", linewidths=0.5)
     axes.set_xlabel(keys[1])
     axes.set_ylabel(keys[0])

@@ -110,7 +110,11 @@ class Stage:
 
 @contextmanager
 def stage_run(
-    name: str, config: StageConfig, parent_run: str = "", inputs: Mapping[str, str] | None = None
+    name: str,
+    config: StageConfig,
+    parent_run: str = "",
+    inputs: Mapping[str, str] | None = None,
+    params: Mapping[str, str] | None = None,
 ) -> Iterator[Stage]:
     """Run a stage's body: run.json before it, result.json after it, and an MLflow run around it.
 
@@ -119,6 +123,7 @@ def stage_run(
         config: its settings; `config.out` is where it writes.
         parent_run: MLflow run to nest the stage's own run under (a sweep's trial).
         inputs: digests of what the stage reads, by name: another digest means another run.
+        params: what is logged beside the settings, as a setting that was worked out.
 
     Raises:
         UserError: --out cannot be written to or holds a run of another stage, or MLflow refuses the run.
@@ -127,9 +132,8 @@ def stage_run(
     folder = RunFolder.of(name, config, inputs)
     tracking.resolve_uri(config.tracking, folder.root)
     folder.begin()
-    tracker = tracking.start(
-        config.tracking, stage=name, out=folder.root, params=flatten(config), parent_run=parent_run
-    )
+    logged = flatten(config) | dict(params or {})
+    tracker = tracking.start(config.tracking, stage=name, out=folder.root, params=logged, parent_run=parent_run)
     stage = Stage(name, folder, tracker)
     try:
         yield stage

@@ -51,7 +51,7 @@ def run(config: NarrateConfig) -> dict[str, Any]:
 
     Returns:
         The stage's result; counts of `captions`, `segments`, `rejects`, those `clipped`, `widened` and `overlapping`,
-        and of `steps` and `steps_without_text`.
+        of `short_labels`, with fewer than `top_k` steps, of `steps`, `steps_without_text` and `steps_without_vector`.
 
     Raises:
         UserError: manifest, narration, steps and encoder do not fit together, or no caption can be used.
@@ -74,7 +74,11 @@ def run(config: NarrateConfig) -> dict[str, Any]:
         return result
     with stage_run("narrate", config, inputs=inputs) as stage:
         ids = written.text_ids(steps)
-        stage.info(f"{len(manifest)} videos; {len(ids)} of {len(steps)} steps have a text; encoder {index.digest}")
+        stage.counts["steps_without_vector"] = index.blank
+        stage.info(
+            f"{len(manifest)} videos; {len(ids)} of {len(steps)} steps have a text, {index.blank} no telling word"
+        )
+        stage.info(f"encoder {index.digest}")
         segments = Segments(manifest, config.shortest_s)
         shards = label_all(config, stage, segments, (index, np.array(ids), config.top_k, config.temperature))
         rejected = join_rejects(stage, shards, steps)
@@ -222,6 +226,7 @@ def join_labels(stage: Stage, shards: int, manifest: pa.Table, steps: list[Step]
     segmented = Description(dataset=description(manifest).dataset, protocol="whole")
     schema = manifest.schema.with_metadata(metadata(classes(manifest), segmented))
     found: Counter[str] = Counter()
+    stage.counts["short_labels"] = 0
     with (
         storage.table_writer(stage.path(LABELS_FILE), LABELS.with_metadata(about)) as to_labels,
         storage.table_writer(stage.path(MANIFEST), schema) as to_manifest,
@@ -229,6 +234,8 @@ def join_labels(stage: Stage, shards: int, manifest: pa.Table, steps: list[Step]
         for shard in range(shards):
             labels = storage.read_table(shard_path(stage, shard, LABELS_FILE))
             videos = manifest.take(labels["row"])
+            last = pc.list_element(labels["probabilities"], meta.top_k - 1)
+            stage.counts["short_labels"] += pc.sum(pc.equal(last, 0)).as_py() or 0
             for name in ("video_id", "start_s", "end_s"):
                 videos = videos.set_column(schema.get_field_index(name), schema.field(name), labels[name])
             found.update(videos["split"].to_pylist())
@@ -262,5 +269,6 @@ def summarise(
     stage.info(
         f"{total} segments of {stage.counts['captions']} captions ({', '.join(f'{k} {v}' for k, v in found.items())}); "
         f"{counts['clipped']} cut at an end of the video, {counts['widened']} widened, {counts['overlapping']} begin "
-        f"while another is said; {sum(rejected.values())} rejects -> {stage.out}"
+        f"while another is said; {stage.counts['short_labels']} labels have fewer than top_k steps; "
+        f"{sum(rejected.values())} rejects -> {stage.out}"
     )

@@ -19,6 +19,7 @@ from pipelines.plots.neighbours import NEIGHBOURS
 from pipelines.running.stage import Stage, stage_run
 from pipelines.tracking.history import Run, metric_history, read_runs
 from pipelines.tracking.uri import OFF, resolve_uri
+from pipelines.tuning.trials import OBJECTIVE, Objective
 
 REPORT = "report.md"
 KEY_METRICS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,7 @@ KEY_METRICS: dict[str, tuple[str, ...]] = {
 OTHER_METRICS = 6
 COUNTS = ("videos", "rejects", "failures")
 SWEEP_METRICS = ("val/accuracy", "val/mse", "knn/top1")
+"""What a sweep was compared by that did not log its objective: the first that its trials have."""
 TRIAL = "trial."
 """What the parameters of a trial's run begin with that hold its values."""
 NONE = "–"
@@ -181,13 +183,20 @@ def sweep_tables(stage: Stage, runs: Sequence[Run]) -> list[Table]:
         children = {run.out or run.run_id: run for run in runs if run.parent_run == sweep.run_id}
         trials = [run for run in children.values() if any(key.startswith(TRIAL) for key in run.params)]
         keys = swept_keys(trials, sweep.params.get("space", ""))
-        metric = sweep.params.get("metric") or next(
-            (known for known in SWEEP_METRICS if any(known in trial.metrics for trial in trials)), SWEEP_METRICS[0]
-        )
-        tables.append(
-            _sweep_table(stage, label if label.startswith("sweep") else f"sweep {label}", keys, metric, trials)
-        )
+        title = label if label.startswith("sweep") else f"sweep {label}"
+        tables.append(_sweep_table(stage, title, keys, objective(sweep, trials), trials))
     return tables
+
+
+def objective(sweep: Run, trials: Sequence[Run]) -> Objective:
+    """Return what a sweep compared its trials by, as it logged it."""
+    metric = (
+        sweep.params.get(f"{OBJECTIVE}metric")
+        or sweep.params.get("metric")
+        or next((known for known in SWEEP_METRICS if any(known in trial.metrics for trial in trials)), SWEEP_METRICS[0])
+    )
+    logged = sweep.params.get(f"{OBJECTIVE}mode")
+    return Objective(metric, "min" if logged == "min" or (not logged and curves.is_error(metric)) else "max")
 
 
 def swept_keys(trials: Sequence[Run], space: str) -> tuple[str, ...]:
@@ -201,12 +210,13 @@ def swept_keys(trials: Sequence[Run], space: str) -> tuple[str, ...]:
     return tuple(sorted(found, key=lambda key: (places[key] < 0, places[key], key)))
 
 
-def _sweep_table(stage: Stage, title: str, keys: tuple[str, ...], metric: str, runs: Sequence[Run]) -> Table:
+def _sweep_table(stage: Stage, title: str, keys: tuple[str, ...], compared_by: Objective, runs: Sequence[Run]) -> Table:
+    metric, is_lowest_best = compared_by.metric, compared_by.mode == "min"
     trials = [
         curves.Trial(tuple(run.params.get(f"{TRIAL}{key}", NONE) for key in keys), run.metrics.get(metric))
         for run in runs
     ]
-    sign = 1 if curves.is_error(metric) else -1
+    sign = 1 if is_lowest_best else -1
 
     def rank(i: int) -> tuple[bool, float]:
         result = trials[i].result
@@ -217,7 +227,7 @@ def _sweep_table(stage: Stage, title: str, keys: tuple[str, ...], metric: str, r
         for i in sorted(range(len(runs)), key=rank)
     )
     drawn: tuple[str, ...] = ()
-    if content := curves.sweep_map(keys, trials, metric):
+    if content := curves.sweep_map(keys, trials, metric, is_lowest_best):
         drawn = (f"{title.replace(' ', '_').replace('/', '_')}.png",)
         stage.folder.write(drawn[0], content)
     return Table(title, (*keys, metric, "time", "status"), rows, drawn)

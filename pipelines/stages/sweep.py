@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipelines import storage, tracking
@@ -14,7 +14,7 @@ from pipelines.running.resources import ensure_ray
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.stages import finetune, pretrain
 from pipelines.tuning.search_space import check, parse
-from pipelines.tuning.trials import Objective, TrialSettings, fit_cluster, objective_of, trial_settings
+from pipelines.tuning.trials import OBJECTIVE, Objective, TrialSettings, fit_cluster, objective_of, trial_settings
 from pipelines.tuning.tuner import FAILURE, RunStage, run_trials
 
 RUNNERS: dict[str, RunStage] = {"pretrain": pretrain.run, "finetune": finetune.run}
@@ -37,7 +37,9 @@ def run(config: SweepConfig) -> dict[str, Any]:
     objective = objective_of(config)
     trials = trial_settings(config, dimensions)
     check_trials(trials, objective)
-    with stage_run("sweep", config) as stage:
+    # Without the setting, its value depends on other settings, which the report need not understand.
+    chosen = {f"{OBJECTIVE}{name}": value for name, value in asdict(objective).items()}
+    with stage_run("sweep", config, params=chosen) as stage:
         ensure_ray()
         trials, concurrent = fit_cluster(config, trials)
         by_name = {trial.name: trial for trial in trials}

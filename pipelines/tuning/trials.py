@@ -23,6 +23,8 @@ FINETUNE_METRICS = {
 # Of these, what an evaluation gives: early stopping compares one after another.
 EVALUATED = ("knn/", "val/")
 ERRORS = ("mse", "mae", "loss")
+OBJECTIVE = "objective."
+"""What the parameters of a sweep's run begin with that hold its objective."""
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,18 @@ def _members(stream: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield key and value of each member of one large JSON object, which is never in memory as a whole."""
     text = _JsonText(stream, path)
     text.take("{")
-    while text.next() != "}":
+    more = text.next() != "}"
+    while more:
+        if (found := text.next()) != '"':
+            raise text.error(f"{found!r} stands where the name of a video should")
         key = text.value()
-        if not isinstance(key, str):
-            raise text.error(f"{_shown(key)} stands where the name of a video should")
         text.take(":")
         yield key, text.value()
-        if text.next() != "}":
+        if more := text.next() != "}":
             text.take(",")
+    text.take("}")
+    if found := text.peek():
+        raise text.error(f"{found!r} stands after the end of the object, as where files were joined")
 
 
 class _JsonText:
@@ -158,21 +162,29 @@ class _JsonText:
         self._reader = codecs.getreader("utf-8-sig")(stream)
         self._path = path
         self._text, self._place = "", 0
+        self._before = 0
         self._decoder = json.JSONDecoder()
 
     def error(self, what: str) -> UserError:
         """Return the error for a fault of the file."""
-        return UserError(f"narration is {self._path!r}: {what}; give HowTo100M's json, whole, or a .jsonl")
+        place = f"character {self._before + self._place + 1:,}"
+        return UserError(f"narration is {self._path!r}: {what} ({place}); give HowTo100M's json, whole, or a .jsonl")
 
-    def next(self) -> str:
-        """Return the next character that is no space, without taking it."""
+    def peek(self) -> str:
+        """Return the next character that is no space, without taking it; nothing at the end."""
         while True:
             while self._place < len(self._text) and self._text[self._place].isspace():
                 self._place += 1
             if self._place < len(self._text):
                 return self._text[self._place]
             if not self._fetch():
-                raise self.error("it ends in the middle")
+                return ""
+
+    def next(self) -> str:
+        """Return the next character that is no space, without taking it; there has to be one."""
+        if not (found := self.peek()):
+            raise self.error("it ends in the middle")
+        return found
 
     def take(self, expected: str) -> None:
         """Take the next character, which has to be the expected one."""
@@ -202,21 +214,21 @@ class _JsonText:
             more = self._reader.read(READ)
         except UnicodeDecodeError:
             raise self.error("it is not a text file in UTF-8") from None
+        self._before += self._place
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)
 
 
 def check_captions(path: str) -> None:
-    """Check that a file has captions: its first one is read, and of a .json file the last byte.
+    """Check that a file has captions, and that all of a .json file is one object.
 
     Raises:
-        UserError: it is missing, of another kind, empty, or cut short.
+        UserError: it is missing, of another kind, empty, cut short, or more than one object.
     """
     if next(read_captions(path), None) is None:
         raise UserError(f"narration is {path!r}: there are no captions in it")
     if path.endswith(OBJECT):
-        system, inner = storage.filesystem(storage.absolute(path))
-        with system.open_input_file(inner) as file:
-            file.seek(max(0, file.size() - READ))
-            if not file.read().rstrip().endswith(b"}"):
-                raise UserError(f"narration is {path!r}: it ends in the middle; fetch it again")
+        # A fault at its end would be found only after all before it has been compared.
+        with _opened(path) as stream:
+            for _ in _members(stream, path):
+                pass

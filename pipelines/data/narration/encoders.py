@@ -1,7 +1,7 @@
 """Sentences as vectors whose product is their similarity, and the vectors of all written steps.
 
 `tfidf`       scikit-learn's TF-IDF, fitted to the steps: words in common, rarer ones counting more. It knows no
-              synonyms and no word that no step has.
+              synonyms, no word that no step has, and none that many steps have (`COMMON`).
 a model       of sentence-transformers, by its name or folder: the extra `narration`, imported only here.
 
 Shapes: R sentences, S steps, E numbers of a vector.
@@ -25,6 +25,11 @@ ScoreArray = npt.NDArray[np.float32]
 
 TFIDF = "tfidf"
 PACKAGE = "sentence_transformers"
+COMMON = 0.2
+"""A word is left out that more than this share of the steps have, and more than COMMON_STEPS of them: `the`, `to`, in
+whatever language. scikit-learn's English stop words would do nothing for other languages, and among them are words that
+steps need: `fill`, `move`, `top`, `thin`."""
+COMMON_STEPS = 2
 AT_ONCE = 64
 """Sentences that a sentence transformer sees at once."""
 
@@ -47,15 +52,19 @@ class TfidfEncoder:
         """Fit it.
 
         Raises:
-            UserError: no step has a word of two letters.
+            UserError: no step has a word of two letters that few others have.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self._vectorizer = TfidfVectorizer(strip_accents="unicode", sublinear_tf=True, dtype=np.float32)
+        most = max(COMMON_STEPS, int(COMMON * len(steps)))
+        self._vectorizer = TfidfVectorizer(strip_accents="unicode", sublinear_tf=True, max_df=most, dtype=np.float32)
         try:
             self._vectorizer.fit(steps)
         except ValueError as error:
-            raise UserError(f"encoder is {TFIDF!r}: no step has a word of at least two letters ({error})") from None
+            raise UserError(
+                f"encoder is {TFIDF!r}: no step has a word of at least two letters that at most {most} steps have "
+                f"({error})"
+            ) from None
 
     def embed(self, sentences: Sequence[str]) -> Any:
         """Return a sparse matrix (R, E); see `SentenceEncoder`."""
@@ -120,6 +129,11 @@ class StepIndex:
     """Dense or sparse (S, E)."""
     digest: str
     """What identifies the encoder."""
+
+    @property
+    def blank(self) -> int:
+        """How many steps have a vector of zeros: nothing is like them."""
+        return int((abs(self.vectors_SE).sum(1) == 0).sum())
 
     def similarities(self, sentences: Sequence[str]) -> ScoreArray:
         """Return the cosine similarity (R, S) of each sentence and each step."""

@@ -32,7 +32,7 @@ LABELS = pa.schema(
     ]
 )
 """A segment's id in the manifest of segments, its video, its times in that, what is said, the steps that are most like
-it, the likeliest first, and their probabilities, which sum to 1."""
+it, the likeliest first, and their probabilities, which sum to 1: 0 for those that only fill up a short label."""
 MADE_BY, STEPS = b"made_by", b"steps"
 """Keys of the schema's metadata: what made the labels, and the names of the steps by their ids, as JSON."""
 
@@ -66,7 +66,9 @@ def soft_labels(scores_RS: ScoreArray, top_k: int, temperature: float) -> tuple[
 
     The probabilities are the softmax of score / temperature over all steps, of which the K largest are kept and made
     to sum to 1 (arXiv 2201.10990): the softmax over these K alone. Of equal scores the step with the
-    lower number comes first.
+    lower number comes first. Unlike the paper, a step that scores 0 or less has probability 0: it has no word in common
+    (TF-IDF) or no meaning (a negative cosine), and only its number would bring it among the K. Where no step scores
+    more, all K probabilities are 0.
     """
     last_R = np.partition(scores_RS, -top_k, axis=1)[:, -top_k]
     steps_RK = np.empty((len(scores_RS), top_k), np.int64)
@@ -74,8 +76,9 @@ def soft_labels(scores_RS: ScoreArray, top_k: int, temperature: float) -> tuple[
         candidates = np.flatnonzero(scores_S >= last)
         steps_RK[row] = candidates[np.argsort(-scores_S[candidates], kind="stable")][:top_k]
     best_RK = np.take_along_axis(scores_RS, steps_RK, axis=1).astype(np.float64)
-    weights_RK = np.exp((best_RK - best_RK[:, :1]) / temperature)
-    return steps_RK, (weights_RK / weights_RK.sum(1, keepdims=True)).astype(np.float32)
+    weights_RK = np.where(best_RK > 0, np.exp((best_RK - best_RK[:, :1]) / temperature), 0.0)
+    # The best step weighs 1, where it is alike.
+    return steps_RK, (weights_RK / np.maximum(weights_RK.sum(1, keepdims=True), 1.0)).astype(np.float32)
 
 
 class Labeller:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -57,7 +59,7 @@ class Segments:
         self._several = again - self._rows.keys()
         self._names = names
         self._bounds = list(zip(self.manifest["start_s"].to_pylist(), self.manifest["end_s"].to_pylist(), strict=True))
-        self._said_until: dict[int, float] = {}
+        self._said: dict[int, tuple[array[float], array[float]]] = {}
 
     def parts(self, captions: Iterable[Caption], size: int) -> Iterator[SegmentPart]:
         """Yield captions in parts of `size`, the last one smaller."""
@@ -91,8 +93,7 @@ class Segments:
                 f"{last_s:g} s"
             )
         self.counts["clipped"] += (start_s, end_s) != (caption.start_s, caption.end_s)
-        self.counts["overlapping"] += start_s < self._said_until.get(row, first_s)
-        self._said_until[row] = max(end_s, self._said_until.get(row, first_s))
+        self.counts["overlapping"] += self._joined(row, start_s, end_s)
         if end_s - start_s < self.shortest_s:
             self.counts["widened"] += 1
             start_s, end_s = widened(start_s, end_s, first_s, last_s, self.shortest_s)
@@ -106,6 +107,18 @@ class Segments:
             "text": caption.text,
             "location": caption.location,
         }
+
+    def _joined(self, row: int, start_s: float, end_s: float) -> int:
+        """Add a stretch to those in which a video's captions are said; return how many of these it overlaps.
+
+        Their sum over all captions, listed in any order, is the number of those that begin while another is said.
+        """
+        starts, ends = self._said.setdefault(row, (array("d"), array("d")))
+        first, last = bisect_right(ends, start_s), bisect_left(starts, end_s)
+        if first < last:
+            start_s, end_s = min(start_s, starts[first]), max(end_s, ends[last - 1])
+        starts[first:last], ends[first:last] = array("d", [start_s]), array("d", [end_s])
+        return last - first
 
 
 def widened(start_s: float, end_s: float, first_s: float, last_s: float, length_s: float) -> tuple[float, float]:

@@ -4,7 +4,7 @@
 .json    a list of tasks, as arXiv 2201.10990 has wikiHow's: [[{"headline": "Whisk the eggs", ...}, ...], ...]
          or tasks by their titles: {"Make an omelette": ["Whisk the eggs", ...], ...}
 
-In both json forms a step is a text, or an object of which `headline` is taken, or `text` where it has no headline.
+In both json forms a step is a text, or an object's `headline`, or its `text` where that is missing or empty.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _from_tasks(found: Any, file: AnnotationFile) -> Iterator[Step]:
         for number, step in enumerate(steps, 1):
             location = f"{file.short}, task {task!r} step {number}"
             if isinstance(step, dict):
-                step = step.get("headline", step.get("text"))
+                headline = step.get("headline")
+                blank = headline is None or (isinstance(headline, str) and not headline.strip())
+                step = step.get("text") if blank else headline
             if step is not None and not isinstance(step, str):
                 raise file.error(f"task {task!r} step {number} is {step!r}: give a text, or an object with a headline")
             yield Step(str(task), " ".join((step or "").split()), location)

@@ -82,6 +82,8 @@ def narrated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     counts = result["counts"]
     assert counts["captions"] == counts["segments"] + counts["rejects"] - counts["steps_without_text"]
     assert (counts["steps"], counts["steps_without_text"], counts["clipped"], counts["overlapping"]) == (9, 1, 1, 1)
+    # A digit is like its own step alone.
+    assert (counts["short_labels"], counts["steps_without_vector"]) == (counts["segments"], 0)
     return config.out
 
 

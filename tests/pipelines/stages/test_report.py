@@ -130,6 +130,30 @@ def test_a_sweep_whose_space_mlflow_cuts_off_has_its_table(tmp_path: Path) -> No
     assert {tuple(row[:2]) for row in table["rows"]} == {("1e-9", "2"), ("2e-9", "2")}
 
 
+@pytest.mark.parametrize(
+    ("logged", "metric", "best"),
+    [
+        ({"objective__metric": "val/loss", "objective__mode": "min"}, "val/loss", "1e-3"),
+        ({"objective__metric": "val/loss", "objective__mode": "max"}, "val/loss", "1e-2"),
+        ({"objective__metric": "val/accuracy", "objective__mode": "max"}, "val/accuracy", "1e-4"),
+        ({}, "val/accuracy", "1e-4"),
+    ],
+)
+def test_a_sweep_is_reported_by_what_it_compared(
+    tmp_path: Path, logged: dict[str, str], metric: str, best: str
+) -> None:
+    sweep = start(tmp_path, "sweep", "sweep", space=("optim.lr=1e-4,1e-3,1e-2",), metric="", **logged)
+    for lr, loss, accuracy in (("1e-4", 1.5, 0.9), ("1e-3", 0.9, 0.5), ("1e-2", 2.1, 0.7)):
+        trial = start(tmp_path, "trial", f"sweep/{lr}", str(sweep.run_id), trial__optim__lr=lr)
+        trial.log({"val/loss": loss, "val/accuracy": accuracy}, None)
+        trial.finish("FINISHED")
+    sweep.finish("FINISHED")
+    config = ReportConfig(out=str(tmp_path / "report"), tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    (table,) = report.run(config)["tables"]
+    assert table["header"][1] == metric
+    assert table["rows"][0][0] == best
+
+
 def test_an_empty_experiment_is_a_users_mistake(tmp_path: Path) -> None:
     config = ReportConfig(out=str(tmp_path / "report"))
     with pytest.raises(UserError, match="run a stage first"):
@@ -176,11 +200,11 @@ def test_labels_tell_runs_apart() -> None:
 )
 def test_sweep_maps_of_all_kinds(keys: tuple[str, ...], values: list[tuple[str, ...]]) -> None:
     trials = [curves.Trial(value, 0.1 * i) for i, value in enumerate(values)]
-    content = curves.sweep_map(keys, trials, "val/accuracy")
+    content = curves.sweep_map(keys, trials, "val/accuracy", False)
     assert content is not None
     assert content.startswith(PNG)
 
 
 def test_no_map_over_three_keys_or_without_results() -> None:
-    assert curves.sweep_map(("a", "b", "c"), [curves.Trial(("1", "2", "3"), 0.5)], "m") is None
-    assert curves.sweep_map(("a",), [curves.Trial(("1",), math.nan)], "m") is None
+    assert curves.sweep_map(("a", "b", "c"), [curves.Trial(("1", "2", "3"), 0.5)], "m", False) is None
+    assert curves.sweep_map(("a",), [curves.Trial(("1",), math.nan)], "m", False) is None

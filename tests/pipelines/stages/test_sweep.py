@@ -307,6 +307,7 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
     assert {row["trial"] for row in result["trials"]} == {"mask_ratio=0.25", "mask_ratio=0.75"}
     runs = logged(tmp_path)
     parent = next(run for run in runs if run.stage == "sweep")
+    assert (parent.params["objective.metric"], parent.params["objective.mode"]) == ("knn/top1", "max")
     trials = [run for run in runs if run.parent_run == parent.run_id]
     assert {run.params["trial.lsmcl.mask_ratio"] for run in trials} == {"0.25", "0.75"}
     assert all("knn/top1" in run.metrics for run in trials)

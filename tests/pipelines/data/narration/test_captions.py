@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -112,15 +113,15 @@ def test_lists_of_different_lengths(tmp_path: Path) -> None:
         ("c.txt", "", r"narration is '.*c.txt': give a file that ends in .jsonl, .ndjson or .json"),
         ("c.jsonl", "\n\n", r"there are no captions in it"),
         ("c.json", "{}", r"there are no captions in it"),
-        ("c.json", "", r"it ends in the middle; give HowTo100M's json, whole, or a .jsonl"),
-        ("c.json", "[1]", r"'\[' stands where '\{' should; give HowTo100M's json"),
+        ("c.json", "", r"it ends in the middle \(character 1\); give HowTo100M's json, whole, or a .jsonl"),
+        ("c.json", "[1]", r"'\[' stands where '\{' should \(character 1\); give HowTo100M's json"),
         ("c.json", '{"a": {"start": [1], "end"', r"it ends in the middle, or is no JSON"),
         (
             "c.json",
             '{"a": {"start": [1], "end": [2], "text": ["x"]}, "b": {"sta',
-            r"it ends in the middle; fetch it again",
+            r"it ends in the middle, or is no JSON",
         ),
-        ("c.json", "{1: 2}", r"1 stands where the name of a video should"),
+        ("c.json", "{1: 2}", r"'1' stands where the name of a video should"),
         ("c.json", b'{"\xff": 2}', r"it is not a text file in UTF-8"),
     ],
 )
@@ -131,6 +132,33 @@ def test_files_that_are_none_are_named_beforehand(
         check_captions(write(tmp_path / name, content))
     with pytest.raises(UserError, match="there is no such file"):
         check_captions(str(tmp_path / "none.jsonl"))
+
+
+WHOLE = json.dumps(grouped(GOOD))
+
+
+@pytest.mark.parametrize("read", [1, 7, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "place", "message"),
+    [
+        (f"{WHOLE}\n{WHOLE}", len(WHOLE) + 2, r"'\{' stands after the end of the object"),
+        (f"{WHOLE}  more", len(WHOLE) + 3, "'m' stands after the end of the object"),
+        (f"{WHOLE}}}", len(WHOLE) + 1, r"'\}' stands after the end of the object"),
+        ("{} []", 4, r"'\[' stands after the end of the object"),
+        (f"{WHOLE[:-1]} ,}}", len(WHOLE) + 2, r"'\}' stands where the name of a video should"),
+        ("{,}", 2, "',' stands where the name of a video should"),
+        (f"{WHOLE[:-1]},,{WHOLE[1:]}", len(WHOLE) + 1, "',' stands where the name of a video should"),
+    ],
+)
+def test_a_json_file_is_one_object_to_its_end(
+    tmp_path: Path, read: int, content: str, place: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captions_module, "READ", read)
+    path = write(tmp_path / "c.json", content)
+    for whole in (check_captions, lambda path: list(read_captions(path))):
+        with pytest.raises(UserError, match=rf"{message}.* \(character {place:,}\); give"):
+            whole(path)
+    assert said(write(tmp_path / "c.json", f"{WHOLE} \n\n"))
 
 
 # --- segments -------------------------------------------------------------------------------------------------------
@@ -195,3 +223,20 @@ def test_short_segments_are_widened_within_the_video(start: float, end: float, e
     assert segments.counts["widened"] == (end - start < 9)
     _, rows, _ = placed([Caption("a", "1", start, end, "x")], shortest_s=100.0)
     assert (rows[0]["start_s"], rows[0]["end_s"]) == (0.0, 20.0)
+
+
+def test_overlaps_do_not_depend_on_the_order_of_the_captions() -> None:
+    random = np.random.default_rng(0)
+    starts = random.integers(0, 18, 12)
+    times = [
+        (float(start), float(start + length)) for start, length in zip(starts, random.integers(1, 3, 12), strict=True)
+    ]
+    ordered = sorted(times)
+    slow = sum(any(start < end for _, end in ordered[:i]) for i, (start, _) in enumerate(ordered))
+    assert 0 < slow < 11
+    for _ in range(20):
+        random.shuffle(times)
+        captions = [Caption("a", "1", start, end, "x") for start, end in times]
+        assert placed(captions)[0].counts["overlapping"] == slow
+    apart = [Caption(video, "1", start, start + 1.0, "x") for video in "ab" for start in (14.0, 12.0, 13.0, 11.0)]
+    assert placed(apart)[0].counts["overlapping"] == 0

@@ -25,12 +25,16 @@ TEXTS = ["Whisk the eggs", "Heat the pan", "Pour the eggs into the pan", "Grate 
 
 
 def slow_labels(scores: list[float], top_k: int, temperature: float) -> dict[int, float]:
-    """The method in the words of the paper: softmax over all steps, keep the K largest, make them sum to 1."""
+    """The method in the words of the paper: softmax over all steps, keep the K largest, make them sum to 1.
+
+    A step that is not alike is none of them.
+    """
     largest = max(scores)
     shares = [math.exp((score - largest) / temperature) for score in scores]
     shares = [share / sum(shares) for share in shares]
     kept = sorted(range(len(scores)), key=lambda step: (-scores[step], step))[:top_k]
-    return {step: shares[step] / sum(shares[each] for each in kept) for step in kept}
+    alike = [step for step in kept if scores[step] > 0]
+    return {step: shares[step] / sum(shares[each] for each in alike) if step in alike else 0.0 for step in kept}
 
 
 def scores(rows: int, steps: int, ties: bool) -> ScoreArray:
@@ -48,6 +52,19 @@ def test_labels_equal_a_slow_loop(top_k: int, temperature: float, ties: bool) ->
         assert steps == list(expected)
         assert shares == pytest.approx(list(expected.values()), rel=1e-4, abs=1e-7)
     np.testing.assert_allclose(share_RK.sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unlike", [0.0, -0.3])
+@pytest.mark.parametrize("temperature", [0.05, 5.0])
+def test_steps_that_are_not_alike_have_no_share(temperature: float, unlike: float) -> None:
+    score_RS = np.full((3, 6), unlike, np.float32)
+    score_RS[0, 4], score_RS[1, [2, 5]] = 0.4, (0.1, 0.2)
+    steps_RK, share_RK = soft_labels(score_RS, 3, temperature)
+    assert (steps_RK[0, 0], share_RK[0].tolist()) == (4, [1.0, 0.0, 0.0])
+    assert steps_RK[1, :2].tolist() == [5, 2]
+    assert share_RK[1, 1] > 0
+    assert share_RK[1].tolist() == pytest.approx(list(slow_labels(score_RS[1].tolist(), 3, temperature).values()))
+    assert share_RK[2].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_small_temperature_does_not_overflow() -> None:
@@ -70,6 +87,35 @@ def test_what_is_said_is_labelled_by_words_in_common() -> None:
     assert found["probabilities"].null_count == 2
     assert sum(found["probabilities"][0].as_py()) == pytest.approx(1)
     assert found["row"].to_pylist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("steps", "said", "nothing"),
+    [
+        (
+            [f"{verb} the {thing} to the {place}" for verb, thing, place in zip(
+                ["Fill", "Move", "Put", "Add", "Bring", "Carry"],
+                ["glass", "pan", "lid", "salt", "water", "plate"],
+                ["top", "back", "bottom", "bowl", "boil", "table"], strict=True)],
+            ["fill it", "move it", "put it", "now the salt", "to the boil", "a table"],
+            "hello to the world",
+        ),
+        (
+            [f"{thing} in die {place} geben" for thing, place in zip(
+                ["Salz", "Mehl", "Milch", "Zucker"], ["Pfanne", "Form", "Tasse", "Dose"], strict=True)],
+            ["das Salz", "in die Form", "mit Milch", "die Dose"],
+            "wir gehen in die Stadt",
+        ),
+    ],
+)  # fmt: skip
+def test_words_that_many_steps_have_are_like_none_in_any_language(
+    steps: list[str], said: list[str], nothing: str
+) -> None:
+    index = index_steps("tfidf", steps, "cpu")
+    assert index.blank == 0
+    assert index.similarities(said).argmax(1).tolist() == list(range(len(steps)))
+    assert index.similarities([nothing]).max() == 0
+    assert index_steps("tfidf", [*steps, steps[0].split()[1]], "cpu").blank == 1
 
 
 def test_similarity_is_the_cosine() -> None:
@@ -123,6 +169,13 @@ def test_every_form_of_steps_gives_the_same_ids(tmp_path: Path) -> None:
         check_count(found[0], 3)
 
 
+@pytest.mark.parametrize("headline", [None, "", " \n"])
+def test_a_step_without_headline_has_its_text(headline: str | None, tmp_path: Path) -> None:
+    tasks = {"Tea": [{"headline": headline, "text": "Boil water"}, {"headline": "Pour", "text": "Boil water"}]}
+    found = read_steps(write(tmp_path / "s.json", json.dumps(tasks)))
+    assert [step.text for step in found] == ["Boil water", "Pour"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -134,6 +187,7 @@ def test_every_form_of_steps_gives_the_same_ids(tmp_path: Path) -> None:
         ("s.json", "3", "neither a list of tasks nor an object of tasks"),
         ("s.json", '{"Tea": "Boil"}', "task 'Tea' is str, not a list of steps"),
         ("s.json", '{"Tea": ["Boil", 3]}', "task 'Tea' step 2 is 3: give a text, or an object with a headline"),
+        ("s.json", '{"Tea": [{"headline": 0, "text": "Boil"}]}', "task 'Tea' step 1 is 0: give a text"),
         ("s.json", "[]", "none of its 0 steps has a text"),
         ("s.txt", "", "give a file that ends in .csv or .json"),
     ],
