@@ -268,7 +268,7 @@ def check_cluster(scale: ScaleConfig | None, data: DecodeConfig | None) -> int:
         UserError: workers and decoding do not fit the cluster.
     """
     ensure_ray()
-    if scale.num_workers == 0:
+    if scale is not None and scale.num_workers == 0:
         own_device(scale)
     if data is None:
         if scale is not None:
