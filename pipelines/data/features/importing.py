@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,30 +136,29 @@ def match(
             _, more, name = name.partition("/")
     hits: list[list[FeatureFile]] = [[] for _ in ids]
     videos_of: dict[str, set[str]] = defaultdict(set)
+    left = list(range(len(ids)))
 
-    def search(names: Iterable[str], whole: bool = False) -> None:
-        found = {}
-        for row, name in enumerate(names):
-            if not hits[row] and name in named:
-                fit = [file for file in named[name] if file.name == name or not whole]
-                found[row] = [file for file in fit if file.path not in videos_of or uris[row] in videos_of[file.path]]
-        for row, hit in found.items():
-            hits[row] = hit
-            for file in hit:
+    def search(name_of: Callable[[int], str], whole: bool = False) -> None:
+        for row in left:
+            fit = [file for file in named.get(name_of(row), ()) if file.name == name_of(row) or not whole]
+            hits[row] = [file for file in fit if file.path not in videos_of or uris[row] in videos_of[file.path]]
+        # Only then, so that videos which a file fits as well both have it.
+        for row in left:
+            for file in hits[row]:
                 videos_of[file.path].add(uris[row])
+        left[:] = [row for row in left if not hits[row]]
 
-    search(ids, whole=True)
-    paths = [os.path.splitext(uri)[0] for uri in uris]
+    search(lambda row: ids[row], whole=True)
     for folders in range(max(file.name.count("/") for file in files), 0, -1):
-        search(_last_parts(path, folders) for path in paths)
-    search(ids)
-    search(path.rpartition("/")[2] for path in paths)
+        search(lambda row, folders=folders: _last_parts(uris[row], folders))  # type: ignore[misc]
+    search(lambda row: ids[row])
+    search(lambda row: _last_parts(uris[row], 0))
     return hits, videos_of
 
 
-def _last_parts(path: str, folders: int) -> str:
-    """Return the name that a path ends in with so many folders before it; empty where it has fewer."""
-    parts = path.rsplit("/", folders + 1)[-folders - 1 :]
+def _last_parts(uri: str, folders: int) -> str:
+    """Return the name of a file without its ending, with so many folders before it; empty where it has fewer."""
+    parts = os.path.splitext(uri)[0].rsplit("/", folders + 1)[-folders - 1 :]
     return "/".join(parts) if len(parts) > folders else ""
 
 
