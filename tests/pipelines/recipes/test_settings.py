@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pipelines import command_line
-from pipelines.config import RecipeConfig, flatten, override, to_json
+from pipelines.config import RecipeConfig, StageConfig, flatten, override, to_json
 from pipelines.config.paper import CLASS_TASKS, RECIPES, REGRESSION_TASKS
 from pipelines.config.presets import preset
 from pipelines.data.annotations import lvu
 from pipelines.errors import UserError
 from pipelines.recipes import steps
+from pipelines.stages import recipe as stage
+from s5.checkpoints.checkpoint import MODEL, Meta, meta_bytes
 from s5.config import ViewsConfig
 
 LVU = [name for name in RECIPES if name.startswith("paper-lvu-")]
@@ -295,6 +298,40 @@ def test_steps_follow_one_another_and_read_what_came_before(data: Path) -> None:
     assert found["finetune/seed_1"]["checkpoint"] == str(out / "pretrain")
     assert found["evaluate/seed_1"]["checkpoint"] == str(out / "finetune/seed_1")
     assert [found[f"finetune/seed_{seed}"]["loop.seed"] for seed in (0, 1)] == [0, 1]
+
+
+def _finished(out: str, name: str, settings: StageConfig, **more: object) -> None:
+    """Write what a finished stage leaves."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(to_json(name, settings) | more))
+    (folder / "result.json").write_text(json.dumps({"checkpoint": f"{out}/c"}))
+
+
+def _trained(config: RecipeConfig, weights: str) -> steps.Step:
+    """Write a fine-tuned checkpoint, and return the step that evaluates it."""
+    tuned, evaluated = steps.steps_of(config)[-2:]
+    _finished(tuned.config.out, "finetune", tuned.config)
+    meta = Meta(kind="class", step=1, model={}, files={MODEL: weights})
+    (Path(tuned.config.out) / "c").mkdir(exist_ok=True)
+    (Path(tuned.config.out) / "c/meta.json").write_bytes(meta_bytes(meta))
+    return evaluated
+
+
+def test_what_was_trained_again_is_evaluated_again(data: Path) -> None:
+    changes = {"manifest": "m", "seeds": 1, "tracking.uri": "off", "out": "out", "stages": ("finetune", "evaluate")}
+    config = override(recipe("paper-breakfast"), changes)
+    step = _trained(config, "first")
+    assert not stage.has_row(steps.steps_of(config))
+    _finished(step.config.out, "evaluate", step.config, inputs={"checkpoint": "first"})
+    assert stage.has_row(steps.steps_of(config))
+    assert stage.earlier_result(step) is not None
+    assert stage.earlier_result(_trained(config, "second")) is None
+    # A run of an earlier version does not say what it evaluated.
+    _finished(step.config.out, "evaluate", step.config)
+    assert stage.earlier_result(step) is None
+    shutil.rmtree(data / "out/finetune")
+    assert not stage.has_row(steps.steps_of(config))
 
 
 def test_what_is_ready_is_not_made(data: Path) -> None:
