@@ -130,7 +130,7 @@ def test_predicted_steps_equal_a_loop_over_segments(tmp_path: Path, monkeypatch:
     expected, hits = [], []
     for name in "abcde":
         clips = [value for value, owner in zip(values, names, strict=True) if owner == name]
-        predicted = head(torch.stack(clips).mean(0)).softmax(0)
+        predicted = head(torch.stack(clips).mean(0)).softmax(0).detach()
         steps, shares = (each[0].tolist() for each in labels.of([name]))
         pairs = [(share, float(predicted[step])) for step, share in zip(steps, shares, strict=True) if share]
         expected.append(sum(share * math.log(share / other) for share, other in pairs))
