@@ -361,6 +361,9 @@ class EvaluateConfig:
     no picture of nearest clips then."""
     batch_size: int = 16
     """Clips that the model sees at once."""
+    labels: LabelsPath = ""
+    """Soft labels to compare predicted steps with, for a checkpoint of task distant: the --out of `narrate`; without it
+    those beside the manifest, if any."""
     probe: Literal["knn", "linear", "both"] = "knn"
     """What the labels are found with from a pretrained encoder's features: nearest neighbours (where there are labels),
     or a linear classifier on standardised features, whose regularisation is chosen by cross-validation in train."""

@@ -76,6 +76,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             inputs["features"] = check_features(
                 config.features, manifest, clips, protocol, backbone, of_backbone(weights)
             )
+        if known := pretrained.narrated_steps(config, meta, videos):
+            inputs["labels"] = known.digest
         check_cluster(config.scale, None if config.features else config.data)
         per_video = clips_per_video(protocol, config.clips_per_video)
         with stage_run("evaluate", config, inputs=inputs) as stage:
@@ -93,6 +95,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             if meta.pretrained:
                 reference = read(learned, per_video=1) if len(learned) else None
                 pretrained.report(stage, config, found, reference)
+                if known and (head := load_model(folder)[0].head):
+                    pretrained.steps(stage, config.split, head, found, known)
             else:
                 fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
             stage.info(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")

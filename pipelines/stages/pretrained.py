@@ -5,14 +5,19 @@ Shapes: N clips.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
+from pipelines import storage
 from pipelines.config import EvaluateConfig
 from pipelines.data.manifest import drop_too_short, labelled, split_of, spread
+from pipelines.data.narration.labels import LABELS_FILE
+from pipelines.data.narration.reading import NarratedSteps, read_labels
 from pipelines.errors import StageError, UserError
 from pipelines.plots.neighbours import NEIGHBOURS, Neighbours, draw_neighbours
 from pipelines.running.stage import Stage
@@ -21,9 +26,12 @@ from s5.config import ClipConfig
 from s5.evaluation import inference, linear_probe, metrics
 from s5.evaluation.inference import ClipOutputs
 from s5.evaluation.neighbours import nearest
+from s5.tasks.distant import step_divergence
 
 SHOWN_QUERIES = 8
 """Rows of the picture of nearest clips."""
+SEGMENTS_AT_ONCE = 1024
+"""Segments whose scores of all steps are in memory at once."""
 PICTURED_CLIPS = 4096
 """Clips that the picture is chosen among: their frames are in memory at once."""
 
@@ -76,6 +84,48 @@ def pictured_videos(config: EvaluateConfig, meta: Meta, videos: pa.Table, per_vi
     if not meta.pretrained or config.features:
         return frozenset()
     return frozenset(sorted(videos["video_id"].to_pylist())[: max(1, PICTURED_CLIPS // per_video)])
+
+
+def narrated_steps(config: EvaluateConfig, meta: Meta, videos: pa.Table) -> NarratedSteps | None:
+    """Return the soft labels that predicted steps are compared with: --labels, or those beside the manifest.
+
+    Raises:
+        UserError: the checkpoint predicts no steps, or other ones, or a segment has no label.
+    """
+    if meta.kind != "distant":
+        if config.labels:
+            raise UserError(
+                f"labels is {config.labels!r}: a checkpoint of task {meta.kind} predicts no steps; leave it out"
+            )
+        return None
+    beside = config.manifest if storage.is_folder(config.manifest) else os.path.dirname(config.manifest) or "."
+    if not config.labels and not storage.exists(storage.join(beside, LABELS_FILE)):
+        return None
+    known = read_labels(config.labels or beside, videos)
+    if known.names != meta.classes:
+        raise UserError(
+            f"labels is {config.labels or beside!r}: its {len(known.names)} steps are not the {len(meta.classes)} that "
+            "the checkpoint has learnt; give labels made from the same steps"
+        )
+    return known
+
+
+def steps(stage: Stage, split: str, head: nn.Module, found: ClipOutputs, known: NarratedSteps) -> None:
+    """Measure how far predicted steps are from soft labels, by the mean of the features of each segment's clips."""
+    segments = inference.by_video(found)
+    divergence = hits = 0.0
+    for first in range(0, len(segments.video_ids), SEGMENTS_AT_ONCE):
+        steps_BK, probabilities_BK = known.labels.of(segments.video_ids[first : first + SEGMENTS_AT_ONCE])
+        with torch.no_grad():
+            logits_BS = head(segments.values[first : first + SEGMENTS_AT_ONCE])
+        divergence += float(step_divergence(logits_BS, steps_BK, probabilities_BK).sum())
+        hits += float((logits_BS.argmax(1) == steps_BK[:, 0]).sum())
+    count = len(segments.video_ids)
+    stage.metrics |= {f"{split}/accuracy": hits / count, f"{split}/loss": divergence / count}
+    stage.info(
+        f"{split}: the predicted step is the label's likeliest of {hits / count:.3f} of {count} segments, divergence "
+        f"{divergence / count:.3f}"
+    )
 
 
 def report(stage: Stage, config: EvaluateConfig, found: ClipOutputs, train: ClipOutputs | None) -> None:

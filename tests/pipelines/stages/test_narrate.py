@@ -81,7 +81,8 @@ def narrated(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     assert not storage.exists(storage.join(config.out, "shards"))
     counts = result["counts"]
     assert counts["captions"] == counts["segments"] + counts["rejects"] - counts["steps_without_text"]
-    assert (counts["steps"], counts["steps_without_text"], counts["clipped"], counts["overlapping"]) == (9, 1, 1, 1)
+    # The last caption begins while one is said, and the next one begins while the last is said.
+    assert (counts["steps"], counts["steps_without_text"], counts["clipped"], counts["overlapping"]) == (9, 1, 1, 2)
     # A digit is like its own step alone.
     assert (counts["short_labels"], counts["steps_without_vector"]) == (counts["segments"], 0)
     return config.out
@@ -177,6 +178,20 @@ def test_the_encoder_is_evaluated_and_fine_tuned(distant: FinetuneConfig, folder
     assert {"knn/top1", "linear/top1"} <= found["metrics"].keys()
     job = finetune.build_job(training(settings["manifest"], tmp_path / "tuned", checkpoint=distant.out))
     assert job.weights is not None
+
+
+def test_predicted_steps_are_compared_with_labels(
+    distant: FinetuneConfig, narrated: str, folder: Path, tmp_path: Path
+) -> None:
+    settings = {"manifest": narrated, "checkpoint": distant.out, "out": str(tmp_path / "evaluate"), "split": "val"}
+    settings |= {"tracking.uri": "off", "data.cpus_per_decode": 0.5, "scale.num_workers": 0, "protocol": "whole"}
+    config = override(EvaluateConfig(), settings)
+    found = evaluate.run(config)["metrics"]
+    trained = storage.read_json(storage.join(distant.out, "result.json"))["metrics"]
+    for name in ("val/accuracy", "val/loss"):
+        assert found[name] == pytest.approx(trained[name], abs=1e-3)
+    with pytest.raises(UserError, match="videos of the manifest have none"):
+        evaluate.run(override(config, {"manifest": str(folder / "index"), "labels": narrated}))
 
 
 # --- a head over the segments of whole videos -----------------------------------------------------------------------

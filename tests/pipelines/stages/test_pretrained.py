@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,17 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipelines import storage
 from pipelines.config import EvaluateConfig, TrackingConfig
+from pipelines.data.narration.labels import LABELS_FILE, MADE_BY, STEPS, LabelMeta
+from pipelines.data.narration.reading import NarratedSteps
 from pipelines.errors import StageError, UserError
 from pipelines.running.stage import stage_run
 from pipelines.stages import pretrained
 from s5.checkpoints.checkpoint import Meta
 from s5.config import ClipConfig
 from s5.evaluation.inference import ClipOutputs
+from s5.tasks.distant import StepLabels
 
 
 def manifest(train: list[int | None], test: list[int | None]) -> pa.Table:
@@ -106,3 +113,49 @@ def test_training_videos_left_of_one_class_end_the_stage(tmp_path: Path) -> None
     config = EvaluateConfig(out=str(tmp_path / "out"), probe="linear", tracking=TrackingConfig(uri="off"))
     with pytest.raises(StageError, match="at least 2 classes, and there are 1"), stage_run("evaluate", config) as stage:
         pretrained.report(stage, config, outputs(["a"], [1]), outputs(["t", "u"], [1, 1]))
+
+
+def test_predicted_steps_equal_a_loop_over_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "SEGMENTS_AT_ONCE", 2)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(4, 6)
+    values, names = torch.randn(6, 4), ["a", "a", "b", "c", "d", "e"]
+    found = ClipOutputs(names, values, torch.full((6,), -1), torch.full((6,), torch.nan), [])
+    # The last step of b only fills up its label.
+    labels = StepLabels(
+        {name: row for row, name in enumerate("edcba")},
+        torch.tensor([[0, 1], [1, 2], [2, 5], [3, 0], [int(head(values[:2].mean(0)).argmax()), 3]]),
+        torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.7, 0.3], [1.0, 0.0], [0.8, 0.2]]),
+    )
+    expected, hits = [], []
+    for name in "abcde":
+        clips = [value for value, owner in zip(values, names, strict=True) if owner == name]
+        predicted = head(torch.stack(clips).mean(0)).softmax(0).detach()
+        steps, shares = (each[0].tolist() for each in labels.of([name]))
+        pairs = [(share, float(predicted[step])) for step, share in zip(steps, shares, strict=True) if share]
+        expected.append(sum(share * math.log(share / other) for share, other in pairs))
+        hits.append(int(predicted.argmax()) == steps[0])
+    config = EvaluateConfig(out=str(tmp_path), tracking=TrackingConfig(uri="off"))
+    with stage_run("evaluate", config) as stage:
+        pretrained.steps(stage, "test", head, found, NarratedSteps(labels, [], ""))
+    assert stage.metrics["test/loss"] == pytest.approx(sum(expected) / 5, rel=1e-4)
+    assert stage.metrics["test/accuracy"] == pytest.approx(sum(hits) / 5)
+    assert hits[0]
+
+
+def test_labels_that_a_checkpoint_cannot_be_compared_with_are_named(tmp_path: Path) -> None:
+    videos = pa.table({"video_id": ["a"]})
+    meta = Meta(kind="distant", step=1, model={}, classes=["Tea: Boil"])
+    made = LabelMeta(manifest="", narration="", steps="", encoder="", top_k=1, temperature=1, shortest_s=0)
+    about = {MADE_BY: json.dumps(asdict(made)), STEPS: json.dumps(["Tea: Pour"])}
+    table = pa.table({"video_id": ["a"], "steps": [[0]], "probabilities": [[1.0]]})
+    config = EvaluateConfig(manifest=str(tmp_path / "manifest.parquet"))
+    assert pretrained.narrated_steps(config, meta, videos) is None
+    storage.write_table(str(tmp_path / LABELS_FILE), table.replace_schema_metadata(about))
+    with pytest.raises(UserError, match="its 1 steps are not the 1 that the checkpoint has learnt"):
+        pretrained.narrated_steps(config, meta, videos)
+    found = pretrained.narrated_steps(config, replace(meta, classes=["Tea: Pour"]), videos)
+    assert found is not None
+    assert found.labels.rows == {"a": 0}
+    with pytest.raises(UserError, match=r"labels is 'x': a checkpoint of task lsmcl predicts no steps; leave it out"):
+        pretrained.narrated_steps(EvaluateConfig(labels="x"), replace(meta, kind="lsmcl"), videos)
