@@ -13,7 +13,6 @@ from pipelines.config.recipes import GROUPS
 from pipelines.data.annotations.benchmarks import NAMES, annotations_of
 from pipelines.data.manifest import description, read_manifest
 from pipelines.errors import UserError
-from pipelines.recipes.compatibility import check_together
 from pipelines.running.run_folder import RunFolder
 from pipelines.tracking.uri import OFF
 
@@ -44,7 +43,11 @@ def check(config: RecipeConfig) -> None:
         _check_manifest(config)
     else:
         _check_listing(config)
-    check_together(config, settings_of(steps_of(config)))
+    settings = settings_of(steps_of(config))
+    # It builds models: imported last, it leaves other mistakes their answer within a second.
+    from pipelines.recipes.compatibility import check_together
+
+    check_together(config, settings)
 
 
 def _check_listing(config: RecipeConfig) -> None:
