@@ -48,7 +48,8 @@ def check_together(config: RecipeConfig, settings: Mapping[str, StageConfig]) ->
             if not (isinstance(encode, FeaturesConfig) and encode.import_):
                 _check_model(each, config.features)
             if config.features:
-                check_backbone(config.features, read_meta(config.features), each.model.backbone)
+                backbone = with_imported(each.model.backbone, config.features)
+                check_backbone(config.features, read_meta(config.features), backbone)
             if isinstance(encode, FeaturesConfig):
                 _check_encoder(stage, each, encode)
         elif isinstance(each, EvaluateConfig) and each.split not in SPLITS:
