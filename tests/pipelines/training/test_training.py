@@ -139,11 +139,18 @@ def test_what_a_row_raises_ends_the_training_of_this_process(straight: PretrainC
     assert list((tmp_path / "pretrain" / "checkpoints").glob("step_*/meta.json"))
 
 
+def monitors() -> set[int]:
+    """Return the processes of all run monitors; those of earlier runs may still be ending."""
+    alive = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
+    return {actor.pid for actor in alive if actor.class_name == "RunMonitor"}
+
+
 def test_a_lost_monitor_ends_the_run_with_a_sentence(straight: PretrainConfig, tmp_path: Path) -> None:
+    before = monitors()
+
     def lose(step: int, row: dict[str, float]) -> None:
         if step == 1:
-            alive = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
-            (monitor,) = [actor.pid for actor in alive if actor.class_name == "RunMonitor"]
+            (monitor,) = monitors() - before
             os.kill(monitor, signal.SIGKILL)
 
     config = override(straight, {"out": str(tmp_path / "pretrain"), "loop.epochs": 4000})
@@ -176,7 +183,9 @@ def hanging(job, context):
     return loop
 
 pretrain.build = hanging
-pretrain.run(override(pretraining(sys.argv[1], sys.argv[2]), {"scale.hang_timeout_s": 30, "tracking.uri": "off"}))
+# Long enough for the first batch on a busy machine.
+seconds = 45 if sys.argv[3] == "alone" else 600
+pretrain.run(override(pretraining(sys.argv[1], sys.argv[2]), {"scale.hang_timeout_s": seconds, "tracking.uri": "off"}))
 """
 
 
@@ -195,7 +204,7 @@ def hung(manifest: str, out: Path, how: str) -> subprocess.CompletedProcess[str]
 def test_a_run_that_hangs_in_its_own_process_says_so(manifest: str, tmp_path: Path) -> None:
     done = hung(manifest, tmp_path / "pretrain", "alone")
     assert done.returncode == EXIT_STATUS
-    assert "error: training hangs in step 1: training for 3" in done.stderr
+    assert "error: training hangs in step 1: training for 4" in done.stderr
     assert "run the same command again to resume" in done.stderr
     assert "in hang\n" in (tmp_path / "pretrain" / "stacks.txt").read_text()
 
