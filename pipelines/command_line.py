@@ -1,53 +1,30 @@
-"""The command line: `python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]`."""
+"""The command line: `python -m pipelines STAGE [--preset NAME | --config FILE] [--a.b.c VALUE ...] [--dry-run]`."""
 
 from __future__ import annotations
 
 import errno
 import importlib
-import json
 import os
 import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGPIPE
-from typing import Any, NoReturn
 
 from pipelines import preflight
-from pipelines.config import INPUTS, STAGES, RecipeConfig, StageConfig, leaves_of, override, unknown
+from pipelines.config import STAGES, RecipeConfig, StageConfig, override, unknown
 from pipelines.config.arguments import parse_settings
 from pipelines.config.paper import RECIPES
-from pipelines.config.presets import PRESETS, preset
+from pipelines.config.presets import preset
 from pipelines.config.recipes import GROUPS
 from pipelines.errors import StageError, UserError, missing_package
-
-USAGE = f"""usage: python -m pipelines STAGE [--preset NAME | --config run.json] [--a.b.c VALUE ...]
-
-stages:   {", ".join(STAGES)}
-presets:  {", ".join(name for name in PRESETS if name not in RECIPES)}
-recipes:  {", ".join(RECIPES)}
-
-python -m pipelines recipe NAME runs all stages of a recipe; --preset NAME has its settings for a stage alone.
-python -m pipelines STAGE --help lists a stage's settings; every stage takes --out, a folder or a URI."""
+from pipelines.usage import COMPLETION, NODES, USAGE, print_completion, settings_help
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a stage and return the exit status: 0 done, 1 failed, 2 the user's mistake, 128 + signal when stopped."""
     try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(USAGE, flush=True)
-            return 0 if argv else 2
-        name, config = parse(argv)
-        preflight.check(name, config)
-        if isinstance(config, RecipeConfig) and config.dry_run:
-            print(importlib.import_module("pipelines.recipes.dry_run").plan_of(config), flush=True)
-            return 0
-        # Not before: this, and a stage, take seconds to import.
-        startup = importlib.import_module("pipelines.running.startup")
-        with startup.without_garbage_collection():
-            startup.start_ray_and_import(name, config)
-            stage = importlib.import_module(f"pipelines.stages.{name}")
-        stage.run(config)
+        return _run(argv)
     except UserError as error:
         return _say(error, 2)
     except StageError as error:
@@ -62,7 +39,36 @@ def main(argv: Sequence[str]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _say(f"the disk is full ({error.filename or '--out'}): make room and run the same command again", 1)
         return _say(f"{error.filename or 'storage'}: {error.strerror or error}", 1)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, flush=True)
+        return 0 if argv else 2
+    if argv[0] == COMPLETION:
+        print_completion([*argv[1:]])
+    node, argv = take_dry_run(argv)
+    name, config = parse(argv)
+    preflight.check(name, config, dry_run=node is not None)
+    if plan := _dry_run(name, config, node):
+        print(plan, flush=True)
+        return 0
+    # Not before: this, and a stage, take seconds to import.
+    startup = importlib.import_module("pipelines.running.startup")
+    with startup.without_garbage_collection():
+        startup.start_ray_and_import(name, config)
+        stage = importlib.import_module(f"pipelines.stages.{name}")
+    result = stage.run(config)
+    for line in importlib.import_module("pipelines.closing").closing(config, result):
+        print(f"[{name}] {line}", flush=True)
     return 0
+
+
+def _dry_run(name: str, config: StageConfig, node: str | None) -> str:
+    """Return the text of a dry run, empty where none is asked for."""
+    if isinstance(config, RecipeConfig) and config.dry_run:
+        return str(importlib.import_module("pipelines.recipes.dry_run").plan_of(config))
+    return str(importlib.import_module("pipelines.dry_run").plan_of(name, config, node)) if node else ""
 
 
 def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
@@ -87,18 +93,29 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
     if path is not None:
         config = _saved(name, config, path)
     if "--help" in rest or "-h" in rest:
-        _help(name, config)
+        settings_help(name, config)
     groups = tuple(GROUPS.values()) if name == "recipe" else ()
     return name, override(config, parse_settings(rest, config, groups))
 
 
-def _help(name: str, config: StageConfig) -> NoReturn:
-    import tyro
+def take_dry_run(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the node of a dry run, None where none is asked for, and the arguments without it.
 
-    description = f"{(type(config).__doc__ or '').strip()}\n\nPresets: {', '.join(PRESETS)}"
-    program = f"python -m pipelines {name}"
-    tyro.cli(type(config), default=config, args=["--help"], prog=program, description=description)
-    raise AssertionError("help ends the process")
+    Those of a recipe are settings of its own.
+
+    Raises:
+        UserError: the node is given without a dry run, or is none whose rates were measured.
+    """
+    if argv[0] == "recipe":
+        return None, [*argv]
+    rest = [argument for argument in argv if argument != "--dry-run"]
+    dry_run = len(rest) < len(argv)
+    node, rest = _take(rest, "node")
+    if node is not None and not dry_run:
+        raise UserError(f"--node is {node!r}: it is of --dry-run; give both or neither")
+    if node is not None and node not in NODES:
+        raise UserError(f"--node is {node!r}: rates were measured on {' and '.join(NODES)}; give one of them")
+    return (node or NODES[0]) if dry_run else None, rest
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -118,28 +135,24 @@ def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
 
 
 def _saved(name: str, config: StageConfig, path: str) -> StageConfig:
-    """Return the settings that a run.json holds."""
+    """Return the settings that a run.json, or a file of settings in YAML or JSON, holds."""
+    # YAML takes as long to import as all else here.
+    from pipelines.config.settings_files import read_settings
+
     try:
-        values: Any = _read_json(path)
-    except UserError:
-        raise
+        content = _read_bytes(path)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise UserError(f"--config is {path!r}: {reason}; give the run.json of an earlier run") from None
-    except ValueError as error:
-        raise UserError(f"--config is {path!r}: not JSON: {error}") from None
-    if not isinstance(values, dict) or values.pop("stage", name) != name:
-        raise UserError(f"--config is {path!r}: it is not of stage {name!r}; give a run.json of that stage")
-    values.pop(INPUTS, None)
-    return override(config, leaves_of(values))
+    return override(config, read_settings(name, config, path, content))
 
 
-def _read_json(path: str) -> Any:
+def _read_bytes(path: str) -> bytes:
     if "://" not in path:
-        return json.loads(Path(path).expanduser().read_bytes())
+        return Path(path).expanduser().read_bytes()
     from pipelines import storage
 
-    return storage.read_json(path)
+    return storage.read_bytes(path)
 
 
 def _reader_left() -> bool:

@@ -40,8 +40,8 @@ def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
     return found
 
 
-def check(stage: str, config: StageConfig) -> None:
-    """Check what a stage reads, where it writes, and its tracking URI.
+def check(stage: str, config: StageConfig, dry_run: bool = False) -> None:
+    """Check what a stage reads, where it writes unless it is a dry run, and its tracking URI.
 
     Raises:
         UserError: one of them is wrong.
@@ -50,8 +50,9 @@ def check(stage: str, config: StageConfig) -> None:
     check_inputs(config)
     if isinstance(config, RecipeConfig):
         recipes.check(config)
-        if config.dry_run:
-            return
+        dry_run = config.dry_run
+    if dry_run:
+        return
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):
         RunFolder.of(stage, config).check_stage()

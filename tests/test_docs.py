@@ -17,7 +17,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 import pipelines
 from clusters import submit
-from pipelines.command_line import parse
+from pipelines.command_line import parse, take_dry_run
 from pipelines.config import STAGES, RunConfig, flatten, override
 from pipelines.config.presets import preset
 from pipelines.running import stage
@@ -81,6 +81,7 @@ def check_stage(words: list[str], tmp_path: Path) -> None:
     if "--config" in words:
         save_run(tmp_path, words[0])
         words[words.index("--config") + 1] = str(tmp_path / "run.json")
+    _, words = take_dry_run(words)
     name, config = parse(words)
     assert name == words[0]
     assert type(config) is type(getattr(RunConfig(), name))

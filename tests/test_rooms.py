@@ -34,7 +34,10 @@ ROOMS = {
 FACES = (
     "pipelines/__main__.py",
     "pipelines/command_line.py",
+    "pipelines/closing.py",
+    "pipelines/dry_run.py",
     "pipelines/preflight.py",
+    "pipelines/usage.py",
     "pipelines/__init__.py",
     "s5/__init__.py",
 )
@@ -59,7 +62,7 @@ HOMES = {
     "ray.train": ("pipelines/training/",),
     "ray.tune": ("pipelines/tuning/",),
     "matplotlib": ("pipelines/plots/",),
-    "tyro": ("pipelines/command_line.py",),
+    "tyro": ("pipelines/usage.py",),
 }
 MODULES_A_ROOM = 14
 S5_NEEDS = ("torch", "timm", "einops", "numpy", "safetensors", "torchvision")

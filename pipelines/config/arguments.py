@@ -84,14 +84,23 @@ def _values_of(hint: Any, rest: list[str]) -> list[str]:
 
 
 def _value(hint: Any, key: str, values: list[str], negated: bool) -> Any:
-    if negated:
-        if values:
-            raise UserError(f"{key} is negated and has the value {values[0]!r}: give --{key} or --no-{key} alone")
-        return False
+    if not negated:
+        return value_of(hint, key, values)
+    if values:
+        raise UserError(f"{key} is negated and has the value {values[0]!r}: give --{key} or --no-{key} alone")
+    return False
+
+
+def value_of(hint: Any, key: str, values: Sequence[str]) -> Any:
+    """Return the value of a setting, as its type has it, from texts: several where it has several.
+
+    Raises:
+        UserError: none is given, several for a setting of one, or one of the wrong type.
+    """
     if typing.get_origin(hint) is tuple:
         return convert(hint, key, tuple(values))
-    if not values:
-        raise UserError(f"--{key} is given without a value")
+    if len(values) != 1:
+        raise UserError(f"{key} is given {'several values: give one' if values else 'without a value'}")
     # `None` stands for a setting that is left out, where it may be.
     if values[0] in ("None", "none") and type(None) in _members(hint):
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipelines.config import DataConfig, FinetuneConfig, PretrainConfig, RecipeConfig
+from pipelines.config import DataConfig, EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RecipeConfig
 from pipelines.data.features.cache import with_imported
 from pipelines.errors import UserError
 from pipelines.recipes.counts import (
@@ -83,9 +83,9 @@ def facts_of(config: BackboneConfig) -> Facts:
     return Facts(backbone.tokens, backbone.width, counter.get_total_flops() / config.tubelet, parameters)
 
 
-def model_of(config: RecipeConfig, settings: PretrainConfig | FinetuneConfig) -> ModelConfig:
+def model_of(settings: PretrainConfig | FinetuneConfig, features: str) -> ModelConfig:
     """Return the model of a stage; ready features that were imported stand in for its backbone."""
-    return replace(settings.model, backbone=with_imported(settings.model.backbone, config.features))
+    return replace(settings.model, backbone=with_imported(settings.model.backbone, features))
 
 
 def backbone_of(config: RecipeConfig) -> BackboneConfig:
@@ -102,7 +102,7 @@ def backbone_of(config: RecipeConfig) -> BackboneConfig:
                 "its --out as --features"
             )
         return config.encode.model.backbone
-    return model_of(config, config.pretrain if "pretrain" in config.stages else config.finetune).backbone
+    return model_of(config.pretrain if "pretrain" in config.stages else config.finetune, config.features).backbone
 
 
 def weights_of(model: ModelConfig, task: LSMCLConfig | int) -> tuple[int, int]:
@@ -184,17 +184,18 @@ def costs_of(config: RecipeConfig, listing: Listing, work: Work) -> Iterator[Cos
         seconds = len(listing.all_seconds) / work.node.probes_s
         yield Cost(stage="index", input=f"{len(listing.all_seconds):,} videos ({splits})", seconds=seconds)
     if "features" in config.stages and not config.features:
-        yield features_cost(config, listing, work)
+        yield features_cost(config.encode, listing, work)
     if "pretrain" in config.stages:
-        yield pretrain_cost(config, listing, work)
+        yield pretrain_cost(replace(config.pretrain, features=config.features), listing, work)
     if "finetune" in config.stages:
-        yield finetune_cost(config, listing, work)
-        yield evaluate_cost(config, listing, work)
+        tuning = replace(config.finetune, features=config.features)
+        yield finetune_cost(tuning, listing, work, config.seeds)
+        yield evaluate_cost(config.evaluate, tuning, listing, work, config.seeds)
 
 
-def features_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+def features_cost(settings: FeaturesConfig, listing: Listing, work: Work) -> Cost:
     """Return the cost of encoding each frame once."""
-    frames = cached_frames(listing.all_seconds, config.encode.frames_per_second)
+    frames = cached_frames(listing.all_seconds, settings.frames_per_second)
     facts = work.facts
     return Cost(
         stage="features",
@@ -206,9 +207,9 @@ def features_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     )
 
 
-def pretrain_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+def pretrain_cost(settings: PretrainConfig, listing: Listing, work: Work) -> Cost:
     """Return the cost of LSMCL on two clips of each video, and of its probes."""
-    settings, masked = config.pretrain, config.pretrain.lsmcl.mask_ratio
+    masked = settings.lsmcl.mask_ratio
     train, val = (listing.seconds.get(split, []) for split in ("train", "val"))
     order = training_order("pretrain", settings, train)
     whole = work.length(settings.model, settings.clips)
@@ -224,7 +225,7 @@ def pretrain_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     video_s = order.total_steps * order.batch_size * mean_span_s("uniform", settings.clips, train, *strides)
     video_s += probed * mean_span_s("uniform", settings.clips, [*train, *val], settings.clips.long_stride)
     reading_s = work.clips_s((clips + probed) * settings.clips.frames, video_s, passes)
-    trained, checkpoint = weights_of(model_of(config, settings), settings.lsmcl)
+    trained, checkpoint = weights_of(model_of(settings, settings.features), settings.lsmcl)
     batch = 2 * order.batch_size
     return Cost(
         stage="pretrain",
@@ -241,9 +242,8 @@ def pretrain_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     )
 
 
-def finetune_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
+def finetune_cost(settings: FinetuneConfig, listing: Listing, work: Work, seeds: int = 1) -> Cost:
     """Return the cost of fine-tuning with each seed, validations included."""
-    settings, seeds = config.finetune, config.seeds
     train, val = (listing.seconds.get(split, []) for split in ("train", "val"))
     order = training_order("finetune", settings, train)
     protocol = listing.protocol if settings.protocol == "auto" else settings.protocol
@@ -257,10 +257,10 @@ def finetune_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     video_s += validations * validated_s
     passes = 1 if settings.model.backbone.frozen else 3
     reading_s = work.clips_s(seeds * (clips + validated) * settings.clips.frames, seeds * video_s, passes)
-    trained, checkpoint = weights_of(model_of(config, settings), 1)
+    trained, checkpoint = weights_of(model_of(settings, settings.features), 1)
     return Cost(
         stage="finetune",
-        input=f"{seeds} x {len(train):,} videos, {settings.loop.epochs} epochs of {order.batch_size}",
+        input=f"{_times(seeds)}{len(train):,} videos, {settings.loop.epochs} epochs of {order.batch_size}",
         clips=seeds * (clips + validated),
         steps=seeds * order.total_steps,
         tokens=seeds * (clips + validated) * length,
@@ -272,22 +272,27 @@ def finetune_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
     )
 
 
-def evaluate_cost(config: RecipeConfig, listing: Listing, work: Work) -> Cost:
-    """Return the cost of evaluating each seed."""
-    settings, tuned = config.evaluate, config.finetune
+def evaluate_cost(
+    settings: EvaluateConfig, tuned: FinetuneConfig, listing: Listing, work: Work, seeds: int = 1
+) -> Cost:
+    """Return the cost of evaluating what was fine-tuned with each seed."""
     videos = listing.seconds.get(settings.split, [])
     chosen = [each for each in (settings.protocol, tuned.protocol) if each != "auto"]
     protocol: EvaluationProtocol = chosen[0] if chosen else listing.protocol
     once, once_s = evaluated_clips(protocol, tuned.clips, videos, settings.clips_per_video)
-    clips, video_s = config.seeds * once, config.seeds * once_s
+    clips, video_s = seeds * once, seeds * once_s
     length = work.length(tuned.model, tuned.clips)
     model_s = work.decoder_s(tuned.model.decoder.name, length, trained=0, forwarded=clips)
     return Cost(
         stage="evaluate",
-        input=f"{config.seeds} x {len(videos):,} videos of {settings.split}, {protocol}",
+        input=f"{_times(seeds)}{len(videos):,} videos of {settings.split}, {protocol}",
         clips=clips,
         tokens=clips * length,
         memory=4 * work.facts.parameters + settings.batch_size * length * work.facts.width * 4,
         host=work.waiting(settings.batch_size, tuned.clips.frames, settings.data),
         seconds=work.together(work.clips_s(clips * tuned.clips.frames, video_s, 1), model_s),
     )
+
+
+def _times(seeds: int) -> str:
+    return f"{seeds} x " if seeds > 1 else ""

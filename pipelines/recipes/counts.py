@@ -1,4 +1,4 @@
-"""What the stages of a recipe would read, counted from annotations alone: videos, clips, steps and tokens.
+"""What stages would read, counted from annotations or a manifest alone: videos, clips, steps and tokens.
 
 A listed video counts whether or not it is still to be had, with the length that the annotations state.
 """
@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipelines.config import FinetuneConfig, PretrainConfig, RecipeConfig
 from pipelines.data.annotations.benchmarks import READERS, annotations_of, lengths_s
 from pipelines.data.clip_order import ClipOrder, order_of, with_batch_size
 from pipelines.data.features.cache import frame_times
 from pipelines.data.indexing.holding_out import hold_out, shares
-from pipelines.data.manifest import SPLITS
-from pipelines.data.protocols import clips_per_video
+from pipelines.data.manifest import SPLITS, split_of
+from pipelines.data.protocols import clips_per_video, protocol_of
 from pipelines.errors import UserError
 from s5.config import ClipConfig, EvaluationProtocol
 from s5.video.clip_times import fits, lvu_windows, stride_s
@@ -26,7 +29,7 @@ ASSUMED_FPS = 25.0
 
 @dataclass(frozen=True)
 class Listing:
-    """What annotations list."""
+    """What annotations or a manifest list."""
 
     seconds: dict[str, list[float]]
     """Lengths of the videos of each split, those that are held out in theirs."""
@@ -65,6 +68,17 @@ def listing_of(config: RecipeConfig) -> Listing:
     seconds = {split: seconds[split] for split in SPLITS if split in seconds}
     labelled = any(video.label is not None for video in videos)
     return Listing(seconds, labelled, annotations.protocol or "uniform", len(lengths) - len(known))
+
+
+def listing_of_manifest(manifest: pa.Table) -> Listing:
+    """Return what a manifest lists."""
+    seconds = {
+        split: pc.subtract(rows["end_s"], rows["start_s"]).to_pylist()
+        for split in SPLITS
+        if len(rows := split_of(manifest, split))
+    }
+    labelled = manifest["label"].null_count < len(manifest)
+    return Listing(seconds, labelled, protocol_of(manifest), assumed=0)
 
 
 def training_order(stage: str, config: PretrainConfig | FinetuneConfig, seconds: Sequence[float]) -> ClipOrder:

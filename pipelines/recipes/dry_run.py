@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipelines.config import EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RecipeConfig
 from pipelines.recipes import steps
 from pipelines.recipes.costs import Cost, Work, backbone_of, costs_of, facts_of
@@ -23,7 +25,7 @@ def plan_of(config: RecipeConfig) -> str:
     cached = bool(config.features) or "features" in config.stages
     work = Work(NODES[config.node], facts_of(backbone_of(config)), cached)
     costs = list(costs_of(config, listing, work))
-    return "\n".join([*_head(config, listing, work), *_table(costs), *_notes(config, work.node)])
+    return "\n".join([*_head(config, listing, work), *table([*costs, total("all", costs)]), *_notes(config, work.node)])
 
 
 def _head(config: RecipeConfig, listing: Listing, work: Work) -> list[str]:
@@ -40,20 +42,26 @@ def _head(config: RecipeConfig, listing: Listing, work: Work) -> list[str]:
     return [*lines, ""]
 
 
-def _table(costs: list[Cost]) -> list[str]:
+def table(costs: Sequence[Cost]) -> list[str]:
+    """Return the lines of a table of costs."""
     rows = [HEADER, *(_cells(cost) for cost in costs)]
+    used = [i for i, title in enumerate(HEADER) if title in ("stage", "input", "hours") or any(r[i] for r in rows[1:])]
+    rows = [tuple(row[i] for i in used) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() for row in rows]
+
+
+def total(stage: str, costs: Sequence[Cost], input: str = "", times: float = 1) -> Cost:
+    """Return what stages cost that run one after another, or so many `times` as much."""
     known = [cost.seconds for cost in costs if cost.seconds is not None]
-    total = Cost(
-        stage="all",
-        input="",
+    return Cost(
+        stage=stage,
+        input=input,
         memory=max(cost.memory for cost in costs),
         host=max(cost.host for cost in costs),
-        disk=sum(cost.disk for cost in costs),
-        seconds=sum(known) if len(known) == len(costs) else None,
+        disk=times * sum(cost.disk for cost in costs),
+        seconds=times * sum(known) if len(known) == len(costs) else None,
     )
-    rows.append(_cells(total))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    return ["  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() for row in rows]
 
 
 def _aligned(cell: str, width: int, column: int) -> str:
@@ -73,18 +81,22 @@ def _cells(cost: Cost) -> tuple[str, ...]:
         number(cost.tokens, f"{cost.tokens / 1e6:,.1f} M"),
         number(cost.memory, f"~{cost.memory / GIB:,.1f} GiB"),
         number(cost.host, f"~{cost.host / GIB:,.1f} GiB"),
-        number(cost.disk, f"{cost.disk / 1e9:,.1f} GB"),
+        number(cost.disk, f"{cost.disk / 1e9:,.1f} GB" if cost.disk >= 1e8 else f"{cost.disk / 1e6:,.1f} MB"),
         hours,
     )
 
 
-def _notes(config: RecipeConfig, node: Node) -> list[str]:
-    lines = [
-        "",
-        "Nothing was written. ~ marks extrapolations, by tokens of a decoder and FLOPs of a backbone, from these rates "
-        "of docs/benchmarks.md; memory is without a backbone's buffers while it encodes:",
+def rates_used(node: Node) -> list[str]:
+    """Return where the rates of a node come from."""
+    return [
+        "~ marks extrapolations, by tokens of a decoder and FLOPs of a backbone, from these rates of "
+        "docs/benchmarks.md; memory is without a backbone's buffers while it encodes:",
         *(f"  {name}: {source}" for name, source in node.sources.items()),
     ]
+
+
+def _notes(config: RecipeConfig, node: Node) -> list[str]:
+    lines = ["", "Nothing was written.", *rates_used(node)]
     settings = steps.settings_of(steps.steps_of(config))
     kinds = {
         each.model.decoder.ssm.kind for each in settings.values() if isinstance(each, PretrainConfig | FinetuneConfig)

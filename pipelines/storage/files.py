@@ -67,12 +67,16 @@ def size(path: str) -> int:
     return int(system.get_file_info(inner).size or 0)
 
 
-def files_below(path: str) -> list[str]:
-    """Return the names of the files in a folder, sorted; none where there is no such folder."""
+def entries(path: str) -> list[str]:
+    """Return the names in a folder, sorted, those of folders with a slash behind; none where there is none."""
     system, inner = filesystem(path)
     infos = system.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    names = [info.base_name for info in infos if info.type == fs.FileType.File and not info.base_name.startswith(".")]
-    return [join(path, name) for name in sorted(names)]
+    return sorted(info.base_name + "/" * (info.type == fs.FileType.Directory) for info in infos)
+
+
+def files_below(path: str) -> list[str]:
+    """Return the names of the files in a folder, sorted; none where there is no such folder."""
+    return [join(path, name) for name in entries(path) if not name.endswith("/") and not name.startswith(".")]
 
 
 def check_writable(out: str, option: str = "--out") -> None:

@@ -1,0 +1,197 @@
+"""A dry run of one stage: its settings, what it would read, train and write, and the hours that this takes on a node.
+
+The text is YAML whose comments are the plan: saved in a file, it is what `--config` takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from pipelines.config import (
+    EvaluateConfig,
+    FeaturesConfig,
+    FinetuneConfig,
+    IndexConfig,
+    PretrainConfig,
+    SampleConfig,
+    StageConfig,
+    SweepConfig,
+    override,
+)
+from pipelines.config.settings_files import in_yaml
+from pipelines.data.features.cache import with_imported
+from pipelines.data.manifest import read_manifest, split_of, splits
+from pipelines.data.protocols import clips_per_video, protocol_of
+from pipelines.errors import UserError
+from pipelines.recipes.costs import (
+    Cost,
+    Work,
+    evaluate_cost,
+    facts_of,
+    features_cost,
+    finetune_cost,
+    model_of,
+    pretrain_cost,
+)
+from pipelines.recipes.counts import listing_of_manifest
+from pipelines.recipes.dry_run import rates_used, table, total
+from pipelines.recipes.rates import NODES, Node
+from pipelines.storage.weights import local_checkpoint
+from pipelines.tuning import search_space
+from s5.checkpoints.checkpoint import Meta, read_meta
+from s5.config import BackboneConfig, ClipConfig, ModelConfig
+from s5.config import from_json as config_from_json
+from s5.errors import CheckpointError
+
+RECKONED_TRIALS = 16
+"""Trials of a sweep whose cost is worked out; the others are taken to cost the same in the mean."""
+NAMED_TRIALS = 8
+
+
+def plan_of(stage: str, config: StageConfig, node: str = "cpu-2") -> str:
+    """Return the text of a stage's dry run; nothing is written, and no video is read.
+
+    Raises:
+        UserError: there is no such node, or the stage would refuse its settings or inputs.
+    """
+    if node not in NODES:
+        raise UserError(f"--node is {node!r}: rates were measured on {' and '.join(NODES)}; give one of them")
+    costs = list(costs_of(config, NODES[node]))
+    plan = [*_head(config), *table([*costs, *([total("all", costs)] if len(costs) > 1 else [])])]
+    plan += ["", "Nothing was written.", *(rates_used(NODES[node]) if any(cost.seconds for cost in costs) else [])]
+    title = f"dry run of {stage} on node {node}: {NODES[node].description}"
+    return "\n".join([*in_yaml(stage, config), *_comments([title, "", *plan])])
+
+
+def _comments(lines: Sequence[str]) -> Iterator[str]:
+    yield "#"
+    for line in lines:
+        yield f"# {line}".rstrip()
+
+
+def _head(config: StageConfig) -> Iterator[str]:
+    """Yield what is listed and what is to be tried, where there is more to say than a row has room for."""
+    if manifest := getattr(config, "manifest", ""):
+        rows = read_manifest(manifest)
+        counts = ", ".join(f"{split} {count:,}" for split, count in splits(rows).items())
+        hours = sum(listing_of_manifest(rows).all_seconds) / 3600
+        yield f"manifest {manifest}: {len(rows):,} videos ({counts}), {hours:,.1f} hours"
+        yield ""
+    if isinstance(config, SweepConfig):
+        trials = [search_space.name_of(values) for values in search_space.trials(config, search_space.parse(config))]
+        more = ["..."] if len(trials) > NAMED_TRIALS else []
+        yield f"{len(trials)} trials of {config.stages}:"
+        yield from (f"  {name}" for name in [*trials[:NAMED_TRIALS], *more])
+        yield ""
+
+
+# --- costs ----------------------------------------------------------------------------------------------------------
+
+
+def costs_of(config: StageConfig, node: Node) -> Iterator[Cost]:
+    """Yield what a stage would read, train and write.
+
+    Raises:
+        UserError: the stage would refuse its settings or inputs.
+    """
+    if isinstance(config, SampleConfig):
+        yield Cost(stage="sample", input=f"{config.videos:,} videos of {config.seconds:g} s", seconds=None)
+    elif isinstance(config, IndexConfig):
+        yield _index_cost(config, node)
+    elif isinstance(config, FeaturesConfig):
+        yield _features_cost(config, node)
+    elif isinstance(config, PretrainConfig | FinetuneConfig):
+        yield _training_cost(config, node)
+    elif isinstance(config, EvaluateConfig):
+        yield from _evaluate_costs(config, node)
+    elif isinstance(config, SweepConfig):
+        yield from _sweep_costs(config, node)
+    elif manifest := getattr(config, "manifest", ""):
+        yield Cost(stage=_name(config), input=f"{len(read_manifest(manifest)):,} videos", seconds=None)
+    else:
+        yield Cost(stage=_name(config), input="runs in MLflow", seconds=None)
+
+
+def _name(config: StageConfig) -> str:
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def _index_cost(config: IndexConfig, node: Node) -> Cost:
+    from pipelines.stages.index import list_videos
+
+    annotations, files = list_videos(config)
+    listed = len(annotations.videos)
+    found = sum(not video.reason for video in annotations.videos)
+    return Cost(
+        stage="index", input=f"{listed:,} listed, {found:,} found; {files.described()}", seconds=found / node.probes_s
+    )
+
+
+def _features_cost(config: FeaturesConfig, node: Node) -> Cost:
+    listing = listing_of_manifest(read_manifest(config.manifest))
+    if config.import_:
+        return Cost(stage="features", input=f"files of {len(listing.all_seconds):,} videos", seconds=None)
+    return features_cost(config, listing, Work(node, facts_of(config.model.backbone), cached=False))
+
+
+def _training_cost(config: PretrainConfig | FinetuneConfig, node: Node) -> Cost:
+    # They import Ray Train, which no other stage needs.
+    from pipelines.stages import finetune, pretrain
+
+    listing = listing_of_manifest(read_manifest(config.manifest))
+    work = Work(node, facts_of(model_of(config, config.features).backbone), bool(config.features))
+    if isinstance(config, PretrainConfig):
+        pretrain.build_job(config)
+        return pretrain_cost(config, listing, work)
+    finetune.build_job(config)
+    return finetune_cost(config, listing, work)
+
+
+def _evaluate_costs(config: EvaluateConfig, node: Node) -> Iterator[Cost]:
+    manifest = read_manifest(config.manifest)
+    listing = listing_of_manifest(manifest)
+    with local_checkpoint(config.checkpoint) as folder:
+        try:
+            meta = read_meta(folder)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+    backbone = with_imported(config_from_json(BackboneConfig, meta.model["backbone"]), config.features)
+    work = Work(node, facts_of(backbone), bool(config.features))
+    for each, sought in _evaluations(config, manifest, meta):
+        yield dataclasses.replace(evaluate_cost(each, sought, listing, work), stage=f"evaluate {each.split}")
+
+
+def _evaluations(
+    config: EvaluateConfig, manifest: pa.Table, meta: Meta
+) -> Iterator[tuple[EvaluateConfig, FinetuneConfig]]:
+    """Yield the evaluation and, of a pretrained encoder, that of the training videos it is compared with."""
+    model = config_from_json(ModelConfig, meta.model)
+    sought = FinetuneConfig(model=model, clips=config_from_json(ClipConfig, meta.settings["clips"]), features="")
+    protocol = protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
+    if meta.pretrained:
+        protocol = "uniform" if config.protocol == "auto" else config.protocol
+    count = clips_per_video(protocol, config.clips_per_video)
+    if not len(split_of(manifest, config.split)):
+        raise UserError(f"split is {config.split!r}: manifest {config.manifest!r} has no video in it; give another")
+    yield dataclasses.replace(config, protocol=protocol, clips_per_video=count), sought
+    if meta.pretrained and config.split != "train":
+        yield dataclasses.replace(config, protocol=protocol, clips_per_video=1, split="train"), sought
+
+
+def _sweep_costs(config: SweepConfig, node: Node) -> Iterator[Cost]:
+    dimensions = search_space.parse(config)
+    search_space.check(config, dimensions)
+    trials = search_space.trials(config, dimensions)
+    reckoned = trials[:: -(-len(trials) // RECKONED_TRIALS)]
+    stages = search_space.stages(config)
+    for stage in stages:
+        settings = getattr(config, stage)
+        if isinstance(settings, FinetuneConfig) and "pretrain" in stages:
+            # The trial's own does not exist yet.
+            settings = dataclasses.replace(settings, checkpoint="")
+        changed = (override(settings, search_space.configured(config, stage, values)) for values in reckoned)
+        costs = [_training_cost(each, node) for each in changed]
+        yield total(stage, costs, f"{len(trials)} trials", times=len(trials) / len(reckoned))

@@ -1,0 +1,126 @@
+"""Dry runs of single stages: what they count, what they refuse, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipelines import command_line, storage
+from pipelines.command_line import parse, take_dry_run
+from pipelines.config import EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, SweepConfig, override
+from pipelines.data.manifest import MANIFEST, SCHEMA
+from pipelines.dry_run import costs_of, plan_of
+from pipelines.errors import UserError
+from pipelines.recipes.costs import Cost
+from pipelines.recipes.rates import NODES
+from s5.checkpoints.checkpoint import META, Meta, meta_bytes
+from tests.tiny import HEADS, TINY
+
+LENGTHS = {"train": [20.0] * 12, "val": [30.0] * 3, "test": [70.0, 20.0]}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("dry_run")
+    texts = {name: "x" for name in SCHEMA.names if pa.types.is_string(SCHEMA.field(name).type)}
+    rows = [
+        texts
+        | {"video_id": f"{split}{i}", "split": split, "start_s": 0.0, "end_s": seconds, "duration_s": seconds}
+        | {
+            "fps": 8.0,
+            "num_frames": int(8 * seconds),
+            "width": 32,
+            "height": 32,
+            "label": i % 2,
+            "class_name": f"class{i % 2}",
+        }
+        for split, lengths in LENGTHS.items()
+        for i, seconds in enumerate(lengths)
+    ]
+    storage.write_table(str(folder / MANIFEST), pa.Table.from_pylist(rows, SCHEMA))
+    return str(folder)
+
+
+def training(config: PretrainConfig | FinetuneConfig, manifest: str, **changes: Any) -> Any:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    heads = HEADS if isinstance(config, PretrainConfig) else {}
+    return override(config, TINY | heads | {"manifest": manifest, "loop.batch_size": 5, "loop.epochs": 4} | dotted)
+
+
+def cost(config: Any, node: str = "cpu-2") -> Cost:
+    (found,) = costs_of(config, NODES[node])
+    return found
+
+
+def test_clips_and_steps_are_counted(manifest: str) -> None:
+    # 4 epochs of 2 batches of 5 pairs; all 15 labelled videos are probed every second epoch.
+    pretraining = cost(training(PretrainConfig(), manifest, loop__evaluate_every=2))
+    assert (pretraining.steps, pretraining.clips) == (8, 2 * 8 * 5 + 2 * (12 + 3))
+    tuning = cost(training(FinetuneConfig(), manifest, loop__evaluate_every=4))
+    assert (tuning.steps, tuning.clips) == (8, 8 * 5 + 3)
+    faster = cost(training(FinetuneConfig(), manifest, loop__evaluate_every=4), "h200")
+    assert faster.seconds is not None
+    assert tuning.seconds is not None
+    assert faster.seconds < tuning.seconds
+    backbone = {key: value for key, value in TINY.items() if key.startswith("model.backbone")}
+    features = override(FeaturesConfig(), backbone | {"manifest": manifest, "frames_per_second": 2.0})
+    # Frames of each half of a second, and as many tokens in each.
+    assert cost(features).tokens == sum(2 * int(each) for lengths in LENGTHS.values() for each in lengths) * 16
+    sweep = override(SweepConfig(space=("optim.lr=1e-3,1e-4", "loop.epochs=2,4"), stages="finetune"), {})
+    found = cost(dataclasses.replace(sweep, finetune=training(FinetuneConfig(), manifest, loop__evaluate_every=0)))
+    assert (found.stage, found.input) == ("finetune", "4 trials")
+
+
+@pytest.mark.parametrize(("kind", "splits"), [("class", ["test"]), ("lsmcl", ["test", "train"])])
+def test_an_evaluation_counts_what_a_checkpoint_reads(
+    manifest: str, tmp_path: Path, kind: Any, splits: list[str]
+) -> None:
+    config = training(FinetuneConfig(), manifest)
+    settings = {"clips": dataclasses.asdict(config.clips), "protocol": "multi-clip"}
+    meta = Meta(kind=kind, step=1, model=dataclasses.asdict(config.model), settings=settings)
+    (tmp_path / META).write_bytes(meta_bytes(meta))
+    evaluation = EvaluateConfig(manifest=manifest, checkpoint=str(tmp_path))
+    found = list(costs_of(evaluation, NODES["cpu-2"]))
+    assert [each.stage for each in found] == [f"evaluate {split}" for split in splits]
+    # Ten clips of each video by the checkpoint's protocol; of an encoder one, and one of what it is compared with.
+    assert [each.clips for each in found] == ([20] if kind == "class" else [2, 12])
+
+
+def test_the_text_is_settings_and_a_plan(manifest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = training(FinetuneConfig(), manifest, out=str(tmp_path / "out"))
+    options = ["--manifest", manifest, "--out", str(tmp_path / "out")]
+    options += [f"--{key}={value}" for key, value in (TINY | {"loop.batch_size": 5, "loop.epochs": 4}).items()]
+    assert command_line.main(["finetune", *options, "--dry-run", "--node", "h200"]) == 0
+    text = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert "# dry run of finetune on node h200: one NVIDIA H200" in text
+    assert "17 videos (train 12, val 3, test 2), 0.1 hours" in text
+    (tmp_path / "run.yaml").write_text(text)
+    assert parse(["finetune", "--config", str(tmp_path / "run.yaml")]) == ("finetune", config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loop.batch_size": 13}, "loop.batch_size is 13: split train has 12 videos; give at most 12"),
+        ({"clips.long_stride": 50.0}, "clips.long_stride is 50 seconds: 15 of|clips.long_stride is 50 seconds: 12 of"),
+        ({"checkpoint": "nowhere"}, "checkpoint is .*nowhere': there is no such folder"),
+    ],
+)
+def test_what_the_stage_would_refuse_is_refused(manifest: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_of("finetune", override(training(FinetuneConfig(), manifest), changes))
+
+
+def test_the_node_belongs_to_a_dry_run() -> None:
+    assert take_dry_run(["pretrain", "--out", "x"]) == (None, ["pretrain", "--out", "x"])
+    assert take_dry_run(["pretrain", "--dry-run", "--out", "x"]) == ("cpu-2", ["pretrain", "--out", "x"])
+    assert take_dry_run(["recipe", "a", "--dry-run"]) == (None, ["recipe", "a", "--dry-run"])
+    with pytest.raises(UserError, match="--node is 'h200': it is of --dry-run; give both or neither"):
+        take_dry_run(["pretrain", "--node", "h200"])
+    with pytest.raises(UserError, match="--node is 'h201': rates were measured on cpu-2 and h200"):
+        take_dry_run(["pretrain", "--node", "h201", "--dry-run"])

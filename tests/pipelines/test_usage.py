@@ -1,0 +1,50 @@
+"""Completion: what bash offers for the words of a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines import command_line
+from pipelines.config import STAGES
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "s5.bash"
+    with path.open("w") as file, contextlib.redirect_stdout(file), pytest.raises(SystemExit) as ended:
+        command_line.main(["completion", "bash"])
+    assert ended.value.code in (0, None)
+    return path
+
+
+def offered(script: Path, *words: str) -> list[str]:
+    """Return what bash offers for the last word."""
+    typed = shlex.join(["s5", *words])
+    complete = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _tyro_s5"
+    run = f"source {script}; {complete}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=True)
+    return done.stdout.split("\n")[:-1]
+
+
+def test_bash_completes_stages_settings_and_values(script: Path) -> None:
+    assert {*offered(script, "")} - {"-h", "--help"} == {*STAGES}
+    assert offered(script, "pretrain", "--lsmcl.mask") == ["--lsmcl.mask-ratio", "--lsmcl.mask-on"]
+    assert offered(script, "pretrain", "--lsmcl.mask-on", "") == ["patches", "tokens"]
+    assert offered(script, "finetune", "--preset", "quick") == ["quickstart"]
+    assert offered(script, "features", "--imp") == ["--import"]
+    assert offered(script, "evaluate", "--dry") == ["--dry-run"]
+    assert offered(script, "recipe", "--nod") == ["--node"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "completion takes the name of a shell"), (["bahs"], "unknown shell 'bahs': did you mean bash")],
+)
+def test_another_shell_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["completion", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
