@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("s5", "pipelines", "clusters")
 # The rooms of a package, in the order in which they may import each other: a room those before it. "" is the top.
 ROOMS = {
-    "s5": ("", "video", "ssm", "models", "tasks", "checkpoints", "training", "evaluation"),
+    "s5": ("config", "", "video", "ssm", "models", "tasks", "checkpoints", "training", "evaluation"),
     "pipelines": (
         "",
         "config",
