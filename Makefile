@@ -38,7 +38,7 @@ test: $(READY)  ## Run the tests; TESTS=tests/s5 for a part, ARGS="-m 'not slow'
 	$(PYTHON) -m pytest $(ARGS) $(TESTS)
 
 drills: $(READY)  ## Lose workers, nodes and drivers, and have workers hang, on clusters of several nodes; 25 minutes
-	$(PYTHON) -m pytest -m drill $(ARGS) tests/clusters
+	$(PYTHON) -m pytest -m drill $(ARGS) tests/clusters tests/pipelines/training
 
 check: $(READY)  ## Lint, formatting, types and the rooms rule
 	$(PYTHON) -m ruff check .

@@ -100,7 +100,7 @@ def value_of(hint: Any, key: str, values: Sequence[str]) -> Any:
     if typing.get_origin(hint) is tuple:
         return convert(hint, key, tuple(values))
     if len(values) != 1:
-        raise UserError(f"{key} is given {'several values: give one' if values else 'without a value'}")
+        raise UserError(f"--{key} is given {'several values: give one' if values else 'without a value'}")
     # `None` stands for a setting that is left out, where it may be.
     if values[0] in ("None", "none") and type(None) in _members(hint):
         return None

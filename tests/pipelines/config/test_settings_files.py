@@ -63,7 +63,7 @@ def test_what_is_written_is_read_back(stage: str, name: str, tmp_path: Path) -> 
         ("stage: finetune", "it is not of stage 'pretrain'"),
         ("lsmcl.mask_ration: 1", "unknown setting 'lsmcl.mask_ration': did you mean lsmcl.mask_ratio"),
         ("loop.epochs: many", "loop.epochs is 'many': input should be a valid integer"),
-        ("loop.epochs: [1, 2]", "loop.epochs is given several values: give one"),
+        ("loop.epochs: [1, 2]", "--loop.epochs is given several values: give one"),
         ("loop.epochs:", "loop.epochs is '': input should be a valid integer"),
         ("lsmcl.mask_ratio: 1.5", "lsmcl.mask_ratio is 1.5: give a value in"),
     ],

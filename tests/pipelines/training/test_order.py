@@ -26,7 +26,7 @@ from tests.clusters.local_cluster import descendants, kill, wait_gone
 from tests.pipelines.training.test_training import MODEL, TASK
 from tests.s5.videos import write_video
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.drill]
 
 ROOT = Path(__file__).parents[3]
 VIDEOS, BATCH, EPOCHS = 17, 4, 4
