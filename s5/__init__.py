@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s5.checkpoints.checkpoint import load_model as load_model
     from s5.config import BackboneConfig as BackboneConfig
     from s5.config import ClipConfig as ClipConfig
     from s5.config import DecoderConfig as DecoderConfig
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from s5.config import SelectionConfig as SelectionConfig
     from s5.config import SSMConfig as SSMConfig
     from s5.config import ViewsConfig as ViewsConfig
+    from s5.evaluation.prediction import load_model as load_model
     from s5.models.decoders import build_decoder as build_decoder
     from s5.models.video_model import VideoModel as VideoModel
     from s5.ssm.layers import build_ssm as build_ssm
@@ -43,7 +43,7 @@ _HOMES = {
     "build_decoder": "s5.models.decoders",
     "build_ssm": "s5.ssm.layers",
     "info_nce": "s5.tasks.lsmcl",
-    "load_model": "s5.checkpoints.checkpoint",
+    "load_model": "s5.evaluation.prediction",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -21,6 +21,7 @@ from pipelines.command_line import parse, take_dry_run
 from pipelines.config import STAGES, RunConfig, flatten, override
 from pipelines.config.presets import preset
 from pipelines.running import stage
+from tests.s5.evaluation.test_prediction import trained
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -217,11 +218,15 @@ def test_notebook_example_runs(ray_local: None, tmp_path: Path) -> None:
     sample = override(config.sample, {"out": str(out / "videos"), "videos": 10} | off)
     pipelines.run("sample", sample)
     pipelines.run("index", override(config.index, {"out": str(out / "index"), "videos": str(out / "videos")} | off))
-    assert block.count('"out/') == 2
-    names = run_block(block.replace('"out/', f'"{tmp_path}/out/'))
+    video = next((out / "videos").rglob("*.mp4"))
+    checkpoint = trained(out / "finetune" / "checkpoints")
+    (out / "finetune" / "result.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
+    assert block.count('"out/') == 3
+    names = run_block(block.replace('"out/', f'"{tmp_path}/out/').replace("my/video.mp4", str(video)))
     assert names["meta"].kind == "lsmcl"
     assert names["features_BD"].shape == (1, names["model"].decoder.out_width)
     assert names["kept_BK"].shape == (2, 60 * 49 // 2)
+    assert names["found"].label in ("a", "b", "c")
 
 
 def run_block(block: str) -> dict[str, Any]:

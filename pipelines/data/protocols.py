@@ -9,9 +9,8 @@ import pyarrow as pa
 from pipelines.config import ProtocolSetting
 from pipelines.data.manifest import description, split_of
 from s5.config import ClipConfig, EvaluationProtocol
+from s5.video.clip_times import clips_per_video as clips_per_video
 
-CLIPS_PER_VIDEO = {"multi-clip": 10}
-"""Default number of clips per video; 1 in the other protocols. Protocol `windows` reads all windows."""
 LVU_WINDOW_S = 60.0
 """Length of LVU's windows."""
 
@@ -22,11 +21,6 @@ def protocol_of(manifest: pa.Table, *choices: ProtocolSetting) -> EvaluationProt
         if choice != "auto":
             return choice
     return description(manifest).protocol or "uniform"
-
-
-def clips_per_video(protocol: EvaluationProtocol, given: int = 0) -> int:
-    """Return how many clips of a video are evaluated: `given`, or for 0 the default of the protocol."""
-    return given or CLIPS_PER_VIDEO.get(protocol, 1)
 
 
 def checked_clips(clips: ClipConfig, protocol: EvaluationProtocol) -> ClipConfig:

@@ -32,7 +32,7 @@ from pipelines.running.stage import Stage, in_thread, stage_run
 from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
-from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, load_model, read_meta
+from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, read_meta, read_model
 from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.config import from_json as config_from_json
 from s5.errors import CheckpointError
@@ -95,7 +95,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             if meta.pretrained:
                 reference = read(learned, per_video=1) if len(learned) else None
                 pretrained.report(stage, config, found, reference)
-                if known and (head := load_model(folder)[0].head):
+                if known and (head := read_model(folder)[0].head):
                     pretrained.steps(stage, config.split, head, found, known)
             else:
                 fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
@@ -227,7 +227,7 @@ class Replica:
         with tempfile.TemporaryDirectory(prefix="checkpoint_") as name:
             for file, content in files.items():
                 (Path(name) / file).write_bytes(content)
-            self.model, self.meta = load_model(Path(name))
+            self.model, self.meta = read_model(Path(name))
         self.device = torch.device(device)
         self.model.to(self.device)
         self._seen: set[str] = set()

@@ -174,7 +174,7 @@ def build(job: FinetuneJob, context: RayContext) -> TrainingLoop:
     source = clip_source(job, context, protocol=job.protocol)
     evaluate = partial(validate, job, task, source, context) if len(job.val) else None
     return training_loop(
-        "finetune", job, context, task, config.task, model.config, source, evaluate, classes=job.classes
+        "finetune", job, context, task, config.task, model.config, source, evaluate, job.classes, job.protocol
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.errors import UserError
-from s5.checkpoints.checkpoint import check_architecture, digest, encoder_weights, load_model
+from s5.checkpoints.checkpoint import check_architecture, digest, encoder_weights, read_model
 from s5.config import BackboneConfig
 from s5.errors import CheckpointError
 from s5.models.backbone import Backbone
@@ -39,7 +39,9 @@ def local_checkpoint(path: str) -> Iterator[Path]:
         found = storage.read_json(result).get("checkpoint")
         if not found:
             raise UserError(f"checkpoint is {path!r}: that stage saved none; give the --out of pretrain or finetune")
-        path = found
+        # The folder may have been moved.
+        below = storage.join(path, "checkpoints", found.rpartition("/")[2])
+        path = below if storage.exists(below) else found
     elif not storage.exists(storage.join(path, "meta.json")):
         raise UserError(f"checkpoint is {path!r}: neither a checkpoint nor the --out of a finished stage")
     if not storage.is_uri(path):
@@ -133,7 +135,7 @@ def segment_encoder(path: str) -> SegmentEncoder:
     """
     try:
         with local_checkpoint(path) as folder:
-            model, meta = load_model(folder)
+            model, meta = read_model(folder)
     except CheckpointError as error:
         raise UserError(str(error)) from None
     if model.config.backbone.tokens:

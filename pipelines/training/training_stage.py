@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 
@@ -176,6 +176,7 @@ def training_loop(
     source: ClipSource,
     evaluate: Callable[[], dict[str, float]] | None,
     classes: list[str] | None = None,
+    protocol: EvaluationProtocol | Literal[""] = "",
 ) -> TrainingLoop:
     """Return the training loop of one worker.
 
@@ -189,6 +190,7 @@ def training_loop(
         source: this worker's clips.
         evaluate: returns the metrics of an evaluation, on every worker; None for none.
         classes: names of the classes, for the checkpoint.
+        protocol: which clips of a video, for the checkpoint.
     """
     config: PretrainConfig | FinetuneConfig = job.config
 
@@ -199,6 +201,7 @@ def training_loop(
             model=asdict(model),
             classes=classes or [],
             settings=to_json(stage, config),
+            protocol=protocol,
             metrics=metrics,
             commit=job.commit,
         )

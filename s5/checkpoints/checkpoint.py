@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from s5.config import ModelConfig, from_json
+from s5.config import EvaluationProtocol, ModelConfig, from_json
 from s5.errors import CheckpointError, DamagedError
 from s5.models.video_model import VideoModel
 
@@ -58,6 +58,8 @@ class Meta:
     """Names of the classes, or of the written steps, in the order of the head's outputs."""
     settings: dict[str, Any] = field(default_factory=dict)
     """All settings of the run."""
+    protocol: EvaluationProtocol | Literal[""] = ""
+    """Which clips a fine-tuned model was trained and validated on; empty where the settings alone say it."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Last value of every metric at that step."""
     evaluated: dict[str, float] = field(default_factory=dict)
@@ -185,11 +187,7 @@ def restore(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> 
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     meta = read_meta(folder)
-    weights = read_weights(folder, MODEL)
-    try:
-        task.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"checkpoint {str(folder)!r} is of another architecture: {error}") from None
+    _load(task, read_weights(folder, MODEL), folder)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in read_weights(folder, OPTIMIZER).items():
         index, _, name = key.partition(".")
@@ -220,11 +218,11 @@ def encoder_weights(folder: Path) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in read_weights(folder, MODEL).items() if k.startswith(prefix)}
 
 
-def load_model(folder: Path) -> tuple[VideoModel, Meta]:
+def read_model(folder: Path) -> tuple[VideoModel, Meta]:
     """Build a checkpoint's video model from its own settings and weights, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, or is damaged.
+        CheckpointError: the folder is no checkpoint, is damaged, or its weights are of another architecture.
     """
     meta = read_meta(folder)
     weights = encoder_weights(folder)
@@ -235,8 +233,17 @@ def load_model(folder: Path) -> tuple[VideoModel, Meta]:
     if meta.kind == "lsmcl":
         model.load_pretrained(weights)
     else:
-        model.load_state_dict(weights)
+        _load(model, weights, folder)
     return model.eval(), meta
+
+
+def _load(module: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        # The first line names the class alone.
+        reason = " ".join(str(error).splitlines()[1].split())
+        raise CheckpointError(f"checkpoint {str(folder)!r} is of another architecture: {reason}") from None
 
 
 def _check_frame_encoder(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import socket
@@ -18,6 +19,8 @@ from s5.errors import CheckpointError, DamagedError
 NAME = re.compile(r"step_(\d{8,})")
 # Folders of format 1, named by Ray Train.
 FORMER_PREFIX = "checkpoint_"
+# In the folder of a run: what it says at its end, and its checkpoints.
+RESULT, CHECKPOINTS = "result.json", "checkpoints"
 INTERRUPTED = f"its save was interrupted (no {META})"
 
 
@@ -179,6 +182,32 @@ class CheckpointHistory:
             f"{self.backend.path(former[-1])!r} is a checkpoint of an earlier version, in a format that this one "
             "cannot read: use the version that made it, or give another --out to train from the start"
         )
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Return the checkpoint that a folder is, or of a finished run's folder the best one (the last where none is).
+
+    A run's folder may have been moved: its checkpoints are looked for below it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if (folder / META).exists():
+        return folder
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint is {str(folder)!r}: there is no such folder")
+    try:
+        recorded = json.loads((folder / RESULT).read_bytes()).get("checkpoint")
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"checkpoint is {str(folder)!r}: neither a checkpoint nor the --out of a finished stage"
+        ) from None
+    if not recorded:
+        raise CheckpointError(
+            f"checkpoint is {str(folder)!r}: that stage saved none; give the --out of pretrain or finetune"
+        )
+    below = folder / CHECKPOINTS / Path(recorded).name
+    return below if below.exists() else Path(recorded)
 
 
 def checkpoint_name(step: int) -> str:

@@ -24,6 +24,13 @@ FloatArray = npt.NDArray[np.float64]
 
 TOLERANCE_S = 1e-3
 """Lengths are computed from rounded frame counts and rates."""
+CLIPS_PER_VIDEO = {"multi-clip": 10}
+"""Default number of clips per video; 1 in the other protocols. Protocol `windows` reads all windows."""
+
+
+def clips_per_video(protocol: EvaluationProtocol, given: int = 0) -> int:
+    """Return how many clips of a video are evaluated: `given`, or for 0 the default of the protocol."""
+    return given or CLIPS_PER_VIDEO.get(protocol, 1)
 
 
 def clip_seed(seed: int, epoch: int, video_id: str) -> int:
@@ -99,6 +106,23 @@ def windows(config: ClipConfig, start_s: float, end_s: float, fps: float) -> Flo
     """
     stride = stride_s(config, config.long_stride, fps)
     starts_W = start_s + lvu_windows(end_s - start_s, config.frames * stride)
+    return starts_W[:, None] + stride * np.arange(config.frames, dtype=np.float64)
+
+
+def windows_over_time(config: ClipConfig, duration_s: float, fps: float, every_s: float = 0.0) -> FloatArray:
+    """Return the times (W, T) of windows that cover a video, one every `every_s`, or for 0 one after the other.
+
+    The last one ends with the last whole second of the video, and may overlap the one before. None (W = 0) of a video
+    that is too short for two.
+    """
+    stride = stride_s(config, config.long_stride, fps)
+    window_s = config.frames * stride
+    starts_W = lvu_windows(duration_s, window_s, every_s or window_s)
+    latest_s = math.floor(duration_s + TOLERANCE_S) - window_s
+    if latest_s > starts_W[-1] + TOLERANCE_S:
+        starts_W = np.append(starts_W, latest_s)
+    if len(starts_W) == 1:
+        starts_W = starts_W[:0]
     return starts_W[:, None] + stride * np.arange(config.frames, dtype=np.float64)
 
 

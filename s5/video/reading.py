@@ -55,7 +55,8 @@ def probe(source: Source) -> VideoFacts:
     starts_N, size = contents.starts_N, contents.display_size
     decoder = choose(source, contents)
     if decoder != "decord" and not contents.decoded:
-        _read(source, decoder, size, starts_N[[0, len(starts_N) // 2, -1]])
+        with closing(_opened(source, decoder, size)) as reader:
+            reader.read(starts_N[[0, len(starts_N) // 2, -1]])
     # The last frame stays on screen for as long as a frame does on average.
     shown_s, count = float(starts_N[-1]), len(starts_N)
     if shown_s == 0 and not contents.rate:
@@ -105,17 +106,51 @@ def read_clips(
         display_size, decoder = contents.display_size, choose(source, contents)
     if boxes:
         return _read_boxes(source, stream_of(decoder), clips, boxes, size)
-    width, height = scaled(display_size, size)
     times_U = np.unique(np.concatenate(clips))
-    try:
-        frames = _read(source, decoder, (width, height), times_U)
-    except VideoError:
-        if decoder != "decord":
-            raise
-        frames = _read(source, "pyav", (width, height), times_U)
-    top, left = (height - size) // 2, (width - size) // 2
-    square = [frame[top : top + size, left : left + size] for frame in frames]
+    with closing(SquareReader(source, size, display_size, decoder)) as reader:
+        square = reader.read(times_U)
     return [np.stack([square[place] for place in np.searchsorted(times_U, times_T)]) for times_T in clips]
+
+
+class SquareReader:
+    """A `Reader` of one video as a model sees it, scaled and cropped as in `read_clips`; times ascend over all calls.
+
+    Args:
+        source: a local file, or an open file, which PyAV reads.
+        size: S in pixels.
+        display_size: width and height of the video (`VideoFacts`).
+        decoder: which decoder reads the video (`VideoFacts`); PyAV takes over where decord fails.
+    """
+
+    def __init__(self, source: Source, size: int, display_size: tuple[int, int], decoder: Decoder) -> None:
+        self._source, self._size, self._decoder = checked(source), size, decoder
+        self._scaled = scaled(display_size, size)
+        self._reader: Reader | None = None
+
+    def read(self, times_U: FloatArray) -> list[FrameArray]:
+        """Return the pictures (S, S, 3); see `Reader`."""
+        try:
+            frames = self._opened().read(times_U)
+        except VideoError:
+            if self._decoder != "decord":
+                raise
+            self.close()
+            self._decoder = "pyav"
+            frames = self._opened().read(times_U)
+        width, height = self._scaled
+        top, left = (height - self._size) // 2, (width - self._size) // 2
+        return [frame[top : top + self._size, left : left + self._size] for frame in frames]
+
+    def close(self) -> None:
+        """Close the file and free the decoder."""
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def _opened(self) -> Reader:
+        if self._reader is None:
+            self._reader = _opened(self._source, self._decoder, self._scaled)
+        return self._reader
 
 
 def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
@@ -126,14 +161,10 @@ def scaled(display_size: tuple[int, int], size: int) -> tuple[int, int]:
     return max(size, round(size * width / height)), size
 
 
-def _read(source: Source, decoder: Decoder, size: tuple[int, int], times_U: FloatArray) -> list[FrameArray]:
-    reader: Reader
+def _opened(source: Source, decoder: Decoder, size: tuple[int, int]) -> Reader:
     if decoder == "decord" and isinstance(source, str):
-        reader = DecordReader(source, *size)
-    else:
-        reader = PyAVReader(source, size, stream_of(decoder))
-    with closing(reader):
-        return reader.read(times_U)
+        return DecordReader(source, *size)
+    return PyAVReader(source, size, stream_of(decoder))
 
 
 def _read_boxes(

@@ -330,7 +330,7 @@ def test_pretraining_on_two_nodes(cluster: LocalCluster, tmp_path: Path) -> None
     assert Path(tmp_path, "mlflow.db").is_file()
     assert len(nodes_of_workers(cluster)) == 2
 
-    model, meta = checkpoint.load_model(Path(result["checkpoint"]))
+    model, meta = checkpoint.read_model(Path(result["checkpoint"]))
     assert meta.step == result["counts"]["steps"]
     assert all(weight.isfinite().all() for weight in model.parameters())
 

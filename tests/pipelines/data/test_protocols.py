@@ -21,7 +21,7 @@ from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_vi
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, finetune, index
 from pipelines.storage.weights import local_checkpoint
-from s5.checkpoints.checkpoint import Meta, load_model
+from s5.checkpoints.checkpoint import Meta, read_model
 from s5.config import ClipConfig
 from s5.video.reading import probe, read_frames
 from tests.pipelines.training.test_training import MODEL
@@ -86,7 +86,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _by_hand(folder: Path, checkpoint: Path, kind: str, name: str, seconds: int) -> tuple[list[float], int]:
     """Return the mean over all windows of a video, each read by itself, and their number; black frames pad."""
-    model, _ = load_model(checkpoint)
+    model, _ = read_model(checkpoint)
     model.eval()
     outputs = []
     for start in range(max(1, seconds - 4 + 1)):
@@ -253,7 +253,7 @@ def test_a_benchmark_from_its_annotations_to_its_figures(tmp_path: Path, source:
     assert main(["evaluate", "--protocol", protocol, *(f"--{key}={value}" for key, value in common.items())]) == 0
 
     with local_checkpoint(trained["checkpoint"]) as checkpoint:
-        model, _ = load_model(checkpoint)
+        model, _ = read_model(checkpoint)
     model.eval()
     tested = {row["video_id"]: row for row in split_of(manifest, "test").to_pylist()}
     rows = pq.read_table(tmp_path / "evaluate" / "predictions.parquet").to_pylist()

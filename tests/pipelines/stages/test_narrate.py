@@ -27,7 +27,7 @@ from pipelines.data.manifest import description, read_manifest
 from pipelines.data.narration.reading import read_labels
 from pipelines.errors import UserError
 from pipelines.stages import evaluate, features, finetune, index, narrate, sample
-from s5.checkpoints.checkpoint import load_model
+from s5.checkpoints.checkpoint import read_model
 from s5.config import ClipConfig
 from s5.video.clip_times import whole
 from s5.video.reading import read_frames
@@ -167,7 +167,7 @@ def distant(narrated: str, tmp_path_factory: pytest.TempPathFactory) -> Finetune
 
 
 def test_the_encoder_is_evaluated_and_fine_tuned(distant: FinetuneConfig, folder: Path, tmp_path: Path) -> None:
-    model, meta = load_model(Path(storage.read_json(storage.join(distant.out, "result.json"))["checkpoint"]))
+    model, meta = read_model(Path(storage.read_json(storage.join(distant.out, "result.json"))["checkpoint"]))
     assert meta.kind == "distant"
     assert meta.classes[3] == "Digits: Draw the digit three"
     assert model.head is not None
@@ -208,7 +208,7 @@ def segments(distant: FinetuneConfig, folder: Path, tmp_path_factory: pytest.Tem
 
 
 def test_embeddings_are_those_of_fresh_clips(segments: FeaturesConfig, distant: FinetuneConfig) -> None:
-    model, _ = load_model(Path(storage.read_json(storage.join(distant.out, "result.json"))["checkpoint"]))
+    model, _ = read_model(Path(storage.read_json(storage.join(distant.out, "result.json"))["checkpoint"]))
     reader = FeatureReader(segments.out)
     assert (reader.meta.tokens, reader.meta.width, reader.meta.chunk_frames) == (1, model.decoder.out_width, 2)
     for video in read_manifest(segments.manifest).to_pylist()[::10]:

@@ -20,7 +20,7 @@ from pipelines.data.manifest import read_manifest, splits
 from pipelines.stages import sample
 from pipelines.storage.weights import local_checkpoint
 from pipelines.tracking.history import read_runs
-from s5.checkpoints.checkpoint import load_model
+from s5.checkpoints.checkpoint import read_model
 from tests.pipelines.conftest import SECRET
 from tests.pipelines.training.test_training import MODEL, TASK
 
@@ -103,7 +103,7 @@ def test_the_whole_line_in_a_bucket(bucket: str, tmp_path: Path) -> None:
         assert results[stage]["counts"]["steps"] == 2
         assert results[stage]["checkpoint"].startswith(bucket)
         with local_checkpoint(results[stage]["checkpoint"]) as checkpoint:
-            assert load_model(checkpoint)[1].kind == kind
+            assert read_model(checkpoint)[1].kind == kind
     predictions = storage.read_table(f"{bucket}/evaluate/predictions.parquet").to_pydict()
     assert predictions["clips"] == [2] * 6
     hits = sum(a == b for a, b in zip(predictions["label"], predictions["prediction"], strict=True))

@@ -28,7 +28,7 @@ from pipelines.config import (
 from pipelines.errors import StageError, StoppedError, UserError
 from pipelines.stages import evaluate, finetune, index, pretrain, sample
 from pipelines.tracking.history import metric_history, read_runs
-from s5.checkpoints.checkpoint import load_model
+from s5.checkpoints.checkpoint import read_model
 from s5.training.watchdog import EXIT_STATUS
 from tests.tiny import HEADS, TINY
 
@@ -121,7 +121,7 @@ def test_a_stopped_run_resumes_where_it_was(
     assert result["metrics"]["train/save_failures"] == 0
     pretrain.run(whole)
     assert losses(config) == losses(whole)
-    resumed, uninterrupted = (load_model(checkpoint_of(c))[0].state_dict() for c in (config, whole))
+    resumed, uninterrupted = (read_model(checkpoint_of(c))[0].state_dict() for c in (config, whole))
     assert all((resumed[name] == value).all() for name, value in uninterrupted.items())
     assert pretrain.run(config) == result
 

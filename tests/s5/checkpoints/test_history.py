@@ -214,7 +214,7 @@ def test_a_checkpoint_of_the_documented_format_is_resumed(tmp_path: Path, make: 
     assert again.run().started_at == 5
     torch.testing.assert_close(again.task.state_dict(), straight.task.state_dict(), rtol=0, atol=0)
     for name in ("step_00000005", f"step_{STEPS:08d}"):
-        assert checkpoint.load_model(tmp_path / name)[1].kind == meta.kind
+        assert checkpoint.read_model(tmp_path / name)[1].kind == meta.kind
 
 
 def _resume_together(rank: int, folder: str) -> None:

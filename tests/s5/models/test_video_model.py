@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s5.checkpoints import checkpoint
-from s5.checkpoints.checkpoint import load_model
+from s5.checkpoints.checkpoint import read_model
 from s5.config import ModelConfig, from_json
 from s5.errors import CheckpointError
 from s5.models.video_model import VideoModel, check_model
@@ -84,7 +84,7 @@ def test_a_model_without_head_says_so() -> None:
 def test_checkpoints_rebuild_their_model_alone(tmp_path: Path) -> None:
     loop = finetune_loop(SoloContext(tmp_path))
     loop.run()
-    model, meta = load_model(saved(tmp_path)[-1])
+    model, meta = read_model(saved(tmp_path)[-1])
     assert (meta.kind, meta.step, meta.classes) == ("class", STEPS, ["a", "b"])
     loop.task.eval()
     frames = batch(0).long
@@ -141,7 +141,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
         checkpoint.verify(folder)
     (folder / "model.safetensors").write_bytes(b"text")
     with pytest.raises(CheckpointError, match=r"is damaged: model.safetensors"):
-        load_model(folder)
+        read_model(folder)
     (folder / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"is damaged: meta.json"):
         checkpoint.read_meta(folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from s5.batch import ClipBatch
-from s5.checkpoints.checkpoint import Meta, load_model
+from s5.checkpoints.checkpoint import Meta, read_model
 from s5.config import LoopConfig, OptimConfig
 from s5.models.video_model import VideoModel
 from s5.tasks.distant import Distant, StepLabels, step_divergence
@@ -124,7 +124,7 @@ def test_steps_are_learned_although_narration_is_often_misaligned(tmp_path: Path
     TrainingLoop(task, inputs, context).run()
     losses = [row["train/loss"] for _, row in context.rows if "train/loss" in row]
     assert losses[-1] < losses[0]
-    model, meta = load_model(saved(tmp_path)[-1])
+    model, meta = read_model(saved(tmp_path)[-1])
     assert meta.pretrained
     assert meta.classes == names
     test = torch.arange(200) % STEPS
