@@ -85,6 +85,8 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
         if rest[0] not in RECIPES:
             raise UserError(unknown("recipe", rest[0], tuple(RECIPES)))
         rest = ["--preset", *rest]
+    if name == "predict" and rest and not rest[0].startswith("-"):
+        rest = ["--videos", *rest]
     chosen, rest = _take(rest, "preset")
     path, rest = _take(rest, "config")
     if chosen is not None and path is not None:

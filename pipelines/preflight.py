@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import storage, tracking
-from pipelines.config import RecipeConfig, StageConfig, SweepConfig, flatten, paths
+from pipelines.config import REGISTERED, PredictConfig, RecipeConfig, StageConfig, SweepConfig, flatten, paths
 from pipelines.config.recipes import GROUPS, LINKS
 from pipelines.errors import UserError
 from pipelines.recipes import steps as recipes
@@ -32,6 +32,8 @@ def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
     if isinstance(config, RecipeConfig):
         given = {f"{GROUPS[stage]}.{name}" for stage, names in LINKS.items() for name in names}
         return {key: value for key, value in found.items() if key not in given}
+    if isinstance(config, PredictConfig) and config.checkpoint.startswith(REGISTERED):
+        del found["checkpoint"]
     if isinstance(config, SweepConfig):
         stages = config.stages.split("+")
         unused = {"pretrain.out", "finetune.out"} | ({"finetune.checkpoint"} if "pretrain" in stages else set())
@@ -51,7 +53,7 @@ def check(stage: str, config: StageConfig, dry_run: bool = False) -> None:
     if isinstance(config, RecipeConfig):
         recipes.check(config)
         dry_run = config.dry_run
-    if dry_run:
+    if dry_run or (isinstance(config, PredictConfig) and not config.out):
         return
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):

@@ -8,6 +8,8 @@ from pipelines.config.dotted import paths as paths
 from pipelines.config.dotted import to_json as to_json
 from pipelines.config.dotted import unknown as unknown
 from pipelines.config.narration import NarrateConfig as NarrateConfig
+from pipelines.config.predict import REGISTERED as REGISTERED
+from pipelines.config.predict import PredictConfig as PredictConfig
 from pipelines.config.recipes import RecipeConfig as RecipeConfig
 from pipelines.config.run import STAGES as STAGES
 from pipelines.config.run import RunConfig as RunConfig

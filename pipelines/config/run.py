@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from pipelines.config.narration import NarrateConfig
+from pipelines.config.predict import PredictConfig
 from pipelines.config.recipes import RecipeConfig
 from pipelines.config.stages import (
     EvaluateConfig,
@@ -33,6 +34,7 @@ class RunConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
 
@@ -47,6 +49,7 @@ StageConfig = (
     | FinetuneConfig
     | EvaluateConfig
     | SweepConfig
+    | PredictConfig
     | RecipeConfig
     | ReportConfig
 )

@@ -7,6 +7,7 @@ those that the readers return: upright, with square pixels.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
 from typing import Any
@@ -16,7 +17,7 @@ import av
 from pipelines.data.video_requests import EncodeRequest
 from s5.errors import VideoError
 from s5.video.pyav_reader import PyAVReader
-from s5.video.reader import Source
+from s5.video.reader import FrameArray, Source
 from s5.video.reading import VideoFacts, checked, probe
 
 # decord reads closed GOPs without B-frames correctly. The tune avoids what is slowest to decode. Key frames are placed
@@ -44,29 +45,49 @@ def encode(source: Source, encoding: EncodeRequest) -> VideoFacts:
         OSError: the file cannot be written.
     """
     with closing(PyAVReader(checked(source))) as reader:
-        width, height = fitted(reader.display_size, encoding.short_side)
-        reader.resize((width, height))
-        time_base = Fraction(reader.time_base).limit_denominator(LARGEST_TICKS)
-        try:
-            # The file name need not end in .mp4. The index goes to the front, so that remote files open in one read.
-            with av.open(encoding.path, "w", format="mp4", options={"movflags": "faststart"}) as container:
-                stream: Any = container.add_stream("libx264", _rate(encoding.fps), options=_options(encoding))
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.codec_context.time_base = time_base
-                _write(container, stream, reader, encoding.gop_s / reader.time_base)
-        except av.FFmpegError as error:
-            # Decoding raises VideoError, so this is about the output.
-            raise OSError(error.errno, f"the new video cannot be written ({error.strerror})") from None
+        size = fitted(reader.display_size, encoding.short_side)
+        reader.resize(size)
+        write_pictures(encoding, size, reader.time_base, reader.pictures())
     facts = probe(os.path.abspath(encoding.path))
     if facts.num_frames < (1 - LOST_SHARE) * encoding.num_frames:
         raise VideoError(f"{facts.num_frames} of its {encoding.num_frames} frames can be decoded")
     return facts
 
 
-def _write(container: av.container.OutputContainer, stream: Any, reader: PyAVReader, gop_ticks: float) -> None:
+def write_pictures(
+    encoding: EncodeRequest, size: tuple[int, int], time_base: float, pictures: Iterator[tuple[int, FrameArray]]
+) -> None:
+    """Write pictures as H.264 in mp4.
+
+    Args:
+        encoding: how, and to which file.
+        size: their width and height, even numbers.
+        time_base: seconds of a tick.
+        pictures: each with its time in ticks, ascending; of pictures at the same time, the first is written.
+
+    Raises:
+        OSError: the file cannot be written.
+        VideoError: from `pictures`.
+    """
+    try:
+        # The file name need not end in .mp4. The index goes to the front, so that remote files open in one read.
+        with av.open(encoding.path, "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream: Any = container.add_stream("libx264", _rate(encoding.fps), options=_options(encoding))
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.time_base = Fraction(time_base).limit_denominator(LARGEST_TICKS)
+            _write(container, stream, pictures, encoding.gop_s / time_base)
+    except av.FFmpegError as error:
+        # Decoding raises VideoError, so this is about the output.
+        raise OSError(error.errno, f"the new video cannot be written ({error.strerror})") from None
+
+
+def _write(
+    container: av.container.OutputContainer, stream: Any, pictures: Iterator[tuple[int, FrameArray]], gop_ticks: float
+) -> None:
     last, key_due = -1, 0.0
-    for tick, picture_HWC in reader.pictures():
-        # The encoder needs ascending times: of frames at the same time, the first is written.
+    for tick, picture_HWC in pictures:
+        # The encoder needs ascending times.
         if tick <= last:
             continue
         frame = av.VideoFrame.from_ndarray(picture_HWC, format="rgb24")

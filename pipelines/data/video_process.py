@@ -20,16 +20,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing.connection import Connection
 from typing import IO
 
 import numpy as np
 
-from pipelines.data.video_requests import ClipRequest, EncodeRequest, VideoReply, VideoRequest
+from pipelines.data.video_requests import ClipRequest, EncodeRequest, FramesRequest, VideoReply, VideoRequest
 from s5.errors import VideoError
 from s5.video.reader import FrameArray, Source
-from s5.video.reading import VideoFacts, probe, read_clips
+from s5.video.reading import Decoder, SquareReader, VideoFacts, probe, read_clips
 
 GRACE_S = 5.0
 """Seconds after the time limit at which a child whose parent has ended exits."""
@@ -66,13 +66,14 @@ class VideoProcess:
 
     def read(self, uri: str, clips: ClipRequest, timeout_s: float) -> list[FrameArray]:
         """Return the clips of a video, each (T, S, S, 3); see `reading.read_clips`, and `probe` for the errors."""
-        shapes = self._send(VideoRequest(uri, clips, timeout_s)).shapes
-        frames = [np.empty(shape, np.uint8) for shape in shapes]
-        with open(self._memory, "rb", closefd=False) as memory:
-            memory.seek(0)
-            for clip in frames:
-                memory.readinto(clip.data)
-        return frames
+        return self._received(self._send(VideoRequest(uri, clips, timeout_s)))
+
+    def frames(self, uri: str, frames: FramesRequest, timeout_s: float) -> FrameArray:
+        """Return frames (F, S, S, 3) of a video; see `probe` for the errors.
+
+        The child keeps the video open: a next request for later frames of it goes on where this one ends.
+        """
+        return self._received(self._send(VideoRequest(uri, frames, timeout_s)))[0]
 
     def encode(self, uri: str, encoding: EncodeRequest, timeout_s: float) -> VideoFacts:
         """Re-encode a video and return the new facts; see `encoding.encode`, and `probe` for other errors."""
@@ -108,6 +109,14 @@ class VideoProcess:
         if reply.reason:
             raise VideoError(reply.reason)
         return reply
+
+    def _received(self, reply: VideoReply) -> list[FrameArray]:
+        frames = [np.empty(shape, np.uint8) for shape in reply.shapes]
+        with open(self._memory, "rb", closefd=False) as memory:
+            memory.seek(0)
+            for clip in frames:
+                memory.readinto(clip.data)
+        return frames
 
     def _connected(self) -> Connection:
         if self._connection is None:
@@ -150,6 +159,7 @@ def serve(connection_handle: int, memory_handle: int, parent_pipe: int) -> None:
     """Handle requests until the parent ends, which ends this process even in the middle of a video."""
     _exit_with(parent_pipe)
     connection = Connection(connection_handle)
+    video = OpenVideo()
     with open(memory_handle, "wb") as memory:
         while True:
             try:
@@ -158,7 +168,7 @@ def serve(connection_handle: int, memory_handle: int, parent_pipe: int) -> None:
                 return
             # For systems whose pipes send no signal; works while a decoder holds the GIL.
             faulthandler.dump_traceback_later(request.timeout_s + GRACE_S, exit=True)
-            connection.send(handle(request, memory))
+            connection.send(handle(request, memory, video))
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -173,10 +183,47 @@ def _exit_with(pipe: int) -> None:
         os._exit(1)
 
 
-def handle(request: VideoRequest, memory: IO[bytes]) -> VideoReply:
+class OpenVideo:
+    """The video that stays open for later frames, if any."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._key: tuple[str, int, Decoder] | None = None
+        self._reader: SquareReader | None = None
+        self._last_s = 0.0
+
+    def read(self, uri: str, work: FramesRequest) -> FrameArray:
+        """Return frames (F, S, S, 3), opening the video unless it is open and they are behind the last ones.
+
+        Raises:
+            VideoError, OSError: they cannot be read; the video is closed.
+        """
+        key = uri, work.size, work.decoder
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            if self._reader is None or key != self._key or work.times_F[0] <= self._last_s:
+                self.close()
+                source = self._stack.enter_context(open_source(uri, whole=False))
+                opened = SquareReader(source, work.size, work.display_size, work.decoder)
+                self._reader, self._key = self._stack.enter_context(closing(opened)), key
+            frames: FrameArray = np.stack(self._reader.read(work.times_F))
+            self._last_s = float(work.times_F[-1])
+            failed.pop_all()
+        return frames
+
+    def close(self) -> None:
+        """Close it."""
+        self._reader = None
+        self._stack.close()
+
+
+def handle(request: VideoRequest, memory: IO[bytes], video: OpenVideo) -> VideoReply:
     """Probe, read or re-encode one video; frames go to the start of `memory`."""
     work = request.work
     try:
+        if isinstance(work, FramesRequest):
+            return _written([video.read(request.uri, work)], memory)
+        video.close()
         with open_source(request.uri, whole=not isinstance(work, ClipRequest)) as source:
             if work is None:
                 return VideoReply(facts=probe(source))
@@ -185,6 +232,10 @@ def handle(request: VideoRequest, memory: IO[bytes]) -> VideoReply:
             clips = read_clips(source, work.clips, work.size, work.display_size, work.decoder, work.boxes)
     except (VideoError, OSError) as error:
         return VideoReply(reason=str(error))
+    return _written(clips, memory)
+
+
+def _written(clips: list[FrameArray], memory: IO[bytes]) -> VideoReply:
     memory.seek(0)
     for clip in clips:
         memory.write(clip.data)

@@ -21,6 +21,16 @@ class ClipRequest:
 
 
 @dataclass(frozen=True)
+class FramesRequest:
+    """Read frames of a video that stays open for later ones: the arguments of `s5.video.reading.SquareReader`."""
+
+    times_F: FloatArray
+    size: int
+    display_size: tuple[int, int]
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
 class EncodeRequest:
     """Re-encode a video: how, and to which file."""
 
@@ -42,10 +52,10 @@ class EncodeRequest:
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A video and what to do with it: read clips, re-encode it, or probe it (None)."""
+    """A video and what to do with it: read clips or frames, re-encode it, or probe it (None)."""
 
     uri: str
-    work: ClipRequest | EncodeRequest | None
+    work: ClipRequest | FramesRequest | EncodeRequest | None
     timeout_s: float
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipelines import tracking
-from pipelines.config import StageConfig
+from pipelines.config import PredictConfig, StageConfig
 from pipelines.running.resources import ensure_ray
 from pipelines.running.run_folder import RESULT
 from pipelines.running.stage import in_thread
@@ -43,8 +43,10 @@ def start_ray_and_import(stage: str, config: StageConfig) -> None:
             importlib.import_module(name)
         tracking.create_database(config.tracking, config.out)
 
+    if stage in WITHOUT_RAY or (isinstance(config, PredictConfig) and not config.scale.num_workers):
+        return
     # A finished run only says so.
-    if stage in WITHOUT_RAY or os.path.exists(os.path.join(config.out, RESULT)):
+    if os.path.exists(os.path.join(config.out, RESULT)):
         return
     in_thread(prepare)
     ensure_ray()
