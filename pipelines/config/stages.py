@@ -265,6 +265,9 @@ class EvaluateConfig:
     """Labelled training videos that the probe learns from, spread evenly over the manifest; 0 for all."""
     neighbours: int = 5
     """Nearest clips shown for each query clip (pretrained checkpoints)."""
+    register: str = ""
+    """Name under which a fine-tuned model is registered in MLflow, with the alias `champion` where it beats the one
+    that has it on the same videos; empty not to register it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Decoding."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)

@@ -29,7 +29,7 @@ from pipelines.errors import StageError, UserError
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster, decode_tasks, own_device
 from pipelines.running.stage import Stage, in_thread, stage_run
-from pipelines.stages import pretrained
+from pipelines.stages import pretrained, registered
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, read_meta, read_model
@@ -64,6 +64,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         videos = drop_too_short(rows, checked)
         learned = pretrained.training_videos(manifest, config, meta, videos, checked)
         inputs = {"checkpoint": digest(folder)}
+        registered.check(config, meta)
         backbone = config_from_json(BackboneConfig, meta.model["backbone"])
         if backbone.tokens and not config.features:
             raise UserError(
@@ -103,6 +104,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             stage.counts |= {"listed": all_listed, "videos": len(videos), "unreadable": len(found.failures)}
             stage.replace_rejects(found.failures)
             stage.folder.write_json("metrics.json", stage.metrics)
+            if config.register:
+                registered.register(stage, config, folder, manifest, meta)
     return stage.result
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.config import PredictConfig
+from pipelines.config import REGISTERED, PredictConfig
 from pipelines.data.indexing import video_files
 from pipelines.data.predicting.rows import PREDICTED, reject_of
 from pipelines.data.predicting.summary import Printer, Summary
@@ -106,8 +106,20 @@ def listed(given: tuple[str, ...]) -> tuple[list[str], list[Failure]]:
 
 @contextmanager
 def checkpoint_folder(config: PredictConfig) -> Iterator[Path]:
-    """Yield the checkpoint as a local folder."""
-    with local_checkpoint(config.checkpoint) as folder:
+    """Yield the checkpoint as a local folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not config.checkpoint.startswith(REGISTERED):
+        with local_checkpoint(config.checkpoint) as folder:
+            yield folder
+        return
+    # MLflow takes seconds to import.
+    from pipelines.tracking.registry import registered_checkpoint
+
+    # Without --out, the database is the one beside the default --outs of the other stages.
+    with registered_checkpoint(config.checkpoint, config.tracking, config.out or "out/predict") as folder:
         yield folder
 
 
