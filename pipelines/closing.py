@@ -23,6 +23,8 @@ from pipelines.config import (
 
 def closing(config: StageConfig, result: dict[str, Any]) -> Iterator[str]:
     """Yield what a finished stage left in its --out, and the command that goes on from there, where there is one."""
+    if not config.out:
+        return
     names = [name for name in storage.entries(storage.absolute(config.out)) if not name.startswith(".")]
     yield f"{', '.join(names)} are in {config.out}"
     stage, changes = following(config, result)

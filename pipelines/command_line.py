@@ -12,7 +12,7 @@ from pathlib import Path
 from signal import SIGPIPE
 
 from pipelines import preflight
-from pipelines.config import STAGES, RecipeConfig, StageConfig, override, unknown
+from pipelines.config import STAGES, PredictConfig, RecipeConfig, StageConfig, override, unknown
 from pipelines.config.arguments import parse_settings
 from pipelines.config.paper import RECIPES
 from pipelines.config.presets import preset
@@ -59,8 +59,10 @@ def _run(argv: Sequence[str]) -> int:
         startup.start_ray_and_import(name, config)
         stage = importlib.import_module(f"pipelines.stages.{name}")
     result = stage.run(config)
+    # What `predict` prints on stdout is for programs.
+    stream = sys.stderr if isinstance(config, PredictConfig) else sys.stdout
     for line in importlib.import_module("pipelines.closing").closing(config, result):
-        print(f"[{name}] {line}", flush=True)
+        print(f"[{name}] {line}", file=stream, flush=True)
     return 0
 
 

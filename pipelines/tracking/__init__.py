@@ -9,6 +9,7 @@ A stage calls `start` and gets a `Tracker`, which never waits for MLflow; `creat
     runs        a run in MLflow: created, found again by a resumed stage, ended
     client      connecting, and what MLflow's errors mean
     history     runs and curves read back as plain values, for `report` and the sweep
+    registry    fine-tuned models, registered and read back; `served_model` is what MLflow runs of one
 
     stage -> Tracker.log -> SendQueue -> thread -> MLflow;  MLflow -> history -> report
 

@@ -28,6 +28,7 @@ CHAMPION = "champion"
 CHECKPOINT = "checkpoint"
 """Name of the model's artifact that is the checkpoint."""
 PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "safetensors", "av", "decord")
+WITHOUT_BAR = ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 PREFIX = "s5."
 """Of the tags of a version that say what it was tested on."""
 
@@ -61,9 +62,9 @@ def register(uri: str, run_id: str | None, name: str, checkpoint: Path, tested: 
     if run_id is None:
         raise StageError(f"MLflow at {uri} does not answer, so the model is not registered: run the same command again")
     set_environment(uri)
+    os.environ.setdefault(*WITHOUT_BAR)
     for logger in ("mlflow", "mlflow.models", "mlflow.pyfunc", "mlflow.tracking", "mlflow.store"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     warnings.filterwarnings("ignore", message=".*An input example was not provided")
     tags = {f"{PREFIX}{key}": value for key, value in tested.on.items()} | {f"{PREFIX}value": repr(tested.value)}
     mlflow.set_tracking_uri(uri)
@@ -142,6 +143,7 @@ def registered_checkpoint(uri: str, tracking: TrackingConfig, out: str) -> Itera
     from mlflow.exceptions import MlflowException
 
     store = resolve_uri(tracking, out)
+    os.environ.setdefault(*WITHOUT_BAR)
     with tempfile.TemporaryDirectory(prefix="model_") as scratch:
         with reading(store):
             pass

@@ -28,7 +28,8 @@ class ServedModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Return label and probability, or the value, of each video and, as JSON, over time; or why there are none."""
-        return pd.DataFrame([self.row(str(video)) for video in model_input["video"]])
+        # Else pandas would write NaN, which JSON lacks, for what a row lacks.
+        return pd.DataFrame([self.row(str(video)) for video in model_input["video"]], dtype=object)
 
     def row(self, video: str) -> dict[str, Any]:
         """Return the output of one video."""
