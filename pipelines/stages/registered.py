@@ -25,12 +25,12 @@ def check(config: EvaluateConfig, meta: Meta) -> None:
 def register(stage: Stage, config: EvaluateConfig, folder: Path, manifest: pa.Table, meta: Meta) -> None:
     """Register the model of a checkpoint's folder with what it reached on the manifest."""
     # It imports MLflow, which takes seconds.
-    from pipelines.tracking.registry import Tested
+    from pipelines.tracking.registry import Evaluated
     from pipelines.tracking.registry import register as register_model
 
     metric = f"{config.split}/{'accuracy' if meta.kind == 'class' else 'mse'}"
     on = {"manifest": digest(manifest), "protocol": str(stage.details["protocol"])}
     on |= {"split": config.split, "metric": metric, "videos": str(int(stage.metrics[f"{config.split}/videos"]))}
     on |= {"clips": str(int(stage.metrics[f"{config.split}/clips"]))}
-    tested = Tested(on, stage.metrics[metric], larger_is_better=meta.kind == "class")
+    tested = Evaluated(on, stage.metrics[metric], larger_is_better=meta.kind == "class")
     stage.info(register_model(stage.tracker.uri, stage.tracker.run_id, config.register, folder, tested))

@@ -22,7 +22,7 @@ import s5
 from pipelines.config import TrackingConfig
 from pipelines.errors import StageError, UserError
 from pipelines.tracking.client import reading, set_environment, short_reason
-from pipelines.tracking.uri import resolve_uri
+from pipelines.tracking.uri import VARIABLE, resolve_uri
 
 CHAMPION = "champion"
 CHECKPOINT = "checkpoint"
@@ -34,7 +34,7 @@ PREFIX = "s5."
 
 
 @dataclass(frozen=True)
-class Tested:
+class Evaluated:
     """What a model was tested on, and what it reached."""
 
     on: dict[str, str]
@@ -43,7 +43,7 @@ class Tested:
     larger_is_better: bool
 
 
-def register(uri: str, run_id: str | None, name: str, checkpoint: Path, tested: Tested) -> str:
+def register(uri: str, run_id: str | None, name: str, checkpoint: Path, tested: Evaluated) -> str:
     """Register a fine-tuned checkpoint, as champion if it beats the present one, and say so in a sentence.
 
     Args:
@@ -67,16 +67,31 @@ def register(uri: str, run_id: str | None, name: str, checkpoint: Path, tested: 
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*An input example was not provided")
     tags = {f"{PREFIX}{key}": value for key, value in tested.on.items()} | {f"{PREFIX}value": repr(tested.value)}
-    mlflow.set_tracking_uri(uri)
     try:
-        with tempfile.TemporaryDirectory(prefix="model_") as scratch, mlflow.start_run(run_id=run_id):
+        with _logging_to(uri), tempfile.TemporaryDirectory(prefix="model_") as scratch, mlflow.start_run(run_id=run_id):
             folder = Path(scratch) / CHECKPOINT
             shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("optimizer.safetensors"))
             made = mlflow.pyfunc.log_model(name="model", **_pyfunc(folder))
-        version = mlflow.register_model(made.model_uri, name, tags=tags).version
-        return _crown(mlflow.MlflowClient(), name, str(version), tested)
+            version = mlflow.register_model(made.model_uri, name, tags=tags).version
+        return _crown(mlflow.MlflowClient(uri), name, str(version), tested)
     except (MlflowException, OSError) as error:
         raise StageError(f"MLflow at {uri} does not take the model {name!r} ({short_reason(error)})") from error
+
+
+@contextmanager
+def _logging_to(uri: str) -> Iterator[None]:
+    """Have MLflow's functions log to a URI, which they write to the environment, and leave that as it was."""
+    import mlflow
+
+    before = os.environ.get(VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri("")
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def _pyfunc(checkpoint: Path) -> dict[str, Any]:
@@ -109,7 +124,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _crown(client: Any, name: str, version: str, tested: Tested) -> str:
+def _crown(client: Any, name: str, version: str, tested: Evaluated) -> str:
     """Give a version the alias `champion` where it is due, and say why it is or is not."""
     this = f"model {name!r} version {version} is registered"
     aliases = client.get_registered_model(name).aliases

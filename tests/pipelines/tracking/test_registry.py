@@ -15,7 +15,7 @@ from pipelines import tracking
 from pipelines.config import EvaluateConfig, TrackingConfig, override
 from pipelines.errors import StageError, UserError
 from pipelines.stages import registered
-from pipelines.tracking.registry import Tested, register, registered_checkpoint
+from pipelines.tracking.registry import Evaluated, _logging_to, register, registered_checkpoint
 from s5.checkpoints.checkpoint import Meta, digest
 from tests.s5.evaluation.test_prediction import trained
 from tests.s5.videos import write_coded
@@ -37,7 +37,7 @@ def test_the_better_model_is_champion_and_runs_alone(tmp_path: Path) -> None:
 
     def registering(value: float, manifest: str = "m", larger: bool = True, name: str = "videos") -> str:
         on = {"manifest": manifest, "metric": "test/accuracy"}
-        return register(tracker.uri, tracker.run_id, name, checkpoint, Tested(on, value, larger))
+        return register(tracker.uri, tracker.run_id, name, checkpoint, Evaluated(on, value, larger))
 
     assert registering(0.5).endswith("version 1 is registered and is the first champion: test/accuracy 0.5")
     assert registering(0.5).endswith("test/accuracy 0.5 against 0.5 of version 1, the champion, which stays")
@@ -45,12 +45,13 @@ def test_the_better_model_is_champion_and_runs_alone(tmp_path: Path) -> None:
     assert "not compared with version 3, the champion: its manifest is 'm', not 'n'" in registering(0.9, "n")
     assert "is champion now" in (registering(0.4, larger=False, name="e") and registering(0.3, larger=False, name="e"))
     tracker.finish("FINISHED")
+    assert tracking.VARIABLE not in os.environ
 
     with registered_checkpoint("models:/videos@champion", config, str(tmp_path)) as folder:
         assert digest(folder) == digest(checkpoint)
         assert not (folder / "optimizer.safetensors").exists()
     with (
-        pytest.raises(UserError, match="checkpoint is 'models:/none@champion': MLflow at sqlite.* has no such model"),
+        pytest.raises(UserError, match=r"checkpoint is 'models:/none@champion': MLflow at sqlite.* has no such model"),
         registered_checkpoint("models:/none@champion", config, str(tmp_path)),
     ):
         pass
@@ -82,8 +83,7 @@ def test_a_model_of_another_architecture(tmp_path: Path) -> None:
     )
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     tracker = tracking.start(config, stage="evaluate", out=str(tmp_path / "evaluate"), params={})
-    mlflow.set_tracking_uri(tracker.uri)
-    with mlflow.start_run(run_id=tracker.run_id):
+    with _logging_to(tracker.uri), mlflow.start_run(run_id=tracker.run_id):
         mlflow.pyfunc.log_model(name="model", python_model=str(script), registered_model_name="other")
     tracker.finish("FINISHED")
     with (
@@ -95,9 +95,9 @@ def test_a_model_of_another_architecture(tmp_path: Path) -> None:
 
 def test_what_cannot_be_registered_says_so(tmp_path: Path) -> None:
     config = override(EvaluateConfig(), {"register": "videos", "tracking.uri": "off"})
-    with pytest.raises(UserError, match="register is 'videos': tracking.uri is 'off'"):
+    with pytest.raises(UserError, match=r"register is 'videos': tracking.uri is 'off'"):
         registered.check(config, Meta(kind="class", step=1, model={}))
     with pytest.raises(UserError, match="register is 'videos': a pretrained encoder predicts nothing"):
         registered.check(config, Meta(kind="lsmcl", step=1, model={}))
     with pytest.raises(StageError, match="does not answer, so the model is not registered"):
-        register("http://nowhere", None, "videos", tmp_path, Tested({}, 0.0, True))
+        register("http://nowhere", None, "videos", tmp_path, Evaluated({}, 0.0, True))
