@@ -28,7 +28,8 @@ CHAMPION = "champion"
 CHECKPOINT = "checkpoint"
 """Name of the model's artifact that is the checkpoint."""
 PACKAGES = ("torch", "torchvision", "timm", "einops", "numpy", "safetensors", "av", "decord")
-WITHOUT_BAR = ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+QUIET = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+"""Settings of MLflow without which it draws bars and prints addresses."""
 PREFIX = "s5."
 """Of the tags of a version that say what it was tested on."""
 
@@ -62,7 +63,6 @@ def register(uri: str, run_id: str | None, name: str, checkpoint: Path, tested: 
     if run_id is None:
         raise StageError(f"MLflow at {uri} does not answer, so the model is not registered: run the same command again")
     set_environment(uri)
-    os.environ.setdefault(*WITHOUT_BAR)
     for logger in ("mlflow", "mlflow.models", "mlflow.pyfunc", "mlflow.tracking", "mlflow.store"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*An input example was not provided")
@@ -84,6 +84,8 @@ def _logging_to(uri: str) -> Iterator[None]:
     import mlflow
 
     before = os.environ.get(VARIABLE)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     mlflow.set_tracking_uri(uri)
     try:
         yield
@@ -158,12 +160,13 @@ def registered_checkpoint(uri: str, tracking: TrackingConfig, out: str) -> Itera
     from mlflow.exceptions import MlflowException
 
     store = resolve_uri(tracking, out)
-    os.environ.setdefault(*WITHOUT_BAR)
     with tempfile.TemporaryDirectory(prefix="model_") as scratch:
         with reading(store):
             pass
         try:
-            folder = Path(download_artifacts(uri, dst_path=scratch, tracking_uri=store, registry_uri=store))
+            # Its own arguments for the URIs do not hold for registered models.
+            with _logging_to(store):
+                folder = Path(download_artifacts(uri, dst_path=scratch))
         except (MlflowException, OSError) as error:
             reason = short_reason(error)
             raise UserError(f"checkpoint is {uri!r}: MLflow at {store} has no such model ({reason})") from None
