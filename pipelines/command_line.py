@@ -87,8 +87,6 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
         if rest[0] not in RECIPES:
             raise UserError(unknown("recipe", rest[0], tuple(RECIPES)))
         rest = ["--preset", *rest]
-    if name == "predict" and rest and not rest[0].startswith("-"):
-        rest = ["--videos", *rest]
     chosen, rest = _take(rest, "preset")
     path, rest = _take(rest, "config")
     if chosen is not None and path is not None:
@@ -99,7 +97,8 @@ def parse(argv: Sequence[str]) -> tuple[str, StageConfig]:
     if "--help" in rest or "-h" in rest:
         settings_help(name, config)
     groups = tuple(GROUPS.values()) if name == "recipe" else ()
-    return name, override(config, parse_settings(rest, config, groups))
+    words = "videos" if name == "predict" else ""
+    return name, override(config, parse_settings(rest, config, groups, words))
 
 
 def take_dry_run(argv: Sequence[str]) -> tuple[str | None, list[str]]:

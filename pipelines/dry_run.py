@@ -15,6 +15,7 @@ from pipelines.config import (
     FeaturesConfig,
     FinetuneConfig,
     IndexConfig,
+    PredictConfig,
     PretrainConfig,
     SampleConfig,
     StageConfig,
@@ -109,6 +110,8 @@ def costs_of(config: StageConfig, node: Node) -> Iterator[Cost]:
         yield from _evaluate_costs(config, node)
     elif isinstance(config, SweepConfig):
         yield from _sweep_costs(config, node)
+    elif isinstance(config, PredictConfig):
+        yield _predict_cost(config)
     elif manifest := getattr(config, "manifest", ""):
         yield Cost(stage=_name(config), input=f"{len(read_manifest(manifest)):,} videos", seconds=None)
     else:
@@ -135,6 +138,15 @@ def _features_cost(config: FeaturesConfig, node: Node) -> Cost:
     if config.import_:
         return Cost(stage="features", input=f"files of {len(listing.all_seconds):,} videos", seconds=None)
     return features_cost(config, listing, Work(node, facts_of(config.model.backbone), cached=False))
+
+
+def _predict_cost(config: PredictConfig) -> Cost:
+    from pipelines.stages import predict
+
+    videos, faults = predict.listed(config.videos)
+    with predict.checkpoint_folder(config) as folder:
+        predict.predictor_of(config, folder)
+    return Cost(stage="predict", input=f"{len(videos):,} videos, {len(faults):,} rejects", seconds=None)
 
 
 def _training_cost(config: PretrainConfig | FinetuneConfig, node: Node) -> Cost:

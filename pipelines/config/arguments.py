@@ -15,7 +15,9 @@ from pipelines.errors import UserError
 BOOLEANS = ("true", "false", "yes", "no", "1", "0")
 
 
-def parse_settings(arguments: Sequence[str], config: Any, groups: Sequence[str] = ()) -> dict[str, Any]:
+def parse_settings(
+    arguments: Sequence[str], config: Any, groups: Sequence[str] = (), words: str = ""
+) -> dict[str, Any]:
     """Return the settings that arguments give, under dotted keys, as their types have them.
 
     Dashes and underscores in keys are the same. A setting of several values takes all up to the next option.
@@ -26,15 +28,19 @@ def parse_settings(arguments: Sequence[str], config: Any, groups: Sequence[str] 
         groups: of its groups, those that hold the settings of a stage each: `--loop.epochs` sets that of all of them
             which have it, but for a 0 in those of `IN_WORKERS_ONLY`. What a stage has alone, outside of a group of its
             own, such as `task`, needs its full name.
+        words: the setting of several values that takes words beside options, if any.
 
     Raises:
-        UserError: an unknown setting, one without a value, or a value of the wrong type.
+        UserError: an unknown setting, one without a value, a value of the wrong type, or a word beside options.
     """
     known = hints(config)
     changes: dict[str, Any] = {}
-    rest = list(arguments)
+    rest, beside = list(arguments), []
     while rest:
         option = rest.pop(0)
+        if words and not option.startswith("-"):
+            beside.append(option)
+            continue
         if not option.startswith("--"):
             raise UserError(f"{option!r} belongs to no option: write --setting {option}")
         name, has_value, text = option.removeprefix("--").partition("=")
@@ -46,7 +52,9 @@ def parse_settings(arguments: Sequence[str], config: Any, groups: Sequence[str] 
         if len(given) > 1:
             given = {key: value for key, value in given.items() if value or key not in IN_WORKERS_ONLY}
         changes |= given
-    return changes
+    if beside and words in changes:
+        raise UserError(f"{words} is given with --{words} and without ({beside[0]!r}): give all of them in one way")
+    return changes | ({words: value_of(known[words], words, beside)} if beside else {})
 
 
 def _keys(name: str, known: dict[str, Any], groups: Sequence[str]) -> tuple[list[str], bool]:

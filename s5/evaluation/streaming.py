@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -108,8 +109,11 @@ class _Frames:
         self._model = model
         self._encodes = model.backbone.config.tubelet == 1
         self._held: dict[float, Tensor] = {}
-        size = model.config.backbone.frame_size
-        self._black = self._made([np.zeros((size, size, 3), np.uint8)])[0]
+
+    @cached_property
+    def _black(self) -> Tensor:
+        size = self._model.config.backbone.frame_size
+        return self._made([np.zeros((size, size, 3), np.uint8)])[0]
 
     def add(self, times_F: FloatArray, pictures: list[FrameArray]) -> None:
         self._held |= zip(times_F.tolist(), self._made(pictures), strict=True)

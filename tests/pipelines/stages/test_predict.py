@@ -18,7 +18,7 @@ import pytest
 
 import s5
 from pipelines import storage
-from pipelines.command_line import main
+from pipelines.command_line import main, parse
 from pipelines.config import EvaluateConfig, PredictConfig, override
 from pipelines.data.manifest import MANIFEST, SCHEMA, Description, metadata
 from pipelines.data.predicting import overlay
@@ -139,6 +139,17 @@ def test_a_run_that_was_ended_goes_on(
     assert "holds a run on another list of videos" in capsys.readouterr().err
 
 
+def test_a_dry_run_reads_no_video(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predict", str(folder / "videos"), *arguments(folder, out=tmp_path / "out"), "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert re.search("# predict .* 3 videos", said)
+    assert not list(tmp_path.iterdir())
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(said)
+    assert parse(["predict", "--config", str(settings)]) == parse(words[:-1])
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_workers_agree_with_evaluate(folder: Path, tmp_path: Path, ray_local: None) -> None:
@@ -171,7 +182,7 @@ def test_workers_agree_with_evaluate(folder: Path, tmp_path: Path, ray_local: No
 def test_pictures_of_what_is_kept(folder: Path, tmp_path: Path) -> None:
     video, made = folder / "videos" / "b" / "b.mp4", tmp_path / "made" / "o.mp4"
     settings = arguments(folder, overlay=made, contact_sheet=tmp_path / "sheet.png")
-    assert main(["predict", str(video), *settings]) == 0
+    assert main(["predict", *settings, str(video)]) == 0
     old, new = probe(str(video)), probe(str(made))
     assert (new.num_frames, new.width, new.height) == (old.num_frames, 96, 64)
     assert new.duration_s == pytest.approx(old.duration_s)
@@ -230,6 +241,8 @@ def test_a_video_stays_open_in_the_child(folder: Path) -> None:
         (["empty"], "videos is 'empty': there is no video below that folder"),
         (["cut.mp4"], r"none of the 1 videos can be read \('cut.mp4'"),
         (["cut.mp4", "--overlay", "o.avi"], "overlay is 'o.avi': give a name that ends in .mp4"),
+        (["a.mp4", "--videos", "cut.mp4"], r"videos is given with --videos and without \('a.mp4'\): give all of them"),
+        (["a.mp4", "-v"], "'-v' belongs to no option"),
         (["a.mp4", "b.mp4", "--contact-sheet", "s.png"], "contact_sheet is 's.png': it is of one video; give one"),
         (["a.mp4", "--scale.num-workers", "2"], "out is '': what many workers predict is kept there"),
         (["a.mp4", "--checkpoint", "all", "--overlay", "o.mp4"], "vis4mer, keeps all tokens in its first block"),
