@@ -24,12 +24,14 @@ from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
+from pipelines.data.manifest import digest as manifest_digest
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.errors import StageError, UserError
+from pipelines.running import registered
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster, decode_tasks, own_device
 from pipelines.running.stage import Stage, in_thread, stage_run
-from pipelines.stages import pretrained, registered
+from pipelines.stages import pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, read_meta, read_model
@@ -105,7 +107,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             stage.replace_rejects(found.failures)
             stage.folder.write_json("metrics.json", stage.metrics)
             if config.register:
-                registered.register(stage, config, folder, manifest, meta)
+                registered.register(stage, config, folder, manifest_digest(manifest), meta)
     return stage.result
 
 

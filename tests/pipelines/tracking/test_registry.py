@@ -14,7 +14,7 @@ import s5
 from pipelines import tracking
 from pipelines.config import EvaluateConfig, TrackingConfig, override
 from pipelines.errors import StageError, UserError
-from pipelines.stages import registered
+from pipelines.running import registered
 from pipelines.tracking.registry import Evaluated, _logging_to, register, registered_checkpoint
 from s5.checkpoints.checkpoint import Meta, digest
 from tests.s5.evaluation.test_prediction import trained

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-
 from pipelines.config import EvaluateConfig
-from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.running.stage import Stage
 from pipelines.tracking.uri import OFF, resolve_uri
@@ -22,14 +19,14 @@ def check(config: EvaluateConfig, meta: Meta) -> None:
         raise UserError(f"register is {config.register!r}: tracking.uri is 'off'; give that of an MLflow")
 
 
-def register(stage: Stage, config: EvaluateConfig, folder: Path, manifest: pa.Table, meta: Meta) -> None:
-    """Register the model of a checkpoint's folder with what it reached on the manifest."""
+def register(stage: Stage, config: EvaluateConfig, folder: Path, manifest: str, meta: Meta) -> None:
+    """Register the model of a checkpoint's folder with what it reached on the manifest of that digest."""
     # It imports MLflow, which takes seconds.
     from pipelines.tracking.registry import Evaluated
     from pipelines.tracking.registry import register as register_model
 
     metric = f"{config.split}/{'accuracy' if meta.kind == 'class' else 'mse'}"
-    on = {"manifest": digest(manifest), "protocol": str(stage.details["protocol"])}
+    on = {"manifest": manifest, "protocol": str(stage.details["protocol"])}
     on |= {"split": config.split, "metric": metric, "videos": str(int(stage.metrics[f"{config.split}/videos"]))}
     on |= {"clips": str(int(stage.metrics[f"{config.split}/clips"]))}
     tested = Evaluated(on, stage.metrics[metric], larger_is_better=meta.kind == "class")
