@@ -17,7 +17,7 @@ from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true"}
+ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 HTTP_ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """One short attempt a request: the send queue retries. MLflow's own retries would take minutes without a word."""
 
