@@ -12,6 +12,7 @@ from typing import Any
 from pipelines import storage
 from pipelines.config import ReportConfig
 from pipelines.errors import UserError
+from pipelines.plots.confusion import CONFUSION
 from pipelines.plots.neighbours import NEIGHBOURS
 from pipelines.reporting.beside import published_tables
 from pipelines.reporting.by_stage import stage_tables
@@ -26,8 +27,10 @@ from pipelines.tracking.uri import OFF, resolve_uri
 
 REPORT = "report.md"
 PAGE = "report.html"
+PICTURES = {NEIGHBOURS: "query clips and their nearest clips", CONFUSION: "confusion matrix"}
+"""What evaluations leave, and what it shows."""
 SHOWN_PICTURES = 8
-"""Pictures of nearest clips in the page, the latest ones."""
+"""Of them in the page, the latest ones."""
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
         for path in (stage.details["page"], stage.details["report"], *stage.details["figures"]):
             stage.info(f"wrote {path}")
         for picture in shown:
-            stage.info(f"query clips and their nearest clips: {picture}")
+            stage.info(f"{PICTURES[picture.rpartition('/')[2]]}: {picture}")
         below = ", ".join(storage.absolute(folder) for folder in config.runs or (config.out,))
         stage.info(f"results, checkpoints and logs lie below {below}")
         stage.info(f"to open the runs in MLflow: {opening(uri, runs[0].experiment_id)}")
@@ -88,8 +91,8 @@ def made_by() -> str:
 
 
 def pictures(runs: Sequence[Run]) -> list[str]:
-    """Return the pictures that evaluations have left: nearest clips of pretrained checkpoints."""
-    paths = [storage.join(run.out, NEIGHBOURS) for run in runs if run.stage == "evaluate"]
+    """Return the pictures that evaluations have left: nearest clips, and confusion matrices."""
+    paths = [storage.join(run.out, name) for run in runs if run.stage == "evaluate" for name in PICTURES]
     return [path for path in dict.fromkeys(paths) if storage.exists(path)]
 
 
