@@ -63,7 +63,7 @@ def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, floa
 
 
 def top_k_hits(scores_NC: Tensor, labels_N: Tensor, k: int) -> Tensor:
-    """Return whether the label is among the k highest scores (N,), bool; of equal scores the lower class comes first."""
+    """Return whether the label is among the k highest scores (N,), bool; the lower class of equal scores first."""
     order_NC = scores_NC.argsort(dim=1, descending=True, stable=True)
     return (order_NC[:, :k] == labels_N[:, None]).any(1)
 

@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -412,3 +414,30 @@ def test_a_server_that_is_killed_and_comes_back(
     err = capfd.readouterr().err
     assert err.count("answers again") == 1
     assert "does not answer" not in err
+
+
+def test_a_server_that_does_not_know_the_host_name_says_what_to_start_it_with(tmp_path: Path) -> None:
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # As MLflow 3.17 answers.
+            body = b"Invalid Host header - possible DNS rebinding attack detected"
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            UserError, match=r"answers 403 to this host name: start it with .*--allowed-hosts HOST:PORT"
+        ):
+            tracking.start(TrackingConfig(uri=uri), stage="a", out=str(tmp_path / "o"), params={})
+        with pytest.raises(UserError, match=r"--allowed-hosts HOST:PORT,localhost:PORT"):
+            read_runs(uri, "s5")
+        server.shutdown()
