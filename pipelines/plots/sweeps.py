@@ -140,7 +140,9 @@ def _map(
     colours: str,
     limits: tuple[float, float] | tuple[None, None] = (None, None),
 ) -> Figure:
-    figure = Figure(figsize=(1.9 + 0.75 * len(columns), 1.3 + 0.55 * len(rows)), layout="constrained")
+    # A setting's name needs room under a single column, the colour bar's beside a single row.
+    size = (max(4.8, 1.9 + 0.75 * len(columns)), max(2.4, 1.3 + 0.55 * len(rows)))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(cells, cmap=colours, aspect="auto", vmin=limits[0], vmax=limits[1])
     for (i, j), value in np.ndenumerate(cells):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.plots import sweeps
 from pipelines.plots.drawing import NAMES, ordered, size_order
-from pipelines.reporting.seeds import Mean, is_seed, mean_of
+from pipelines.reporting.seeds import SEED, Mean, is_seed, mean_of
 from pipelines.reporting.table import NONE, Figure, Table, file_name, interval_text, labels, time_text, value_text
 from pipelines.tracking.history import Run
 from pipelines.tuning.trials import OBJECTIVE, Objective
@@ -59,7 +59,7 @@ class Sweep:
 
 
 def _value(trial: Run, key: str) -> str:
-    return trial.params.get(f"{TRIAL}{key}", NONE)
+    return trial.params.get(f"{TRIAL}{key}", trial.params.get(key, NONE))
 
 
 def sweep_tables(runs: Sequence[Run]) -> list[Table]:
@@ -101,7 +101,7 @@ def is_error(metric: str) -> bool:
 
 def swept_keys(trials: Sequence[Run], space: str) -> tuple[str, ...]:
     """Return the settings that vary between trials, in the order of the sweep's space."""
-    found = {key.removeprefix(TRIAL) for trial in trials for key in trial.params if key.startswith(TRIAL)}
+    found = {key.removeprefix(TRIAL) for trial in trials for key in trial.params if key.startswith((TRIAL, SEED))}
     entries = space.replace("-", "_")
     places = {key: entries.find(f'"{key}=') for key in found}
     return tuple(sorted(found, key=lambda key: (places[key] < 0, places[key], key)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from statistics import fmean, stdev
@@ -104,6 +105,16 @@ def test_gains_are_paired_with_the_trial_that_masks_nothing(metric: str, mode: s
     best = next(row for row in means.rows if row[:2] == ("0.75", "120"))
     low, high = map(float, best[3].split(" to "))
     assert (high - low) / 2 > 0.04
+
+
+def test_seeds_may_stand_beside_the_values_of_trials() -> None:
+    named = masking_sweep()
+    beside = [
+        dataclasses.replace(run, params={key.replace("trial.loop.seed", "seed"): v for key, v in run.params.items()})
+        for run in named
+    ]
+    rows = {title: table.rows for title, table in titled(sweep_tables(named)).items()}
+    assert {title: table.rows for title, table in titled(sweep_tables(beside)).items()} == rows
 
 
 def test_without_a_trial_that_masks_nothing_there_is_no_gain() -> None:
