@@ -34,7 +34,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FOLDERS = ("s5/", "pipelines/", "clusters/", "tests/", "docs/", "findings/")
 # Options of other programs, and of benchmarks, whose own parsers stand inside their main functions.
-FOREIGN = {"--allowed-hosts", "--help", "--preset", "--config"}
+FOREIGN = {"--allowed-hosts", "--artifacts-destination", "--help", "--preset", "--config"}
 
 
 def text_of(page: Path) -> str:

@@ -26,6 +26,7 @@ ROOMS = {
         "tuning",
         "recipes",
         "plots",
+        "reporting",
         "stages",
     ),
     "clusters": ("",),
@@ -62,6 +63,7 @@ HOMES = {
     "ray.train": ("pipelines/training/",),
     "ray.tune": ("pipelines/tuning/",),
     "matplotlib": ("pipelines/plots/",),
+    "jinja2": ("pipelines/reporting/",),
     "tyro": ("pipelines/usage.py",),
 }
 MODULES_A_ROOM = 14

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -83,10 +83,20 @@ def hints(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def paths(config: Any) -> dict[str, tuple[str, PathRole]]:
-    """Return the settings that name a file or folder, under their dotted keys, with their roles."""
+    """Return the settings that name files or folders, with their roles, under their dotted keys.
+
+    The second of several folders is under `KEY[1]`.
+    """
     values = flatten(config)
-    roles = {key: role for key, hint in hints(config).items() for role in get_args(hint) if isinstance(role, PathRole)}
-    return {key: (values[key], role) for key, role in roles.items() if values[key] not in role.not_paths}
+    found: dict[str, tuple[str, PathRole]] = {}
+    for key, hint in hints(config).items():
+        is_several = get_origin(hint) is tuple
+        given = values[key] if is_several else (values[key],)
+        one = get_args(hint)[0] if is_several else hint
+        for role in (role for role in get_args(one) if isinstance(role, PathRole)):
+            named = {f"{key}[{i}]" if i else key: (path, role) for i, path in enumerate(given)}
+            found |= {place: pair for place, pair in named.items() if pair[0] not in role.not_paths}
+    return found
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

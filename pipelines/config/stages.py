@@ -320,12 +320,13 @@ class SweepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Tables and figures of what MLflow holds: results by stage, learning curves, sweep maps."""
+    """Tables and figures of what MLflow holds: results by stage and sweep, learning curves, means over seeds, gains,
+    costs, and published results."""
 
     out: OutFolder = "out/report"
-    """Folder for report.md, the figures and result.json."""
-    runs: RunsFolder = ""
-    """Only runs whose --out lies below this folder; empty for the whole experiment."""
+    """Folder for report.html, report.md, the figures and result.json."""
+    runs: tuple[RunsFolder, ...] = ()
+    """Only runs and sweeps whose --out is, or lies below, one of these folders; empty for the whole experiment."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the runs are logged."""
 

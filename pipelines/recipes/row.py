@@ -29,8 +29,14 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def method_of(config: RecipeConfig) -> str:
     """Return what is run in the words of the tables, such as `S5 + LSMCL`."""
-    name = DECODERS[config.finetune.model.decoder.name]
-    return f"{name} + LSMCL" if "pretrain" in config.stages or config.finetune.checkpoint else name
+    pretrained = "pretrain" in config.stages or bool(config.finetune.checkpoint)
+    return method_in_words(config.finetune.model.decoder.name, pretrained)
+
+
+def method_in_words(decoder: str, pretrained: bool) -> str:
+    """Return a decoder's name in the tables, and that it was pretrained."""
+    name = DECODERS.get(decoder, decoder)
+    return f"{name} + LSMCL" if pretrained else name
 
 
 def row_of(config: RecipeConfig, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _changes(config: RecipeConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield tuned, "finetune", reading | features | start | {"loop.seed": seed}
         yield f"evaluate/seed_{seed}", "evaluate", reading | features | {"checkpoint": storage.join(out, tuned)}
     if "report" in stages:
-        yield "report", "report", {"runs": out}
+        yield "report", "report", {"runs": (out,)}
 
 
 def _settings(config: RecipeConfig, name: str, stage: str, changes: dict[str, Any], uri: str) -> StageConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pipelines import storage, tracking
-from pipelines.config import StageConfig, flatten, to_json
+from pipelines.config import StageConfig, flatten, paths, to_json
 from pipelines.errors import StoppedError, UserError
 from pipelines.running import progress
 from pipelines.running.run_folder import REJECTS, RESULT, RunFolder
@@ -25,6 +25,8 @@ from s5.errors import Failure
 Result = TypeVar("Result")
 
 REJECTS_SCHEMA = pa.schema([("video_id", pa.string()), ("uri", pa.string()), ("reason", pa.string())])
+LINKED = ("manifest", "checkpoint", "features")
+"""Inputs that other stages make: their runs are linked in MLflow."""
 SHOWN_REJECTS = 5
 FIRST_REASONS = 3
 """Reasons that the error names where no video can be read."""
@@ -115,6 +117,7 @@ def stage_run(
     parent_run: str = "",
     inputs: Mapping[str, str] | None = None,
     params: Mapping[str, str] | None = None,
+    datasets: Sequence[tracking.DataSet] = (),
 ) -> Iterator[Stage]:
     """Run a stage's body: run.json before it, result.json after it, and an MLflow run around it.
 
@@ -124,6 +127,7 @@ def stage_run(
         parent_run: MLflow run to nest the stage's own run under (a sweep's trial).
         inputs: digests of what the stage reads, by name: another digest means another run.
         params: what is logged beside the settings, as a setting that was worked out.
+        datasets: videos that the stage reads.
 
     Raises:
         UserError: --out cannot be written to or holds a run of another stage, or MLflow refuses the run.
@@ -133,12 +137,22 @@ def stage_run(
     tracking.resolve_uri(config.tracking, folder.root)
     folder.begin()
     logged = flatten(config) | dict(params or {})
-    tracker = tracking.start(config.tracking, stage=name, out=folder.root, params=logged, parent_run=parent_run)
+    tracker = tracking.start(
+        config.tracking,
+        stage=name,
+        out=folder.root,
+        params=logged,
+        parent_run=parent_run,
+        inputs={key: path for key, (path, role) in paths(config).items() if role.what in LINKED and "." not in key},
+        datasets=datasets,
+    )
     stage = Stage(name, folder, tracker)
     try:
         yield stage
         stage.result = _result(stage, config, time.monotonic() - started)
         folder.write_json(RESULT, stage.result)
+        if checkpoint := stage.details.get("checkpoint"):
+            tracker.tag("checkpoint", checkpoint)
         tracker.log(stage.metrics, step=None)
         tracker.artifact(stage.path(RESULT))
     except (KeyboardInterrupt, SystemExit, StoppedError):

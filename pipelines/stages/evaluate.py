@@ -1,4 +1,4 @@
-"""Evaluate stage: a fine-tuned model's accuracy or error; a pretrained encoder by `pretrained`.
+"""Evaluate stage: the clips of a split through a model; what its outputs say is in `finetuned` and `pretrained`.
 
 The protocol says which clips of a video are read (`clip_times`); a video's result is their mean. Replicas of the model
 read their shares of the videos through Ray Data.
@@ -26,19 +26,20 @@ from pipelines.data.features.batches import CachedClips, check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.data.manifest import digest as manifest_digest
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
+from pipelines.data.tracked import data_set
 from pipelines.errors import StageError, UserError
 from pipelines.running import registered
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster, decode_tasks, own_device
 from pipelines.running.stage import Stage, in_thread, stage_run
-from pipelines.stages import pretrained
+from pipelines.stages import finetuned, pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, read_meta, read_model
 from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol
 from s5.config import from_json as config_from_json
 from s5.errors import CheckpointError
-from s5.evaluation import inference, metrics
+from s5.evaluation import inference
 from s5.evaluation.inference import ClipOutputs
 
 # Seconds between two questions to the replicas, how far they are.
@@ -83,7 +84,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             inputs["labels"] = known.digest
         check_cluster(config.scale, None if config.features else config.data)
         per_video = clips_per_video(protocol, config.clips_per_video)
-        with stage_run("evaluate", config, inputs=inputs) as stage:
+        read_videos = data_set(rows, config.manifest, manifest_digest(manifest), config.split)
+        with stage_run("evaluate", config, inputs=inputs, datasets=[read_videos]) as stage:
             stage.info(
                 f"{meta.kind} checkpoint of step {meta.step}, {len(videos)} videos of split {config.split!r}, protocol "
                 f"{protocol}: {clips_in_words(protocol, clips, per_video)}"
@@ -101,7 +103,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 if known and (head := read_model(folder)[0].head):
                     pretrained.steps(stage, config.split, head, found, known)
             else:
-                fine_tuned(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
+                finetuned.report(stage, config, meta, inference.by_video(found), Counter(found.video_ids))
             stage.info(f"all this {coverage(config.split, used, len(found.failures), len(rows), all_listed)}")
             stage.counts |= {"listed": all_listed, "videos": len(videos), "unreadable": len(found.failures)}
             stage.replace_rejects(found.failures)
@@ -199,10 +201,17 @@ def outputs(
 def _by_replicas(
     scale: ScaleConfig, files: dict[str, bytes], arguments: Sequence[tuple[Any, ...]], bar: ProgressBar
 ) -> list[ClipOutputs]:
-    """Return what each replica gives for its arguments; they are actors anywhere in the cluster."""
+    """Return what each replica gives for its arguments; they are actors anywhere in the cluster.
+
+    In place of one that is lost, Ray starts another, which does its share again.
+    """
     # One call evaluates while another asks how far it is.
     replica: Any = ray.remote(Replica).options(
-        num_cpus=scale.cpus_per_worker, num_gpus=scale.gpus_per_worker, max_concurrency=2
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.gpus_per_worker,
+        max_concurrency=2,
+        max_restarts=scale.max_failures,
+        max_task_retries=scale.max_failures,
     )
     content = ray.put(files)
     device = "cuda" if scale.gpus_per_worker else "cpu"
@@ -254,30 +263,3 @@ class Replica:
         for batch in batches:
             yield batch
             self._seen |= {*batch.video_ids, *(failure.video_id for failure in batch.failures)}
-
-
-def fine_tuned(stage: Stage, config: EvaluateConfig, meta: Meta, found: ClipOutputs, clips: Counter[str]) -> None:
-    """Write predictions and metrics of videos, each from so many clips."""
-    names, values, labels, targets = found.video_ids, found.values, found.labels, found.targets
-    split = config.split
-    table: dict[str, Any] = {"video_id": names, "clips": [clips[name] for name in names]}
-    if meta.kind == "class":
-        predicted = values.argmax(1)
-        hits = int((predicted == labels).sum())
-        low, high = metrics.wilson_interval(hits, len(names))
-        chance = float(torch.bincount(labels).max()) / len(names)
-        stage.metrics |= {f"{split}/accuracy": hits / len(names), f"{split}/accuracy_low": low}
-        stage.metrics |= {f"{split}/accuracy_high": high, f"{split}/chance": chance}
-        table |= {"label": labels.tolist(), "prediction": predicted.tolist(), "scores": values.tolist()}
-        table |= {"predicted_class": [meta.classes[i] for i in predicted.tolist()]}
-        stage.info(
-            f"{split} accuracy {hits / len(names):.3f} (95 % interval {low:.3f} to {high:.3f}) on {len(names)} videos; "
-            f"always saying the commonest class gives {chance:.3f}"
-        )
-    else:
-        mse = float((values[:, 0] - targets).square().mean())
-        constant = float((targets - targets.mean()).square().mean())
-        stage.metrics |= {f"{split}/mse": mse, f"{split}/mse_constant": constant}
-        table |= {"target": targets.tolist(), "prediction": values[:, 0].tolist()}
-        stage.info(f"{split} MSE {mse:.4f} on {len(names)} videos; the best constant gives {constant:.4f}")
-    stage.tracker.artifact(stage.folder.write_table("predictions.parquet", pa.table(table)))

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "timm", "ray", "mlflow", "decord", "av", "pyarrow", "numpy")
 COMMIT_VARIABLE = "S5_COMMIT"
@@ -15,6 +16,16 @@ COMMIT_VARIABLE = "S5_COMMIT"
 def versions() -> dict[str, str]:
     """Return the version of Python and of each package that results depend on."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run depends on beside its settings and its commit: the machine and the versions."""
+    return {
+        "machine": platform.node(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": versions(),
+    }
 
 
 def commit() -> str:

@@ -17,7 +17,9 @@ from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true"}
+ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+WRONG_HOST = "Invalid Host header"
+"""What a server answers, with 403, to a host name that it does not know."""
 HTTP_ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 """One short attempt a request: the send queue retries. MLflow's own retries would take minutes without a word."""
 
@@ -76,6 +78,11 @@ def translated_errors() -> Iterator[None]:
 def short_reason(error: Exception) -> str:
     """Return the cause of a failed request in a few words; `requests` nests it in long messages."""
     text = str(error)
+    if WRONG_HOST in text:
+        return (
+            "it answers 403 to this host name: start it with `mlflow server --allowed-hosts HOST:PORT,localhost:PORT`, "
+            "with this host and port in the list, which replaces MLflow's own"
+        )
     system = re.search(r"\[Errno -?\d+\] ([\w ]+)|(?:[Rr]ead|[Cc]onnection to \S+) timed out", text)
     return (system[1] or "timed out") if system else (text.splitlines() or [type(error).__name__])[0][:200]
 

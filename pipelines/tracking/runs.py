@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 RUN_FILE = "mlflow_run.json"
 PARENT_TAG = "mlflow.parentRunId"
+LINK_TAG = "link."
+"""What tags begin with that hold the run whose results this one reads, by the setting that names them."""
+MANIFEST_SOURCE = "manifest"
+"""Kind of source of the data sets that stages read."""
+LONG_PARAMS = "long_params.json"
+"""File of a run with the whole values of parameters that are longer than MLflow's limit."""
 MAX_VALUE_CHARACTERS = 6000
 """MLflow's limit for the value of a parameter."""
 PARAMS_A_REQUEST = 100
@@ -96,23 +102,48 @@ def _earlier_run(client: MlflowClient, uri: str, experiment_id: str, out: str) -
     return run if is_ours else None
 
 
+def linked_runs(uri: str, inputs: Mapping[str, str]) -> dict[str, str]:
+    """Return the runs of the same MLflow that made what a stage reads, as tags.
+
+    Args:
+        uri: where the stage is logged.
+        inputs: paths by the settings that name them: the --out of a stage, or something at most two folders below it.
+    """
+    tags: dict[str, str] = {}
+    for name, path in inputs.items():
+        place = storage.absolute(path).rstrip("/")
+        for folder in (place, *(place.rsplit("/", levels)[0] for levels in (1, 2))):
+            if storage.exists(record := storage.join(folder, RUN_FILE)):
+                made_by = storage.read_json(record)
+                tags |= {f"{LINK_TAG}{name}": made_by["run_id"]} if made_by["uri"] == uri else {}
+                break
+    return tags
+
+
 def log_params(client: MlflowClient, run: MlflowRun, params: Mapping[str, Any]) -> None:
-    """Log the settings that the run does not have yet: MLflow refuses to change a parameter."""
+    """Log the settings that the run does not have yet, cut to MLflow's limit: MLflow refuses to change a parameter."""
     from mlflow.entities import Param
 
-    new = [Param(allowed_key(key), _text(value)) for key, value in params.items() if key not in run.data.params]
+    new = [
+        Param(key, text[:MAX_VALUE_CHARACTERS])
+        for key, text in param_texts(params).items()
+        if key not in run.data.params
+    ]
     for first in range(0, len(new), PARAMS_A_REQUEST):
         client.log_batch(run.info.run_id, params=new[first : first + PARAMS_A_REQUEST])
+
+
+def param_texts(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as texts, lists as JSON, under names that MLflow allows."""
+    return {
+        allowed_key(key): json.dumps(value) if isinstance(value, tuple | list) else str(value)
+        for key, value in params.items()
+    }
 
 
 def allowed_key(key: str) -> str:
     """Return the name of a metric or parameter with `_` for the characters that MLflow forbids."""
     return re.sub(r"[^\w\-./ :]", "_", key, flags=re.ASCII)
-
-
-def _text(value: Any) -> str:
-    """Return a setting as text, lists as JSON."""
-    return (json.dumps(value) if isinstance(value, tuple | list) else str(value))[:MAX_VALUE_CHARACTERS]
 
 
 def end_open_runs(uri: str, experiment: str, parent_run: str) -> None:

@@ -6,9 +6,11 @@ the end is saved beside the results of the stage, and sent by the next start wit
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,17 @@ from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
 from pipelines.storage import provenance
 from pipelines.tracking.client import connect, set_environment, translated_errors
-from pipelines.tracking.runs import PARENT_TAG, allowed_key, find_or_create, log_params
+from pipelines.tracking.runs import (
+    LONG_PARAMS,
+    MANIFEST_SOURCE,
+    MAX_VALUE_CHARACTERS,
+    PARENT_TAG,
+    allowed_key,
+    find_or_create,
+    linked_runs,
+    log_params,
+    param_texts,
+)
 from pipelines.tracking.send_queue import (
     MetricRow,
     RefusedError,
@@ -32,7 +44,12 @@ from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
 
+COMMIT_TAG = "mlflow.source.git.commit"
+"""Where MLflow's pages look for a commit."""
+ENVIRONMENT = "environment.json"
+"""File of a run that says where it runs."""
 UNSENT_FILE = "metrics_unsent.jsonl"
 FLUSH_S = 30.0
 """Seconds that the end of a stage waits for MLflow at most."""
@@ -40,7 +57,31 @@ START_S = 15.0
 """Seconds that the start of a stage waits for a server at most."""
 
 
-def start(config: TrackingConfig, *, stage: str, out: str, params: Mapping[str, Any], parent_run: str = "") -> Tracker:
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Videos that a stage reads, as MLflow lists them with a run."""
+
+    name: str
+    digest: str
+    """At most 36 characters."""
+    source: str
+    """Path or URI of the manifest."""
+    context: str
+    """What they are read for, such as `train`."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers that describe it."""
+
+
+def start(
+    config: TrackingConfig,
+    *,
+    stage: str,
+    out: str,
+    params: Mapping[str, Any],
+    parent_run: str = "",
+    inputs: Mapping[str, str] | None = None,
+    datasets: Sequence[DataSet] = (),
+) -> Tracker:
     """Create the MLflow run of a stage, or resume the one that an earlier start with the same `out` created.
 
     Args:
@@ -49,6 +90,8 @@ def start(config: TrackingConfig, *, stage: str, out: str, params: Mapping[str, 
         out: where the stage writes.
         params: its settings under dotted keys; a resumed run retains the first value of a changed one.
         parent_run: id of the run to nest this one under.
+        inputs: paths that the stage reads, by setting: the runs that made them are linked.
+        datasets: videos that it reads.
 
     Raises:
         UserError: MLflow refuses the run, or a local database cannot be opened. A server that does not answer raises
@@ -56,13 +99,18 @@ def start(config: TrackingConfig, *, stage: str, out: str, params: Mapping[str, 
     """
     uri = resolve_uri(config, out)
     out = storage.absolute(out)
-    tags = {"stage": stage, "out": out, "commit": provenance.commit()}
+    commit = provenance.commit()
+    tags = {"stage": stage, "out": out, "commit": commit, COMMIT_TAG: commit.partition("+")[0]}
+    if inputs and uri != OFF:
+        tags |= linked_runs(uri, inputs)
     if parent_run:
         tags[PARENT_TAG] = parent_run
 
     def open_run(client: MlflowClient) -> str:
         run = find_or_create(client, uri, config.experiment, out, tags, config.run_name or stage)
         log_params(client, run, params)
+        if datasets:
+            client.log_inputs(run.info.run_id, [_dataset_input(each) for each in datasets])
         return str(run.info.run_id)
 
     tracker = Tracker(uri, out, open_run)
@@ -70,7 +118,23 @@ def start(config: TrackingConfig, *, stage: str, out: str, params: Mapping[str, 
     settings = storage.join(out, "run.json")
     if storage.exists(settings):
         tracker.artifact(settings)
+        tracker.text(ENVIRONMENT, json.dumps(provenance.environment(), indent=1))
+    if long := {key: text for key, text in param_texts(params).items() if len(text) > MAX_VALUE_CHARACTERS}:
+        tracker.text(LONG_PARAMS, json.dumps(long))
     return tracker
+
+
+def _dataset_input(videos: DataSet) -> DatasetInput:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=videos.name,
+        digest=videos.digest,
+        source_type=MANIFEST_SOURCE,
+        source=json.dumps({"uri": videos.source}),
+        profile=json.dumps(dict(videos.about)),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", videos.context)])
 
 
 class Tracker:
@@ -130,6 +194,18 @@ class Tracker:
     def artifact(self, path: str) -> None:
         """Queue a file, given as a path or URI; it is read when it is sent."""
         self._request(path, lambda client, run_id: _send_artifact(client, run_id, path))
+
+    def text(self, name: str, content: str) -> None:
+        """Queue a file of that content."""
+        self._request(name, lambda client, run_id: _send_file(client, run_id, name, content.encode()))
+
+    def tag(self, key: str, value: str) -> None:
+        """Queue a tag, which replaces one of the same key."""
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            client.set_tag(run_id, key, value)
+
+        self._request(f"tag {key}", send)
 
     def finish(self, status: str) -> None:
         """Send what is queued and what an earlier process could not send, waiting up to FLUSH_S, and end the run.
@@ -203,16 +279,26 @@ def _with_steps(client: MlflowClient, run_id: str, rows: list[MetricRow]) -> lis
 
 
 def _send_artifact(client: MlflowClient, run_id: str, path: str) -> None:
+    if storage.is_uri(path):
+        with translated_errors():
+            content = storage.read_bytes(path)
+        _send_file(client, run_id, path.rpartition("/")[2], content)
+    else:
+        _sent(client, run_id, path)
+
+
+def _send_file(client: MlflowClient, run_id: str, name: str, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / name
+        local.write_bytes(content)
+        _sent(client, run_id, str(local))
+
+
+def _sent(client: MlflowClient, run_id: str, path: str) -> None:
     """Send a file; a failing artifact store must not hold up the metrics behind it while MLflow answers."""
     try:
         with translated_errors():
-            if storage.is_uri(path):
-                with tempfile.TemporaryDirectory() as scratch:
-                    local = Path(scratch) / path.rpartition("/")[2]
-                    local.write_bytes(storage.read_bytes(path))
-                    client.log_artifact(run_id, str(local))
-            else:
-                client.log_artifact(run_id, path)
+            client.log_artifact(run_id, path)
     except UnavailableError as error:
         client.get_run(run_id)
         raise RefusedError(str(error)) from error

@@ -14,6 +14,7 @@ from pipelines.data.clip_order import ClipOrder
 from pipelines.data.clip_source import ClipSource
 from pipelines.data.features.batches import CachedClips
 from pipelines.data.protocols import listed_count
+from pipelines.data.tracked import data_set
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster
 from pipelines.running.stage import Stage, finished, stage_run
@@ -85,7 +86,8 @@ def run_training(
         return result
     data = config.data if decodes else None
     check_cluster(config.scale, data)
-    with stage_run(name, config, parent_run, job.inputs) as stage:
+    videos = data_set(job.train, config.manifest, job.inputs["manifest"], "train")
+    with stage_run(name, config, parent_run, job.inputs, datasets=[videos]) as stage:
         for sentence in (*announce(), *scaled_rate(config)):
             stage.info(sentence)
         with stage.progress_bar("trained", job.order.total_steps, "steps") as bar:

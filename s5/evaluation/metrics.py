@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from s5.evaluation.neighbours import nearest_of, vote
 
+BOOTSTRAP_DRAWS = 2000
+
 
 def knn_accuracy(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, labels_V: Tensor, k: int = 10) -> float:
     """Return the top-1 accuracy of weighted k nearest neighbours by cosine (temperature 0.07, as in 1805.01978).
@@ -58,3 +60,43 @@ def wilson_interval(hits: int, total: int, z: float = 1.96) -> tuple[float, floa
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = z / (1 + z2 / total) * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def top_k_hits(scores_NC: Tensor, labels_N: Tensor, k: int) -> Tensor:
+    """Return whether the label is among the k highest scores (N,), bool; the lower class of equal scores first."""
+    order_NC = scores_NC.argsort(dim=1, descending=True, stable=True)
+    return (order_NC[:, :k] == labels_N[:, None]).any(1)
+
+
+def confusion(predicted_N: Tensor, labels_N: Tensor, classes: int) -> Tensor:
+    """Return how often each label (rows) is predicted as each class (columns): int64 (C, C)."""
+    return torch.bincount(labels_N * classes + predicted_N, minlength=classes**2).view(classes, classes)
+
+
+def per_class(confusion_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return precision, recall and support of each class (C,), from `confusion`.
+
+    Precision is NaN for a class that is never predicted, recall for one without examples.
+    """
+    hits_C = confusion_CC.diagonal().double()
+    return hits_C / confusion_CC.sum(0), hits_C / confusion_CC.sum(1), confusion_CC.sum(1)
+
+
+def bootstrap_interval(
+    values_N: Tensor, seed: int, share: float = 0.95, draws: int = BOOTSTRAP_DRAWS
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a mean over examples.
+
+    Args:
+        values_N: what is averaged, such as hits or squared errors.
+        seed: of the draws: the same one gives the same interval.
+        share: of the draws' means that the interval holds.
+        draws: samples with replacement, as many values as there are each.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    values_N = values_N.double()
+    means = torch.stack(
+        [values_N[torch.randint(len(values_N), (len(values_N),), generator=draw)].mean() for _ in range(draws)]
+    )
+    low, high = means.quantile(torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64)).tolist()
+    return float(low), float(high)

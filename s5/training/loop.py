@@ -255,6 +255,7 @@ class TrainingLoop:
         skipped = state.total("train/skipped_steps_total") + row["train/skipped_steps"]
         row |= {"data/failures_total": failures, "train/skipped_steps_total": skipped}
         row |= {"train/epoch": state.step / inputs.steps_per_epoch}
+        row |= {"train/clips_seen": state.step * inputs.loop.batch_size * clips_per_video}
         state.metrics |= row
         window.reset()
         if self.context.rank == 0:

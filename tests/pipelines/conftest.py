@@ -1,18 +1,30 @@
-"""An S3 service on this machine."""
+"""An S3 service on this machine, and a tracking database."""
 
 from __future__ import annotations
 
 import logging
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pyarrow import fs
 
+from pipelines import tracking
+from pipelines.config import TrackingConfig
 from pipelines.data import decode_tasks
 from pipelines.storage import filesystems
 
 SECRET = "wJalrXUtnFEMI"
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking database with its tables, which take seconds to make: to be copied."""
+    folder = tmp_path_factory.mktemp("database")
+    tracker = tracking.start(TrackingConfig(experiment="template"), stage="a", out=str(folder / "o"), params={})
+    tracker.finish("FINISHED")
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="module")

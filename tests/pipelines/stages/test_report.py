@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ import pytest
 from pipelines import storage, tracking
 from pipelines.config import ReportConfig, TrackingConfig
 from pipelines.errors import UserError
-from pipelines.plots import curves
+from pipelines.plots import sweeps
+from pipelines.reporting.table import labels, value_text
 from pipelines.stages import report
 from pipelines.tracking.history import Run
 
 PNG = b"\x89PNG"
+
+
+@pytest.fixture(autouse=True)
+def _copied(tmp_path: Path, database: Path) -> None:
+    shutil.copy(database, tmp_path / "mlflow.db")
 
 
 def start(root: Path, stage: str, out: str, parent: str = "", **params: object) -> tracking.Tracker:
@@ -79,7 +86,8 @@ def test_report_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     fill(tmp_path)
     result = report.run(ReportConfig(out=str(tmp_path / "report")))
     tables = {table["title"]: table for table in result["tables"]}
-    assert list(tables) == ["index", "pretrain", "finetune", "evaluate", "sweep", "sweep_lr"]
+    titles = ["index", "pretrain", "finetune", "evaluate", "sweep", "sweep_lr"]
+    assert [title for title in tables if ":" not in title] == titles
     assert tables["index"]["rows"][0][:3] == ("index", "478", "2")
     assert [row[0] for row in tables["pretrain"]["rows"]] == ["pretrain", "ablations/no_masks/pretrain"]
     assert tables["finetune"]["rows"][0][:2] == ("finetune", "pretrain")
@@ -93,8 +101,12 @@ def test_report_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [row[0] for row in tables["sweep_lr"]["rows"]] == ["1e-3", "1e-2", "1e-4"]
 
     names = [Path(path).name for path in result["figures"]]
-    assert names == ["curves_pretrain.png", "curves_finetune.png", "sweep.png", "sweep_lr.png"]
+    curves = ["pretrain_contrastive_loss", "pretrain_top-1_accuracy", "finetune_loss", "finetune_accuracy"]
+    assert names == [*(f"curves_{name}.png" for name in curves), "sweep.png", "sweep_lr.png"]
     assert all(storage.read_bytes(path).startswith(PNG) for path in result["figures"])
+    page = storage.read_bytes(result["page"]).decode()
+    assert page.count("<svg") == len(names)
+    assert page.count("<section") == len(result["tables"])
     text = storage.read_bytes(result["report"]).decode()
     assert "| evaluate | finetune | 0.783 | 0.100 | 120 |" in text
     assert "![sweep](sweep.png)" in text
@@ -107,7 +119,7 @@ def test_report_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     again = start(tmp_path, "index", "index")
     again.log({"index/videos": 480}, None)
     again.finish("FINISHED")
-    result = report.run(ReportConfig(out=str(tmp_path / "report"), runs=str(tmp_path / "index")))
+    result = report.run(ReportConfig(out=str(tmp_path / "report"), runs=(str(tmp_path / "index"),)))
     assert [table["title"] for table in result["tables"]] == ["index"]
     assert [row[1] for row in result["tables"][0]["rows"]] == ["480"]
     assert result["figures"] == []
@@ -156,11 +168,11 @@ def test_a_sweep_is_reported_by_what_it_compared(
 
 def test_an_empty_experiment_is_a_users_mistake(tmp_path: Path) -> None:
     config = ReportConfig(out=str(tmp_path / "report"))
-    with pytest.raises(UserError, match="run a stage first"):
+    with pytest.raises(UserError, match="unknown experiment 's5': there are template"):
         report.run(config)
     start(tmp_path, "index", "index").finish("FINISHED")
     with pytest.raises(UserError, match=r"holds no runs of experiment 's5' below .*give another --runs"):
-        report.run(ReportConfig(out=config.out, runs=str(tmp_path / "elsewhere")))
+        report.run(ReportConfig(out=config.out, runs=(str(tmp_path / "elsewhere"),)))
     assert not (tmp_path / "report").exists()
 
 
@@ -176,18 +188,18 @@ def test_an_empty_experiment_is_a_users_mistake(tmp_path: Path) -> None:
     ],
 )
 def test_values_as_text(metric: str, value: float | None, text: str) -> None:
-    assert report.value_text(metric, value) == text
+    assert value_text(metric, value) == text
 
 
 def test_labels_tell_runs_apart() -> None:
     def run(out: str, name: str = "pretrain") -> Run:
         return Run("0", "pretrain", "1", name, out, "FINISHED", "", {}, {}, 0.0, 1.0)
 
-    assert report.labels([run("/a/x"), run("/a/y")]) == ["x", "y"]
-    assert report.labels([run("/a/x"), run("/b/x")]) == ["a/x", "b/x"]
-    assert report.labels([run("/a/x", "long clips"), run("/b/x")]) == ["long clips", "b/x"]
-    assert report.labels([run("s3://bucket/a/x"), run("s3://bucket/x")]) == ["a/x", "x"]
-    assert report.labels([run("/a/x")]) == ["x"]
+    assert labels([run("/a/x"), run("/a/y")]) == ["x", "y"]
+    assert labels([run("/a/x"), run("/b/x")]) == ["a/x", "b/x"]
+    assert labels([run("/a/x", "long clips"), run("/b/x")]) == ["long clips", "b/x"]
+    assert labels([run("s3://bucket/a/x"), run("s3://bucket/x")]) == ["a/x", "x"]
+    assert labels([run("/a/x")]) == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -199,12 +211,13 @@ def test_labels_tell_runs_apart() -> None:
     ],
 )
 def test_sweep_maps_of_all_kinds(keys: tuple[str, ...], values: list[tuple[str, ...]]) -> None:
-    trials = [curves.Trial(value, 0.1 * i) for i, value in enumerate(values)]
-    content = curves.sweep_map(keys, trials, "val/accuracy", False)
+    trials = [sweeps.Trial(value, 0.1 * i) for i, value in enumerate(values)]
+    content = sweeps.sweep_map(keys, trials, "val/accuracy", False)
     assert content is not None
-    assert content.startswith(PNG)
+    assert content.png.startswith(PNG)
+    assert content.svg.startswith("<svg")
 
 
 def test_no_map_over_three_keys_or_without_results() -> None:
-    assert curves.sweep_map(("a", "b", "c"), [curves.Trial(("1", "2", "3"), 0.5)], "m", False) is None
-    assert curves.sweep_map(("a",), [curves.Trial(("1",), math.nan)], "m", False) is None
+    assert sweeps.sweep_map(("a", "b", "c"), [sweeps.Trial(("1", "2", "3"), 0.5)], "m", False) is None
+    assert sweeps.sweep_map(("a",), [sweeps.Trial(("1",), math.nan)], "m", False) is None

@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,15 +34,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "took too long"
         time.sleep(0.05)
-
-
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables, which take seconds to make."""
-    folder = tmp_path_factory.mktemp("database")
-    tracker = tracking.start(TrackingConfig(experiment="template"), stage="a", out=str(folder / "o"), params={})
-    tracker.finish("FINISHED")
-    return folder / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +131,7 @@ def test_a_run_in_the_default_database(tmp_path: Path) -> None:
     assert run.parent_run == "0123456789abcdef"
     assert len(run.params) == 133
     assert json.loads(run.params["space"]) == ["a=1,2", "b=3"]
-    assert len(run.params["long"]) == 6000
+    assert run.params["long"] == "x" * 9000
     assert run.metrics["train/loss"] == 0.5
     assert run.metrics["test/accuracy"] == 0.25
     assert run.metrics["per class/a_b"] == 1.0
@@ -147,8 +140,45 @@ def test_a_run_in_the_default_database(tmp_path: Path) -> None:
     # The final result stands at the last step, not at step 0.
     assert metric_history(tracker.uri, run.run_id, "train/loss") == [(0, 5), (1, 4), (2, 3), (3, 2), (4, 0.5)]
     files = sorted(p.name for p in (tmp_path / "out" / "mlartifacts" / run.run_id).rglob("*") if p.is_file())
-    assert files == ["run.json"]
+    assert files == ["environment.json", "long_params.json", "run.json"]
     assert not storage.exists(f"{out}/{tracking.UNSENT_FILE}")
+
+
+def test_a_run_links_what_made_its_inputs_and_lists_its_videos(tmp_path: Path) -> None:
+    made = tracking.start(TrackingConfig(), stage="pretrain", out=str(tmp_path / "pretrain"), params={})
+    made.finish("FINISHED")
+    about = {"benchmark": "lvu", "task": "director", "videos": 107}
+    videos = tracking.DataSet(name="lvu director", digest="0" * 24, source="s3://b/m", context="train", about=about)
+    elsewhere = tmp_path / "elsewhere"
+    storage.write_json(f"{elsewhere}/mlflow_run.json", {"uri": "http://other", "run_id": "1"})
+    tracker = tracking.start(
+        TrackingConfig(),
+        stage="finetune",
+        out=str(tmp_path / "finetune"),
+        params={},
+        inputs={
+            "checkpoint": str(tmp_path / "pretrain" / "checkpoints" / "step_1"),
+            "manifest": str(elsewhere),
+            "features": str(tmp_path / "missing"),
+        },
+        datasets=[videos],
+    )
+    tracker.tag("checkpoint", "s3://bucket/checkpoints/step_9")
+    tracker.finish("FINISHED")
+    _, run = read_runs(tracker.uri, "s5")
+    assert run.links == {"checkpoint": made.run_id}
+    assert run.benchmark == ("lvu", "director")
+    with tracking.reading(tracker.uri) as client:
+        logged = client.get_run(run.run_id)
+        experiments = [run.experiment_id]
+        (found,) = client.search_runs(experiments, f"tags.`link.checkpoint` = '{made.run_id}'")
+    assert found.info.run_id == run.run_id
+    assert logged.data.tags["checkpoint"] == "s3://bucket/checkpoints/step_9"
+    assert logged.data.tags["mlflow.source.git.commit"] == logged.data.tags["commit"].removesuffix("+changes")
+    (read,) = logged.inputs.dataset_inputs
+    assert (read.dataset.name, read.dataset.digest) == ("lvu director", "0" * 24)
+    assert json.loads(read.dataset.source) == {"uri": "s3://b/m"}
+    assert [(tag.key, tag.value) for tag in read.tags] == [("mlflow.data.context", "train")]
 
 
 def test_a_second_start_resumes_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +265,8 @@ def test_runs_below_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("a/x", "a", "ab"):
         tracking.start(config, stage=name, out=str(tmp_path / name), params={}).finish("FINISHED")
     uri = tracking.resolve_uri(config, "o")
-    assert [run.stage for run in read_runs(uri, "s5", below=str(tmp_path / "a"))] == ["a/x", "a"]
-    assert [run.stage for run in read_runs(uri, "s5", below="../a/")] == ["a/x", "a"]
+    assert [run.stage for run in read_runs(uri, "s5", below=(str(tmp_path / "a"),))] == ["a/x", "a"]
+    assert [run.stage for run in read_runs(uri, "s5", below=("../a/",))] == ["a/x", "a"]
     assert len(read_runs(uri, "s5")) == 3
 
 
@@ -384,3 +414,30 @@ def test_a_server_that_is_killed_and_comes_back(
     err = capfd.readouterr().err
     assert err.count("answers again") == 1
     assert "does not answer" not in err
+
+
+def test_a_server_that_does_not_know_the_host_name_says_what_to_start_it_with(tmp_path: Path) -> None:
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            # As MLflow 3.17 answers.
+            body = b"Invalid Host header - possible DNS rebinding attack detected"
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(
+            UserError, match=r"answers 403 to this host name: start it with .*--allowed-hosts HOST:PORT"
+        ):
+            tracking.start(TrackingConfig(uri=uri), stage="a", out=str(tmp_path / "o"), params={})
+        with pytest.raises(UserError, match=r"--allowed-hosts HOST:PORT,localhost:PORT"):
+            read_runs(uri, "s5")
+        server.shutdown()

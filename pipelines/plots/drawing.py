@@ -1,0 +1,89 @@
+"""What all figures of the report share: their style, and the two forms that they are written in."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
+INK = "#010203"
+"""Colour of texts and axes: black in a PNG; in an SVG it becomes that of the text around it, on a dark page too."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK)
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.4,
+    # Names come from users: a dollar sign starts no formula.
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "s5",
+} | dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+SIZE = (4.4, 2.9)
+"""Inches: at the width of a phone, texts keep the size of those around the figure."""
+DPI = 200
+NAME_CHARACTERS = 44
+"""Of a name in a legend."""
+NAMES = {
+    "val/accuracy": "Validation accuracy",
+    "val/mse": "Validation error (MSE)",
+    "knn/top1": "kNN top-1 accuracy",
+    "test/accuracy": "Test accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure in two forms."""
+
+    png: bytes
+    svg: str
+    """For a page: one element without ids of its parts, in the colour of the text around it."""
+
+
+def finished(figure: Figure) -> Drawing:
+    """Return a figure in both forms; call it within the style."""
+    FigureCanvasAgg(figure)
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.savefig(png, format="png", dpi=DPI)
+    # The layout is found; working it out takes longer than to draw.
+    figure.set_layout_engine("none")
+    figure.savefig(svg, format="svg", transparent=True)
+    element = svg.getvalue()
+    element = element[element.index("<svg") :].replace(INK, "currentColor")
+    element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+    # Several figures of a page would have the same ones.
+    return Drawing(png.getvalue(), re.sub(r'<g id="[^"]*"', "<g", element).strip())
+
+
+def number(text: str) -> float | None:
+    """Return a text's value, or None where it is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def short(name: str) -> str:
+    """Return the end of a long name, which tells most, so that a legend has room for it."""
+    return name if len(name) <= NAME_CHARACTERS else "…" + name[1 - NAME_CHARACTERS :]
+
+
+def size_order(value: str) -> tuple[bool, float, str]:
+    """Return what sorts texts by size where they are numbers, and the others after them by name."""
+    size = number(value)
+    return (size is None, size or 0.0, value)
+
+
+def ordered(values: set[str]) -> list[str]:
+    """Return values by size where all are numbers, else by name."""
+    return sorted(values, key=size_order)
