@@ -42,6 +42,9 @@ from pipelines.recipes.dry_run import rates_used, table, total
 from pipelines.recipes.rates import NODES, Node
 from pipelines.storage.weights import local_checkpoint
 from pipelines.tuning import search_space
+from pipelines.tuning.draws import Values, check_size, settings_of
+from pipelines.tuning.ready_spaces import resolved
+from pipelines.tuning.trials import seeds_of, trial_of
 from s5.checkpoints.checkpoint import Meta, read_meta
 from s5.config import BackboneConfig, ClipConfig, ModelConfig
 from s5.config import from_json as config_from_json
@@ -82,10 +85,11 @@ def _head(config: StageConfig) -> Iterator[str]:
         yield f"manifest {manifest}: {len(rows):,} videos ({counts}), {hours:,.1f} hours"
         yield ""
     if isinstance(config, SweepConfig):
-        trials = [search_space.name_of(values) for values in search_space.trials(config, search_space.parse(config))]
-        more = ["..."] if len(trials) > NAMED_TRIALS else []
-        yield f"{len(trials)} trials of {config.stages}:"
-        yield from (f"  {name}" for name in [*trials[:NAMED_TRIALS], *more])
+        names = [search_space.name_of(values) for values in foreseen(config)]
+        more = ["..."] if len(names) > NAMED_TRIALS else []
+        each = f", {config.seeds} seeds each" if config.seeds > 1 else ""
+        yield f"{len(names) * config.seeds} trials of {config.stages}{each}:"
+        yield from (f"  {name}" for name in [*names[:NAMED_TRIALS], *more])
         yield ""
 
 
@@ -193,17 +197,30 @@ def _evaluations(
         yield dataclasses.replace(config, protocol=protocol, clips_per_video=1, split="train"), sought
 
 
-def _sweep_costs(config: SweepConfig, node: Node) -> Iterator[Cost]:
+def foreseen(config: SweepConfig) -> list[Values]:
+    """Return the settings that a sweep tries; draws stand in for those that TPE will propose.
+
+    Raises:
+        UserError: the space cannot be read or is too large.
+    """
+    config = resolved(config)
     dimensions = search_space.parse(config)
-    search_space.check(config, dimensions)
-    trials = search_space.trials(config, dimensions)
-    reckoned = trials[:: -(-len(trials) // RECKONED_TRIALS)]
+    check_size(config, dimensions)
+    return settings_of(dataclasses.replace(config, search="random") if config.search == "tpe" else config, dimensions)
+
+
+def _sweep_costs(config: SweepConfig, node: Node) -> Iterator[Cost]:
+    settings_tried = foreseen(config)
+    trials = [trial_of(config, values, seed) for values in settings_tried for seed in seeds_of(config)]
     stages = search_space.stages(config)
     for stage in stages:
         settings = getattr(config, stage)
         if isinstance(settings, FinetuneConfig) and "pretrain" in stages:
             # The trial's own does not exist yet.
             settings = dataclasses.replace(settings, checkpoint="")
+        # Trials that pretrain alike share it.
+        runs = list({trial.stages[stage].out: trial.values for trial in trials}.values())
+        reckoned = runs[:: -(-len(runs) // RECKONED_TRIALS)]
         changed = (override(settings, search_space.configured(config, stage, values)) for values in reckoned)
         costs = [_training_cost(each, node) for each in changed]
-        yield total(stage, costs, f"{len(trials)} trials", times=len(trials) / len(reckoned))
+        yield total(stage, costs, f"{len(runs)} trials", times=len(runs) / len(reckoned))

@@ -15,6 +15,8 @@ from pipelines.config.recipes import GROUPS, LINKS
 from pipelines.errors import UserError
 from pipelines.recipes import steps as recipes
 from pipelines.running.run_folder import RunFolder
+from pipelines.tuning import draws, ready_spaces, search_space
+from pipelines.tuning.trials import objective_of
 from s5.config import PathRole
 
 TRACKING_URI = "tracking.uri"
@@ -55,12 +57,25 @@ def check(stage: str, config: StageConfig, dry_run: bool = False) -> None:
         dry_run = config.dry_run
     if dry_run or (isinstance(config, PredictConfig) and not config.out):
         return
+    if isinstance(config, SweepConfig):
+        check_space(config)
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):
         RunFolder.of(stage, config).check_stage()
         if isinstance(config, RecipeConfig):
             recipes.refuse_another(config)
         check_out(config.out)
+
+
+def check_space(config: SweepConfig) -> None:
+    """Check what a sweep varies, how many settings that gives, and what they are compared by.
+
+    Raises:
+        UserError: names the entry, the value or the metric.
+    """
+    config = ready_spaces.resolved(config)
+    draws.check_size(config, search_space.parse(config))
+    objective_of(config)
 
 
 def check_credentials(config: StageConfig) -> None:

@@ -27,5 +27,5 @@ from pipelines.config.stages import PretrainConfig as PretrainConfig
 from pipelines.config.stages import ProtocolSetting as ProtocolSetting
 from pipelines.config.stages import ReportConfig as ReportConfig
 from pipelines.config.stages import SampleConfig as SampleConfig
-from pipelines.config.stages import SweepConfig as SweepConfig
 from pipelines.config.stages import TranscodeConfig as TranscodeConfig
+from pipelines.config.sweeps import SweepConfig as SweepConfig

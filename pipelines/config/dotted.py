@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -71,7 +72,8 @@ def _current(key: str) -> str:
 
 def hints(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return the type of every leaf, `Annotated` ones with what they are annotated with, under its dotted key."""
-    types = get_type_hints(type(config), include_extras=True)
+    kind: Any = type(config)
+    types = _types(kind, annotated=True)
     found: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -117,7 +119,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def _replace(config: Any, changes: Mapping[str, Any], prefix: str = "") -> Any:
     """`override` for keys that are known to exist."""
-    types = get_type_hints(type(config))
+    kind: Any = type(config)
+    types = _types(kind)
     fields: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -143,9 +146,20 @@ def convert(hint: Any, key: str, value: Any) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     try:
-        return TypeAdapter(hint).validate_python(value)
+        return _adapter(hint).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{key} is {value!r}: {error.errors()[0]['msg'].lower()}") from None
+
+
+# A sweep changes hundreds of settings of the same few types.
+@cache
+def _types(kind: Any, annotated: bool = False) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=annotated)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
 
 
 def unknown(what: str, name: str, valid: Mapping[str, Any] | tuple[str, ...]) -> str:

@@ -16,9 +16,9 @@ from pipelines.config.stages import (
     PretrainConfig,
     ReportConfig,
     SampleConfig,
-    SweepConfig,
     TranscodeConfig,
 )
+from pipelines.config.sweeps import SweepConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -283,42 +283,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Sweep settings of pretraining and fine-tuning with Ray Tune, one trial a combination."""
-
-    out: OutFolder = "out/sweep"
-    """Folder for the trials and result.json; a second start with the same folder resumes."""
-    space: tuple[str, ...] = ("lsmcl.mask_ratio=0.25,0.5,0.75", "clips.frames=8,16")
-    """What varies: `key=value,value,...` (every combination; a list is `[a,b]`) or `key=uniform(a,b)`,
-    `key=loguniform(a,b)` (drawn `samples` times). A key of both stages, such as clips.frames, is set in both;
-    `pretrain.KEY` in one."""
-    stages: Literal["pretrain", "finetune", "pretrain+finetune"] = "pretrain+finetune"
-    """What a trial runs."""
-    metric: str = ""
-    """Metric to compare; empty for `val/accuracy` (`val/mse` in regression, `val/loss` in task distant) or, after
-    pretraining alone, `knn/top1`."""
-    samples: int = 1
-    """Draws from the random parts of the space."""
-    concurrent_trials: int = 0
-    """Trials that run at once; 0 for as many as the cluster holds."""
-    early_stopping: bool = False
-    """Stop poor trials early (ASHA on the last stage's epochs)."""
-    seed: int = 0
-    """Seed of the drawn values."""
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    """Settings of every trial's pretraining."""
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """Settings of every trial's fine-tuning."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the sweep and its trials are logged."""
-
-    def __post_init__(self) -> None:
-        require(len(self.space) > 0, "space", self.space, "give at least one key=value,value")
-        require(self.samples >= 1, "samples", self.samples, "give at least 1")
-        require(self.concurrent_trials >= 0, "concurrent_trials", self.concurrent_trials, "give 0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Tables and figures of what MLflow holds: results by stage and sweep, learning curves, means over seeds, gains,
     costs, and published results."""

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipelines.data.predicting.rows import clock
-from pipelines.plots.curves import COLOURS, STYLE
+from pipelines.plots.drawing import COLOURS, STYLE
 from s5.evaluation.prediction import VideoPrediction
 from s5.video.reader import FrameArray, IntArray
 

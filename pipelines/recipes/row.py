@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from pipelines.config import RecipeConfig
 from pipelines.data.annotations.benchmarks import NAMES
 from pipelines.recipes.published import published
+from pipelines.running.intervals import interval
 
 ROW = "row.json"
 DECODERS = {"s5": "S5", "vis4mer": "ViS4mer", "lst": "LST", "performer": "Performer", "orthoformer": "Orthoformer"}
 DECODERS |= {"tsn": "TSN", "vtm": "Learnable VTM"}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean of results over seeds (Student's t); None for a single one."""
-    if len(values) < 2:
-        return None
-    # Its import takes a second, and nothing else here needs it.
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
 
 
 def method_of(config: RecipeConfig) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pipelines import storage
-from pipelines.recipes.row import interval
+from pipelines.running.intervals import interval
 from pipelines.tracking.history import Run
 
 SEED = "seed"

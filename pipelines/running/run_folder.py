@@ -19,6 +19,8 @@ REJECTS = "rejects.parquet"
 # Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features or
 # labels.
 CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
+PRETRAINED = "pretrained"
+"""Folder of what several trials of a sweep start from."""
 # These say where and how fast a stage runs, not what it computes: they may change when it resumes.
 FREE_SETTINGS = (
     *("scale.", "tracking.", "data."),
@@ -26,6 +28,13 @@ FREE_SETTINGS = (
     *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
     *("node", "chunk_segments"),
 )
+# What a stage compares for itself, since more of it extends an earlier run.
+EXTENDED = {
+    "sweep": (
+        *("space", "search", "samples", "seeds", "pretrain.loop.epochs", "pretrain.loop.steps"),
+        *("finetune.loop.epochs", "finetune.loop.steps"),
+    )
+}
 # Of stages whose settings another stage holds: a sweep, a recipe.
 STAGE_GROUPS = ("", *(f"{group}." for group in GROUPS.values()))
 
@@ -130,7 +139,7 @@ class RunFolder:
         # A run of an earlier version lacks the settings that came later: it had what is their default.
         defaults = leaves_of(to_json(self.stage, type(self.config)()))
         before, now = _fixed(defaults | leaves_of(earlier)), _fixed(leaves_of(self._settings()))
-        for key in sorted(before.keys() | now.keys()):
+        for key in sorted((before.keys() | now.keys()) - set(EXTENDED.get(self.stage, ()))):
             if before.get(key) == now.get(key):
                 continue
             if key.startswith(f"{INPUTS}."):

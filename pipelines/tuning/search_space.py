@@ -1,45 +1,46 @@
-"""The space of a sweep as text: `key=1,2,3`, `key=[1,2],[3]`, `key=uniform(a,b)`, `key=loguniform(a,b)`."""
+"""The space of a sweep as text: `key=1,2,3`, `key=[1,2],[3]`, and in place of the values `uniform(a,b)`,
+`loguniform(a,b)` or `choice(value:weight,value:weight)`."""
 
 from __future__ import annotations
 
-import itertools
-import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
-from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, flatten, override, unknown
-from pipelines.config.dotted import hints
+from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, unknown
+from pipelines.config.dotted import convert, hints
 from pipelines.errors import UserError
-
-Value = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Every one of some values; a list, as of a setting of several values, is a tuple."""
+    """Every one of some values, which are as their setting has them."""
 
-    values: tuple[Value, ...]
+    values: tuple[Any, ...]
+    weights: tuple[float, ...] = ()
+    """How often each is drawn, in proportion; empty for all alike."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """A number drawn between two bounds."""
+    """A number drawn between two bounds; both are included."""
 
     low: float
     high: float
     log: bool
+    whole: bool = False
+    """Whether it is a whole number, as its setting is."""
 
 
 Dimension = Choice | Range
-# Drawn values are rounded to this many digits, and names and their parts cut to these lengths: a name is also a folder,
-# for which file systems allow 255 bytes; Ray Tune puts a trial's id of 11 before it.
-DRAWN_DIGITS = 4
+# Names and their parts are cut to these lengths: a name is also a folder, for which file systems allow 255 bytes; Ray
+# Tune puts a trial's id of 11 before it, and the epochs come behind.
 NAME_PART = 40
-NAME_LENGTH = 200
-RANGE = re.compile(r"(uniform|loguniform)\(\s*([^,\s]+)\s*,\s*([^,\s]+)\s*\)")
+NAME_LENGTH = 180
+FORM = re.compile(r"(uniform|loguniform|choice)\((.*)\)")
+FORMS = "key=value,value or key=uniform(low,high), loguniform(low,high) or choice(value:weight,value:weight)"
 
 SEPARATOR = re.compile(r",(?![^\[\]]*\])")
 """A comma that stands in no brackets."""
@@ -49,23 +50,26 @@ def parse(config: SweepConfig) -> dict[str, Dimension]:
     """Return the dimensions of a sweep by their keys.
 
     Raises:
-        UserError: an entry that cannot be read, or a key that comes twice or that no swept stage has (names the
-            closest).
+        UserError: an entry that cannot be read, a value that its setting does not take, or a key that comes twice, that
+            the sweep sets itself or that no swept stage has (names the closest).
     """
     dimensions: dict[str, Dimension] = {}
-    known = dict.fromkeys(
-        key for stage in stages(config) for key in (*_leaves(config, stage), *_leaves(config, stage, stage))
-    )
+    known = _known(config)
     for entry in config.space:
         key, _, text = entry.partition("=")
         key = key.strip().replace("-", "_")
         if not text.strip(" ,"):
-            raise UserError(f"space is {entry!r}: write key=value,value or key=uniform(low,high)")
+            raise UserError(f"space is {entry!r}: write {FORMS}")
         if key not in known:
             raise UserError(f"space is {entry!r}: {unknown('setting', key, known)}")
         if key in dimensions:
             raise UserError(f"space is {entry!r}: {key} is there already; give all its values in one entry")
-        dimensions[key] = _dimension(entry, text)
+        _check_free(config, entry, key)
+        try:
+            dimensions[key] = _dimension(entry, text.strip(), key, known[key])
+        except UserError as error:
+            named = str(error).startswith("space is ")
+            raise UserError(str(error) if named else f"space is {entry!r}: {error}") from None
     return dimensions
 
 
@@ -74,88 +78,109 @@ def stages(config: SweepConfig) -> list[str]:
     return config.stages.split("+")
 
 
-def _leaves(config: SweepConfig, stage: str, prefix: str = "") -> list[str]:
-    own: PretrainConfig | FinetuneConfig = getattr(config, stage)
-    return [f"{prefix}.{key}" if prefix else key for key in flatten(own)]
+def _known(config: SweepConfig) -> dict[str, Any]:
+    """Return the types of all settings of the swept stages, under their keys alone and with the stage before them."""
+    own: dict[str, PretrainConfig | FinetuneConfig] = {stage: getattr(config, stage) for stage in stages(config)}
+    types = {stage: hints(settings) for stage, settings in own.items()}
+    known = {key: hint for each in reversed(types.values()) for key, hint in each.items()}
+    return known | {f"{stage}.{key}": hint for stage, each in types.items() for key, hint in each.items()}
 
 
-def _dimension(entry: str, text: str) -> Dimension:
-    match = RANGE.fullmatch(text.strip())
+def _check_free(config: SweepConfig, entry: str, key: str) -> None:
+    """Raise `UserError` for a setting that the sweep itself gives to its trials."""
+    own = re.sub(r"^(pretrain|finetune)\.", "", key)
+    if own == "loop.seed":
+        raise UserError(f"space is {entry!r}: seeds are an axis of their own; give --seeds N, from loop.seed on")
+    if own == "checkpoint" and len(stages(config)) > 1:
+        raise UserError(f"space is {entry!r}: trials fine-tune what they pretrain; give --stages finetune")
+    if own == "out" or own.startswith("tracking."):
+        raise UserError(f"space is {entry!r}: each trial has its own; leave it out")
+
+
+def _dimension(entry: str, text: str, key: str, hint: Any) -> Dimension:
+    match = FORM.fullmatch(text)
     if match is None:
-        return Choice(_values(entry, text))
+        values = [_value(entry, part, key, hint) for part in _parts(text)]
+        return Choice(tuple(dict.fromkeys(values)))
+    if match[1] == "choice":
+        return _weighted(entry, match[2], key, hint)
     try:
-        low, high = float(match[2]), float(match[3])
+        low, high = (float(bound) for bound in match[2].split(","))
     except ValueError:
-        raise UserError(f"space is {entry!r}: the bounds of a range are numbers") from None
+        raise UserError(f"space is {entry!r}: a range has two bounds, which are numbers") from None
     log = match[1] == "loguniform"
-    if not low < high or (log and low <= 0):
+    if not -float("inf") < low < high < float("inf") or (log and low <= 0):
         raise UserError(f"space is {entry!r}: give low < high{', both above 0' if log else ''}")
-    return Range(low, high, log)
+    whole = int in (hint, *get_args(hint)) and float not in (hint, *get_args(hint))
+    for bound in (low, high):
+        if not isinstance(_number(convert(hint, key, (bound,) if get_origin(hint) is tuple else bound)), int | float):
+            raise UserError(f"space is {entry!r}: {key} takes no numbers; give its values with commas between them")
+    return Range(low, high, log, whole)
 
 
-def _values(entry: str, text: str) -> tuple[Value, ...]:
-    """Return the values between the commas of a text; what stands in brackets is a list."""
-    parts = [part.strip() for part in SEPARATOR.split(text) if part.strip()]
-    values: list[Value] = []
-    for part in parts:
-        inner = part[1:-1] if part.startswith("[") and part.endswith("]") else None
-        if any(bracket in (part if inner is None else inner) for bracket in "[]"):
-            raise UserError(f"space is {entry!r}: write a list as [value,value], and a comma between two lists")
-        values.append(part if inner is None else tuple(v.strip() for v in inner.split(",") if v.strip()))
-    return tuple(values)
+def _number(value: Any) -> Any:
+    """Return a value that is none of True and False, which are numbers to Python."""
+    value = value[0] if isinstance(value, tuple) and value else value
+    return None if isinstance(value, bool) else value
 
 
-def combinations(dimensions: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the choices; a range stands at its two ends."""
-    values = [d.values if isinstance(d, Choice) else (d.low, d.high) for d in dimensions.values()]
-    for combination in itertools.product(*values):
-        yield dict(zip(dimensions, combination, strict=True))
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in SEPARATOR.split(text) if part.strip()]
 
 
-def trials(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[dict[str, Any]]:
-    """Return the values of every trial, each trial once; the same space, samples and seed give the same ones.
+def _weighted(entry: str, text: str, key: str, hint: Any) -> Choice:
+    weights: dict[Any, float] = {}
+    for part in _parts(text):
+        value, _, weight = part.rpartition(":")
+        try:
+            number = float(weight) if value else float("nan")
+        except ValueError:
+            number = float("nan")
+        if not 0 < number < float("inf"):
+            raise UserError(f"space is {entry!r}: write choice(value:weight,value:weight), with weights above 0")
+        weights[_value(entry, value.strip(), key, hint)] = number
+    if not weights:
+        raise UserError(f"space is {entry!r}: write {FORMS}")
+    return Choice(tuple(weights), tuple(weights.values()))
 
-    Without a range these are the combinations of the choices; with one, each of them `samples` times, with new draws.
-    """
-    draw = random.Random(config.seed)
-    choices = {key: d for key, d in dimensions.items() if isinstance(d, Choice)}
-    found: dict[str, dict[str, Any]] = {}
-    for _ in range(1 if len(choices) == len(dimensions) else config.samples):
-        for chosen in combinations(choices):
-            values = {k: chosen[k] if isinstance(d, Choice) else _drawn(d, draw) for k, d in dimensions.items()}
-            found.setdefault(name_of(values), values)
-    return list(found.values())
+
+def _value(entry: str, text: str, key: str, hint: Any) -> Any:
+    """Return a value as its setting has it; what stands in brackets is a list, and a single value is one as well."""
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else None
+    if any(bracket in (text if inner is None else inner) for bracket in "[]"):
+        raise UserError(f"space is {entry!r}: write a list as [value,value], and a comma between two lists")
+    if text.lower() == "none" and type(None) in get_args(hint):
+        return None
+    if inner is not None:
+        return convert(hint, key, tuple(value.strip() for value in inner.split(",") if value.strip()))
+    return convert(hint, key, (text,) if get_origin(hint) is tuple else text)
 
 
-def _drawn(dimension: Range, draw: random.Random) -> float:
-    low, high = dimension.low, dimension.high
-    value = low * (high / low) ** draw.random() if dimension.log else low + (high - low) * draw.random()
-    return min(max(float(f"{value:.{DRAWN_DIGITS}g}"), low), high)
+def holds(dimension: Dimension, value: Any) -> bool:
+    """Return whether a value belongs to a dimension; that of a range as its setting has it, a list of one too."""
+    if isinstance(dimension, Choice):
+        return value in dimension.values
+    number = _number(value)
+    return isinstance(number, int | float) and dimension.low <= number <= dimension.high
 
 
 def configured(config: SweepConfig, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes that a trial's values make to one of its stages; a single value is a list of one as well."""
+    """Return the changes that a trial's values make to one of its stages."""
     types = hints(getattr(config, stage))
     changes = {key: value for key, value in values.items() if key in types}
-    changes |= {key.removeprefix(f"{stage}."): v for key, v in values.items() if key.startswith(f"{stage}.")}
-    of_lists = {key for key in changes if get_origin(types[key]) is tuple}
-    return {key: (v,) if key in of_lists and not isinstance(v, tuple) else v for key, v in changes.items()}
+    return changes | {key.removeprefix(f"{stage}."): v for key, v in values.items() if key.startswith(f"{stage}.")}
 
 
-def check(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> None:
-    """Apply every combination to its stages' settings; raise `UserError` for the first that is not valid."""
-    for values in combinations(dimensions):
-        for stage in stages(config):
-            override(getattr(config, stage), configured(config, stage, values))
+# --- names ----------------------------------------------------------------------------------------------------------
 
 
 def name_of(values: Mapping[str, Any]) -> str:
     """Return a trial's name, which is also its folder: `mask_ratio=0.5,frames=8`; other values, another name."""
     parts = {key: "+".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in values.items()}
     name = ",".join(f"{key.rpartition('.')[2]}={_in_name(part)}" for key, part in parts.items())
-    if len(name) <= NAME_LENGTH:
+    if len(name) <= NAME_LENGTH and len({key.rpartition(".")[2] for key in parts}) == len(parts):
         return name
-    # The names of the last values are cut off: a checksum of all of them tells two trials apart.
+    # The names of the last values are cut off, or two keys look the same: a checksum of all tells two trials apart.
     whole = repr(sorted((key, text_of(value)) for key, value in values.items()))
     return f"{name[:NAME_LENGTH]}-{zlib.crc32(whole.encode()):08x}"
 

@@ -1,28 +1,30 @@
-"""Trials of a sweep: their settings, and all that can be checked before one of them starts."""
+"""Trials of a sweep: what they are compared by, and their settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pipelines import storage, tracking
-from pipelines.config import DataConfig, FinetuneConfig, PretrainConfig, ScaleConfig, SweepConfig, override, unknown
+from pipelines.config import FinetuneConfig, PretrainConfig, ScaleConfig, SweepConfig, override, unknown
 from pipelines.errors import UserError
-from pipelines.running.resources import check_cluster, runs_that_fit
-from pipelines.running.run_folder import RESULT, TRIALS
-from pipelines.tuning.search_space import Dimension, configured, name_of, stages, trials
+from pipelines.running.run_folder import PRETRAINED, TRIALS
+from pipelines.tuning.search_space import configured, name_of, stages
+
+Settings = PretrainConfig | FinetuneConfig
 
 # What the stages log and trials can be compared by.
-PRETRAIN_METRICS = ("knn/top1", "train/top1", "train/loss", "train/embedding_spread")
+COSTS = ("train/step_seconds", "train/memory_gib")
+PRETRAIN_METRICS = ("knn/top1", "train/top1", "train/loss", "train/embedding_spread", *COSTS)
 FINETUNE_METRICS = {
-    "class": ("val/accuracy", "val/loss", "train/accuracy", "train/loss"),
-    "regression": ("val/mse", "val/loss", "train/loss"),
-    "distant": ("val/loss", "val/accuracy", "train/accuracy", "train/loss"),
+    "class": ("val/accuracy", "val/loss", "train/accuracy", "train/loss", *COSTS),
+    "regression": ("val/mse", "val/loss", "train/loss", *COSTS),
+    "distant": ("val/loss", "val/accuracy", "train/accuracy", "train/loss", *COSTS),
 }
 # Of these, what an evaluation gives: early stopping compares one after another.
 EVALUATED = ("knn/", "val/")
-ERRORS = ("mse", "mae", "loss")
+LOWER_IS_BETTER = ("mse", "mae", "loss", "step_seconds", "memory_gib")
 OBJECTIVE = "objective."
 """What the parameters of a sweep's run begin with that hold its objective."""
 
@@ -37,12 +39,17 @@ class Objective:
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """A trial: its name, its folder, what varies, and the settings of its stages, with absolute paths only."""
+    """A trial: a setting and a seed, its folder, and the settings of its stages, with absolute paths only."""
 
     name: str
+    """The setting's, with the seed where there are several."""
+    setting: str
+    """What it shares with the trials that differ from it in the seed alone."""
     out: str
     values: dict[str, Any]
-    stages: dict[str, PretrainConfig | FinetuneConfig]
+    seed: int
+    """`loop.seed` of its last stage."""
+    stages: dict[str, Settings]
 
     @property
     def here(self) -> bool:
@@ -60,9 +67,9 @@ class TrialSettings:
         )
 
     @property
-    def result(self) -> str:
-        """The result.json of its last stage."""
-        return storage.join(list(self.stages.values())[-1].out, RESULT)
+    def pretrained(self) -> str:
+        """Folder of the pretraining that it shares with other trials; empty where it shares none."""
+        return self.stages["pretrain"].out if len(self.stages) > 1 else ""
 
 
 def objective_of(config: SweepConfig) -> Objective:
@@ -71,48 +78,74 @@ def objective_of(config: SweepConfig) -> Objective:
     Raises:
         UserError: no stage of a trial logs the metric, or early stopping cannot follow it.
     """
-    default = FINETUNE_METRICS[config.finetune.task][0]
-    metric = config.metric or (default if "finetune" in stages(config) else "knn/top1")
+    usual = FINETUNE_METRICS[config.finetune.task][0] if "finetune" in stages(config) else "knn/top1"
+    metric = config.metric or usual
     known = {"pretrain": PRETRAIN_METRICS, "finetune": FINETUNE_METRICS[config.finetune.task]}
     last = stages(config)[-1]
     names = tuple(dict.fromkeys(each for stage in stages(config) for each in known[stage]))
+    if metric.startswith("test/"):
+        raise UserError(f"metric is {metric!r}: what is chosen by the test split cannot be tested on it; give {usual}")
     if metric not in names:
-        raise UserError(f"metric is {metric!r}: {unknown('metric', metric, names)}")
+        raise UserError(
+            f"metric is {metric!r}: {unknown('metric', metric, names)}; {config.stages} reports {', '.join(names)}"
+        )
     followed = [each for each in known[last] if each.startswith(EVALUATED)]
     if config.early_stopping and metric not in followed:
         raise UserError(
             f"metric is {metric!r}: early_stopping compares evaluations of {last}; give {' or '.join(followed)}"
         )
-    return Objective(metric, "min" if metric.rpartition("/")[2] in ERRORS else "max")
+    return Objective(metric, "min" if metric.rpartition("/")[2] in LOWER_IS_BETTER else "max")
 
 
-def trial_settings(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[TrialSettings]:
-    """Return all trials, each with the settings of its stages.
+def seeds_of(config: SweepConfig) -> range:
+    """Return the seeds that each setting is trained with: `loop.seed` of the last stage, and those that follow."""
+    first: int = getattr(config, stages(config)[-1]).loop.seed
+    return range(first, first + config.seeds)
+
+
+def trial_of(config: SweepConfig, values: Mapping[str, Any], seed: int) -> TrialSettings:
+    """Return the trial of a setting and a seed.
 
     Raises:
-        UserError: a drawn value does not fit its setting.
+        UserError: its values do not fit together.
     """
-    out = storage.absolute(config.out)
-    found = []
-    for values in trials(config, dimensions):
-        folder = storage.join(out, TRIALS, name_of(values))
-        settings = {stage: stage_config(config, stage, values, folder) for stage in stages(config)}
-        found.append(TrialSettings(name_of(values), folder, values, settings))
-    return found
+    setting = name_of(values)
+    number = seed - seeds_of(config).start
+    settings = {stage: stage_config(config, stage, values, number) for stage in stages(config)}
+    # With more epochs a sweep is extended by other trials: the rate falls along the whole training.
+    length = "+".join(_length(each) for each in settings.values())
+    folder = storage.join(storage.absolute(config.out), TRIALS, f"{setting},seed={seed},{length}")
+    outs = {stage: storage.join(folder, stage) for stage in settings}
+    if len(settings) > 1:
+        # What pretrains alike pretrains once.
+        own = name_of({key: value for key, value in values.items() if configured(config, "pretrain", {key: value})})
+        name = ",".join(filter(None, (own, f"seed={seed}", _length(settings["pretrain"]))))
+        outs["pretrain"] = storage.join(storage.absolute(config.out), PRETRAINED, name)
+        settings["finetune"] = override(settings["finetune"], {"checkpoint": outs["pretrain"]})
+    name = f"{setting},seed={seed}" if config.seeds > 1 else setting
+    placed = {stage: replace(each, out=outs[stage]) for stage, each in settings.items()}
+    return TrialSettings(name, setting, folder, dict(values), seed, placed)
 
 
-def stage_config(
-    config: SweepConfig, stage: str, values: Mapping[str, Any], folder: str
-) -> PretrainConfig | FinetuneConfig:
-    """Return the settings of one stage of a trial; paths are absolute, since a trial has another working directory."""
+def _length(settings: Settings) -> str:
+    return f"{settings.loop.steps}steps" if settings.loop.steps else f"{settings.loop.epochs}epochs"
+
+
+def stage_config(config: SweepConfig, stage: str, values: Mapping[str, Any], number: int = 0) -> Settings:
+    """Return the settings of one stage of a trial; paths are absolute, since a trial has another working directory.
+
+    Args:
+        config: the sweep.
+        stage: the stage.
+        values: what varies.
+        number: of the seed, from 0.
+    """
+    base: Settings = getattr(config, stage)
     # A trial lies in another folder: left to itself it would take the database beside that.
     uri = tracking.resolve_uri(config.tracking, storage.absolute(config.out))
-    changes = configured(config, stage, values)
-    changes |= {"out": storage.join(folder, stage), "tracking.uri": uri, "tracking.run_name": stage}
-    changes |= {"tracking.experiment": config.tracking.experiment}
-    if stage == "finetune" and "pretrain" in stages(config):
-        changes["checkpoint"] = storage.join(folder, "pretrain")
-    settings = cast(PretrainConfig | FinetuneConfig, override(getattr(config, stage), changes))
+    changes = configured(config, stage, values) | {"loop.seed": base.loop.seed + number}
+    changes |= {"tracking.uri": uri, "tracking.run_name": stage, "tracking.experiment": config.tracking.experiment}
+    settings = override(base, changes)
     paths = {"manifest": storage.absolute(settings.manifest)}
     if (weights := settings.model.backbone.weights) not in ("", "timm"):
         paths["model.backbone.weights"] = storage.absolute(weights)
@@ -122,66 +155,18 @@ def stage_config(
     return override(settings, paths)
 
 
-Settings = PretrainConfig | FinetuneConfig
-Kind = tuple[ScaleConfig, DataConfig | None]
-"""What decides how many trials fit: workers and decoding."""
+def best_settings(config: SweepConfig, values: Mapping[str, Any], pretrained: str) -> dict[str, Settings]:
+    """Return the settings of each stage with a trial's values, and all else as the sweep was given it.
 
-
-def fit_cluster(config: SweepConfig, all_trials: list[TrialSettings]) -> tuple[list[TrialSettings], int]:
-    """Return the trials with their share of the decoding worked out, and how many of them run at once.
-
-    Tune does not know what decoding holds, nor the workers of a trial that Ray Train starts, so this has to. Trials of
-    one worker run in Tune's own processes, which are used again with all that they have imported, unless fewer of them
-    fit so: a tracking database in a file keeps these processes on this node.
-
-    Raises:
-        UserError: the largest trial does not fit the cluster.
+    Args:
+        config: the sweep.
+        values: the trial's.
+        pretrained: checkpoint to fine-tune from, where the trial pretrained one.
     """
-    stages = [settings for trial in all_trials for settings in trial.stages.values()]
-    for scale, data in {_kind(settings) for settings in stages}:
-        check_cluster(replace(scale, num_workers=scale.world_size), data)
-    most = min(config.concurrent_trials or len(all_trials), len(all_trials))
-    here, trials, fits = False, all_trials, _fits(all_trials, most, here=False)
-    if all(settings.scale.world_size == 1 for settings in stages):
-        inside = [replace(trial, stages=_in_own_process(trial)) for trial in all_trials]
-        on_this_node = bool(tracking.database(stages[0].tracking.uri))
-        found = _fits(inside, most, on_this_node)
-        if min(found.values())[0] >= min(fits.values())[0]:
-            here, trials, fits = on_this_node, inside, found
-    if trials is all_trials and any(settings.scale.num_workers == 0 for settings in stages):
-        raise UserError(
-            "scale.num_workers is 0: a trial of this sweep has another stage with several workers, or does not fit the "
-            "node of the sweep; give 1"
-        )
-    concurrent = min(fits.values())[0]
-    tasks = {kind: fit for kind, (_, fit) in _fits(trials, concurrent, here).items()}
-    return [replace(trial, stages=_with_decoding(trial, tasks)) for trial in trials], concurrent
-
-
-def _kind(settings: Settings) -> Kind:
-    return settings.scale, None if settings.features else settings.data
-
-
-def _kinds(trial: TrialSettings) -> list[Kind]:
-    """Return the kinds of a trial's stages; in its own process, each has what the process holds."""
-    kinds = [_kind(settings) for settings in trial.stages.values()]
-    return [(trial.held, data) for _, data in kinds] if trial.here else kinds
-
-
-def _fits(trials: list[TrialSettings], most: int, here: bool) -> dict[Kind, tuple[int, int]]:
-    """Return how many trials of each kind fit at once, and the decode tasks of each then; `here`: on this node."""
-    return {kind: runs_that_fit(*kind, most, here) for kind in {kind for trial in trials for kind in _kinds(trial)}}
-
-
-def _in_own_process(trial: TrialSettings) -> dict[str, Settings]:
-    changes = {"scale.num_workers": 0, "scale.min_workers": 0}
-    return {stage: override(settings, changes) for stage, settings in trial.stages.items()}
-
-
-def _with_decoding(trial: TrialSettings, tasks: Mapping[Kind, int]) -> dict[str, Settings]:
-    """Return the settings of a trial's stages with no more decode tasks than there is room for."""
-    found = {}
-    for (stage, settings), kind in zip(trial.stages.items(), _kinds(trial), strict=True):
-        fit = min(tasks[kind], settings.data.decode_tasks or tasks[kind])
-        found[stage] = settings if settings.features else override(settings, {"data.decode_tasks": fit})
+    found: dict[str, Settings] = {}
+    for stage in stages(config):
+        changes = configured(config, stage, values)
+        if stage == "finetune" and pretrained:
+            changes["checkpoint"] = pretrained
+        found[stage] = override(getattr(config, stage), changes)
     return found

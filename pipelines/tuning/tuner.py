@@ -1,13 +1,12 @@
-"""Ray Tune around the trials of a sweep: resources, early stopping, lines, signals, and what a trial's process runs.
+"""Ray Tune around the trials of a sweep: resources, early stopping, lines and signals.
 
-A trial of one worker trains in its own process, which Tune uses for one trial after the other. That of a trial with
-several workers only drives them. A tracking database in a file keeps these processes on the node of the sweep's driver.
+A tracking database in a file keeps the processes of trials on the node of the sweep's driver.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
@@ -15,75 +14,70 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
 from pipelines import tracking
 from pipelines.config import SweepConfig
-from pipelines.errors import StageError, StoppedError, UserError, last_line
+from pipelines.errors import StoppedError
 from pipelines.running import progress
 from pipelines.running.resources import own_node
 from pipelines.running.stage import Stage, in_thread, signals_received
-from pipelines.training.launcher import name_cluster
-from pipelines.tuning.search_space import text_of
+from pipelines.tuning import records
+from pipelines.tuning.placement import Placement
+from pipelines.tuning.search_space import stages
+from pipelines.tuning.trial_process import RunStage, run_trial
+from pipelines.tuning.trial_queue import TRIAL, Plan, TrialQueue
 from pipelines.tuning.trials import Objective, TrialSettings
 
 # For a place on a node, without what it has to give.
 NEXT_TO_NOTHING = 0.001
-FAILURE = "failure"
-"""Name of what a trial reports that failed by itself, and would fail again."""
 POLL_SECONDS = 0.5
 # A stopped sweep waits this long for Tune to end the trials' processes; those left end with this one.
 STOP_SECONDS = 15.0
-
-RunStage = Callable[..., dict[str, Any]]
-"""A stage's `run`: called with its settings, `parent_run` and `on_row`, it returns its result."""
+MEDIAN_OF = 3
+"""Trials that the median rule compares with at least."""
+ENDS = {"stopped": "stopped early", "running": "stopped"}
+"""What lines say of a trial that did not run to its end."""
 
 
 def run_trials(
     stage: Stage,
-    config: SweepConfig,
-    trials: Mapping[str, TrialSettings],
-    objective: Objective,
-    concurrent: int,
+    plan: Plan,
+    placement: Placement,
     runners: Mapping[str, RunStage],
-) -> tune.ResultGrid:
-    """Run Tune over the trials.
+) -> None:
+    """Run Tune over the trials of a plan, which has their records then.
 
     Args:
         stage: the running sweep.
-        config: its settings.
-        trials: the trials by their names.
-        objective: the metric that they are compared by.
-        concurrent: trials at once.
+        plan: the trials.
+        placement: how they share the cluster.
         runners: `run` of each stage of a trial, by the stage's name; they have to pickle.
 
     Raises:
         StoppedError: a signal requested a stop; the trials' processes were ended.
     """
+    config, objective = plan.config, plan.objective
     trainable = tune.with_parameters(
-        run_trial,
-        trials=trials,
-        config=config,
-        objective=objective,
-        runners=runners,
-        parent=stage.tracker.run_id or "",
+        run_trial, config=config, objective=objective, runners=runners, parent=stage.tracker.run_id or ""
     )
     # The lines of this stage say more than Tune's own table and its tracebacks.
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
     # A trial that failed has no metric.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-    stopper, lines = StopOnRequest(), TrialLines(stage.name, objective.metric, len(trials))
-    max_failures = max(settings.scale.max_failures for each in trials.values() for settings in each.stages.values())
+    stopper = StopOnRequest()
+    lines = TrialLines(stage.name, plan, stopper)
+    scales = [getattr(config, name).scale for name in stages(config)]
     tuner = tune.Tuner(
-        tune.with_resources(trainable, lambda chosen: _resources(trials[chosen["trial"]])),
-        param_space={"trial": tune.grid_search(list(trials))},
+        tune.with_resources(trainable, lambda chosen: _resources(chosen[TRIAL])),
         tune_config=tune.TuneConfig(
-            metric=objective.metric,
-            mode=objective.mode,
-            max_concurrent_trials=concurrent,
-            scheduler=ASHAScheduler(time_attr="epoch", max_t=10_000) if config.early_stopping else None,
+            search_alg=TrialQueue(plan, placement),
+            # Until the queue has no more.
+            num_samples=-1,
+            max_concurrent_trials=placement.concurrent,
+            scheduler=_scheduler(config, objective),
             # Saves the next trial its imports. The workers of a trial stopped early would keep training.
-            reuse_actors=all(trial.here for trial in trials.values()) or not config.early_stopping,
+            reuse_actors=placement.inside or not config.early_stopping,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -93,11 +87,21 @@ def run_trials(
             callbacks=[lines],
             stop=stopper,
             # Of a process that was lost; the trial resumes from its last checkpoint in another one.
-            failure_config=tune.FailureConfig(max_failures=max_failures),
+            failure_config=tune.FailureConfig(max_failures=max(scale.max_failures for scale in scales)),
             verbose=0,
         ),
     )
-    return _drive(tuner, stopper, lines, stage)
+    _drive(tuner, stopper, lines, stage)
+
+
+def _scheduler(config: SweepConfig, objective: Objective) -> TrialScheduler | None:
+    """Return the rule of early stopping."""
+    if not config.early_stopping:
+        return None
+    metric, mode = objective.metric, objective.mode
+    if config.stopping_rule == "asha":
+        return ASHAScheduler("epoch", metric, mode, max_t=10_000)
+    return MedianStoppingRule("epoch", metric, mode, grace_period=1, min_samples_required=MEDIAN_OF)
 
 
 def _resources(trial: TrialSettings) -> tune.PlacementGroupFactory:
@@ -114,10 +118,10 @@ def _resources(trial: TrialSettings) -> tune.PlacementGroupFactory:
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"{trial.trial_id}_{trial.config['trial']}"
+    return f"{trial.trial_id}_{trial.config[TRIAL].name}"
 
 
-def _drive(tuner: tune.Tuner, stopper: StopOnRequest, lines: TrialLines, stage: Stage) -> tune.ResultGrid:
+def _drive(tuner: tune.Tuner, stopper: StopOnRequest, lines: TrialLines, stage: Stage) -> None:
     """Run Tune in a thread; in the main thread, `fit` would return at a signal as if it were done."""
     with signals_received(stage, "ending the running trials") as received:
         fit = in_thread(tuner.fit)
@@ -127,141 +131,74 @@ def _drive(tuner: tune.Tuner, stopper: StopOnRequest, lines: TrialLines, stage: 
             stopper.request()
             wait([fit], STOP_SECONDS)
             raise StoppedError(
-                f"stopped as requested after {lines.done} of {lines.trials} trials; their results are saved, and the "
+                f"stopped as requested after {lines.done} of {lines.total} trials; their results are saved, and the "
                 "same command resumes the others from their last checkpoints",
                 128 + received[0],
             )
-    return fit.result()
+    fit.result()
 
 
 class StopOnRequest(tune.Stopper):
     """Ends all trials once a stop is requested; Tune asks it between two events."""
 
     def __init__(self) -> None:
-        self._requested = False
+        self.requested = False
 
     def request(self) -> None:
         """Request the end of all trials."""
-        self._requested = True
+        self.requested = True
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Return whether one trial is to end."""
-        return self._requested
+        return self.requested
 
     def stop_all(self) -> bool:
         """Return whether all trials are to end."""
-        return self._requested
+        return self.requested
 
 
 class TrialLines(tune.Callback):
-    """Prints a line when a trial starts and ends.
+    """Prints a line when a trial starts and ends, and keeps the record of its end.
 
     Tune pickles it, which a running stage with its tracker does not allow: it has the stage's name.
     """
 
-    def __init__(self, stage: str, metric: str, trials: int) -> None:
-        self.trials = trials
-        self.done = 0
-        self._stage, self._metric = stage, metric
-        self._ended = 0
+    def __init__(self, stage: str, plan: Plan, stopper: StopOnRequest) -> None:
+        self.total = plan.total
+        self.done = sum(record.status in records.ENDED for record in plan.records.values())
+        self._stage, self._metric, self._records = stage, plan.objective.metric, plan.records
+        self._stopper = stopper
+        self._ended = self.done
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Print that a trial starts."""
-        progress.info(self._stage, f"trial {trial.config['trial']} starts")
+        progress.info(self._stage, f"trial {trial.config[TRIAL].name} starts")
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Print the metric that a trial reached, or why it failed."""
-        if reason := trial.last_result.get(FAILURE):
-            self._print_end(trial, "failed", reason)
+        settings: TrialSettings = trial.config[TRIAL]
+        record = records.read(records.path_of(settings))
+        value = (record.metrics or trial.last_result).get(self._metric)
+        if record.status == "running" and not self._stopper.requested:
+            found = {self._metric: value} if isinstance(value, float) else {}
+            record = records.write(settings, replace(record, status="stopped", metrics=found))
+        self._records[settings.out] = record
+        if record.failure:
+            self._print_end(settings, "failed", record.failure)
             return
-        self.done += 1
-        value = trial.last_result.get(self._metric)
+        self.done += record.status in records.ENDED
         reached = f"{self._metric} {value:.3f}" if isinstance(value, float) else f"no {self._metric}"
-        self._print_end(trial, "done", reached)
+        self._print_end(settings, ENDS.get(record.status, "done"), reached)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Print why a trial failed, and the file with the whole traceback."""
-        file = trial.error_file
-        reason = f"{last_line(Path(file).read_text())} (see {file})" if file else "no reason given"
-        self._print_end(trial, "failed", reason)
+        """Print why a trial's process was lost, and the file with the whole traceback."""
+        settings: TrialSettings = trial.config[TRIAL]
+        text = Path(trial.error_file).read_text() if trial.error_file else "no reason given"
+        record = records.failed(records.read(records.path_of(settings)), text)
+        self._records[settings.out] = records.write(settings, record)
+        where = f" (see {trial.error_file})" if trial.error_file else ""
+        self._print_end(settings, "failed", f"{record.failure}{where}")
 
-    def _print_end(self, trial: Trial, end: str, what: str) -> None:
+    def _print_end(self, trial: TrialSettings, end: str, what: str) -> None:
         self._ended += 1
-        progress.info(self._stage, f"trial {trial.config['trial']} {end} ({self._ended} of {self.trials}): {what}")
-
-
-# --- in a Tune worker -----------------------------------------------------------------------------------------------
-
-
-def run_trial(
-    chosen: dict[str, str],
-    trials: Mapping[str, TrialSettings],
-    config: SweepConfig,
-    objective: Objective,
-    runners: Mapping[str, RunStage],
-    parent: str,
-) -> None:
-    """Run the stages of one trial; their MLflow runs nest under the trial's, and that under the sweep's."""
-    # Tune gives a stopped trial 2 s to return, and else fails the next one. It finishes its step and saves; where it
-    # hangs, its watchdog ends the process.
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "86400"
-    name_cluster()
-    trial = trials[chosen["trial"]]
-    uri = next(iter(trial.stages.values())).tracking.uri
-    tracker = tracking.start(
-        replace(config.tracking, uri=uri, run_name=trial.name),
-        stage="trial",
-        out=trial.out,
-        params={f"trial.{key}": text_of(value) for key, value in trial.values.items()},
-        parent_run=parent,
-    )
-    status, found = "FAILED", {}
-    on_row = _reporter(objective.metric) if config.early_stopping else None
-    failure = ""
-    try:
-        found = _run_stages(trial, runners, tracker.run_id or "", on_row)
-        status = "FINISHED"
-    except (UserError, StageError) as error:
-        # Tune would start it again, as it does after the loss of a process.
-        failure = str(error)
-    except SystemExit:
-        # Tune's way to stop a trial early.
-        status = "KILLED"
-        raise
-    finally:
-        tracker.log(found, step=None)
-        tracker.finish(status)
-    if not failure and objective.metric not in found:
-        failure = f"metric is {objective.metric!r}: the trial has {', '.join(sorted(found))}"
-    tune.report({FAILURE: failure} if failure else found)
-
-
-def _run_stages(
-    trial: TrialSettings,
-    runners: Mapping[str, RunStage],
-    run_id: str,
-    on_row: Callable[[int, dict[str, float]], None] | None,
-) -> dict[str, float]:
-    """Return the metrics of a trial's stages; where two have one of the same name, the later stage's."""
-    found: dict[str, float] = {}
-    last = list(trial.stages)[-1]
-    for stage, settings in trial.stages.items():
-        result = runners[stage](settings, parent_run=run_id, on_row=on_row if stage == last else None)
-        metrics = result["metrics"]
-        # The best checkpoint's value, where there is one, stands for the trial rather than the last epoch's.
-        best = {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
-        found |= {key: value for key, value in metrics.items() if not key.startswith("best/")} | best
-    return found
-
-
-def _reporter(metric: str) -> Callable[[int, dict[str, float]], None]:
-    """Return the function that reports the metric of each evaluation to Tune's early stopping."""
-    count = 0
-
-    def report(step: int, row: dict[str, float]) -> None:
-        nonlocal count
-        if metric in row:
-            count += 1
-            tune.report({metric: row[metric], "epoch": count})
-
-    return report
+        progress.info(self._stage, f"trial {trial.name} {end} ({self._ended} of {self.total}): {what}")

@@ -11,7 +11,8 @@ from pipelines.config import override
 from pipelines.config.paper import RECIPES
 from pipelines.config.presets import preset
 from pipelines.recipes.published import LVU, WHOLE, published
-from pipelines.recipes.row import in_words, interval, method_of, row_of
+from pipelines.recipes.row import in_words, method_of, row_of
+from pipelines.running.intervals import interval
 
 DOCS = Path(__file__).parents[3] / "docs/recipes.md"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import ray
 
+from pipelines import command_line, storage
 from pipelines.config import (
     FinetuneConfig,
     IndexConfig,
@@ -24,6 +26,7 @@ from pipelines.config import (
     SampleConfig,
     SweepConfig,
     TrackingConfig,
+    flatten,
     override,
 )
 from pipelines.errors import StoppedError, UserError
@@ -31,7 +34,7 @@ from pipelines.running import resources
 from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.stages import index, sample, sweep
 from pipelines.tracking.history import Run, read_runs
-from pipelines.tuning import search_space, trials
+from pipelines.tuning import draws, placement, search_space, trials
 from tests.tiny import HEADS, TINY
 
 SMALL = TINY | {"loop.epochs": 1, "loop.evaluate_every": 0}
@@ -39,7 +42,12 @@ SMALL = TINY | {"loop.epochs": 1, "loop.evaluate_every": 0}
 
 def values_of(*entries: str, **changes: Any) -> list[dict[str, Any]]:
     config = SweepConfig(space=entries, **changes)
-    return search_space.trials(config, search_space.parse(config))
+    return draws.settings_of(config, search_space.parse(config))
+
+
+def trials_of(config: SweepConfig) -> list[trials.TrialSettings]:
+    settings = draws.settings_of(config, search_space.parse(config))
+    return [trials.trial_of(config, values, seed) for seed in trials.seeds_of(config) for values in settings]
 
 
 # --- the space ------------------------------------------------------------------------------------------------------
@@ -71,25 +79,22 @@ def test_other_values_have_other_names() -> None:
 def test_lists_stand_in_brackets_and_a_single_value_is_a_list_of_one() -> None:
     entry = "model.decoder.selection.keep_ratio=[0.5, 0.7],0.4,[0.3],[0.5,0.5]"
     config = SweepConfig(space=(entry, "finetune.optim.betas=[0.9,0.95],[0.9,0.999]"), stages="finetune")
-    dimensions = search_space.parse(config)
-    search_space.check(config, dimensions)
-    found = trials.trial_settings(config, dimensions)
+    found = trials_of(config)
     settings = [trial.stages["finetune"] for trial in found]
     ratios = [each.model.decoder.selection.keep_ratio for each in settings if isinstance(each, FinetuneConfig)]
     assert ratios == [pair for pair in [(0.5, 0.7), (0.4,), (0.3,), (0.5, 0.5)] for _ in range(2)]
     assert [each.optim.betas for each in settings[:2]] == [(0.9, 0.95), (0.9, 0.999)]
     assert found[0].name == "keep_ratio=0.5+0.7,betas=0.9+0.95"
     assert len({trial.name for trial in found}) == 8
-    assert [search_space.text_of(value) for value in found[2].values.values()] == ["0.4", "[0.9,0.95]"]
+    assert [search_space.text_of(value) for value in found[2].values.values()] == ["[0.4]", "[0.9,0.95]"]
 
 
 def test_a_drawn_value_of_a_list_is_a_list_of_one() -> None:
     config = SweepConfig(space=("model.decoder.selection.keep_ratio=uniform(0.2,0.8)",), stages="finetune", samples=2)
-    search_space.check(config, search_space.parse(config))
-    for trial in trials.trial_settings(config, search_space.parse(config)):
+    for trial in trials_of(config):
         settings = trial.stages["finetune"]
         assert isinstance(settings, FinetuneConfig)
-        assert settings.model.decoder.selection.keep_ratio == tuple(trial.values.values())
+        assert settings.model.decoder.selection.keep_ratio == next(iter(trial.values.values()))
 
 
 @pytest.mark.parametrize("text", ["[0.5,0.7", "0.5],0.7", "[[0.5],0.7]", "[0.5]0.7", "[0.5]x[0.7]"])
@@ -100,7 +105,7 @@ def test_brackets_that_do_not_pair_are_named(text: str) -> None:
 
 @pytest.mark.parametrize("length", [1, 40, 400])
 def test_names_of_many_keys_fit_a_folder(length: int, tmp_path: Path) -> None:
-    keys = list(search_space._leaves(SweepConfig(), "finetune"))[:30]
+    keys = list(flatten(FinetuneConfig()))[:30]
     values: list[dict[str, Any]] = [{key: f"{'x' * length}{last}" for key in keys} for last in "ab"]
     names = {search_space.name_of(each) for each in values}
     assert len(names) == 2
@@ -156,7 +161,7 @@ def test_paths_of_trials_are_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     space_ = ("finetune.checkpoint=a,b", "model.backbone.weights=timm,w.pt,s3://b/w.pt")
     config = SweepConfig(out="out", space=space_, stages="finetune")
-    found = trials.trial_settings(config, search_space.parse(config))
+    found = trials_of(config)
     settings = [each.stages["finetune"] for each in found]
     assert {each.manifest for each in settings} == {f"{tmp_path}/out/index/manifest.parquet"}
     assert {each.checkpoint for each in settings if isinstance(each, FinetuneConfig)} == {
@@ -181,7 +186,9 @@ def fitted(
     monkeypatch.setattr(resources, "ensure_ray", lambda: None)
     dotted = {key.replace("__", "."): value for key, value in changes.items()}
     config = override(SweepConfig(space=("lsmcl.mask_ratio=0.25,0.5,0.75",), stages="pretrain+finetune"), dotted)
-    return trials.fit_cluster(config, trials.trial_settings(config, search_space.parse(config)))
+    found = trials_of(config)
+    fitted = placement.fit_cluster(config, found, len(found))
+    return [fitted.placed(trial) for trial in found], fitted.concurrent
 
 
 def workers_of(found: list[trials.TrialSettings]) -> set[tuple[int, int]]:
@@ -304,7 +311,7 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
     config = of_pretraining(manifest, tmp_path)
     result = sweep.run(config)
     assert result["counts"] == {"trials": 2, "failed": 0}
-    assert {row["trial"] for row in result["trials"]} == {"mask_ratio=0.25", "mask_ratio=0.75"}
+    assert {row["setting"] for row in result["settings"]} == {"mask_ratio=0.25", "mask_ratio=0.75"}
     runs = logged(tmp_path)
     parent = next(run for run in runs if run.stage == "sweep")
     assert (parent.params["objective.metric"], parent.params["objective.mode"]) == ("knn/top1", "max")
@@ -314,6 +321,16 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
     assert {run.parent_run for run in runs if run.stage == "pretrain"} == {run.run_id for run in trials}
     assert {run.status for run in runs} == {"FINISHED"}
     assert sweep.run(config) == result
+    before = storage.read_table(str(tmp_path / "sweep" / "sweep.parquet"))
+    more = sweep.run(dataclasses.replace(config, space=("lsmcl.mask_ratio=0.25,0.5,0.75",), seeds=2))
+    assert (more["counts"], {row["seeds"] for row in more["settings"]}) == ({"trials": 6, "failed": 0}, {2})
+    after = storage.read_table(str(tmp_path / "sweep" / "sweep.parquet"))
+    # What had finished was not run again.
+    rows = {row["trial"]: row for row in after.to_pylist()}
+    assert all(rows[row["trial"]] == row for row in before.to_pylist())
+    best = command_line.parse(["pretrain", "--config", str(tmp_path / "sweep" / "best" / "pretrain.json")])[1]
+    assert isinstance(best, PretrainConfig)
+    assert (best.lsmcl.mask_ratio, best.out) == (more["settings"][0]["values"]["lsmcl.mask_ratio"], "out/pretrain")
 
 
 @pytest.mark.slow
@@ -322,7 +339,8 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
 def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path) -> None:
     # Long enough for a trial not to end by itself before it is stopped.
     config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=60)
-    first, second = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio}" / "pretrain" for ratio in (0.25, 0.75))
+    folders = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio},seed=0,60epochs" for ratio in (0.25, 0.75))
+    first, second = (folder / "pretrain" for folder in folders)
     sent: list[float] = []
 
     def interrupt() -> None:

@@ -18,8 +18,8 @@ from pipelines.data.narration.encoders import ScoreArray, index_steps
 from pipelines.data.narration.labels import Labeller, LabelMeta, soft_labels
 from pipelines.data.narration.steps import check_count, digest, read_steps, text_ids
 from pipelines.errors import UserError
-from pipelines.tuning import search_space
-from pipelines.tuning.trials import objective_of, trial_settings
+from pipelines.tuning import draws, search_space
+from pipelines.tuning.trials import objective_of, trial_of
 
 TEXTS = ["Whisk the eggs", "Heat the pan", "Pour the eggs into the pan", "Grate some cheese", "Fold the omelette"]
 
@@ -230,8 +230,8 @@ def test_a_sweep_compares_distant_supervision_by_its_divergence(
     config = override(SweepConfig(space=("optim.lr=1e-3,1e-4",)), changes)
     objective = objective_of(config)
     assert (objective.metric, objective.mode) == ("val/loss", "min")
-    for trial in trial_settings(config, search_space.parse(config)):
-        settings = trial.stages["finetune"]
+    for values in draws.settings_of(config, search_space.parse(config)):
+        settings = trial_of(config, values, seed=0).stages["finetune"]
         assert isinstance(settings, FinetuneConfig)
         assert (settings.labels, settings.features) == (f"{tmp_path}/out/narrate", f"{tmp_path}/out/features")
 
