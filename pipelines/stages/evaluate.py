@@ -32,7 +32,7 @@ from pipelines.running import registered
 from pipelines.running.progress import ProgressBar
 from pipelines.running.resources import check_cluster, decode_tasks, own_device
 from pipelines.running.stage import Stage, in_thread, stage_run
-from pipelines.stages import finetuned, pretrained
+from pipelines.stages.evaluating import finetuned, pretrained
 from pipelines.storage.weights import local_checkpoint, of_backbone
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta, digest, encoder_weights, read_meta, read_model

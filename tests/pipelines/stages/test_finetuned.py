@@ -12,7 +12,7 @@ from sklearn import metrics as reference
 from pipelines import storage
 from pipelines.config import EvaluateConfig, TrackingConfig
 from pipelines.running.stage import stage_run
-from pipelines.stages import finetuned
+from pipelines.stages.evaluating import finetuned
 from s5.checkpoints.checkpoint import Meta
 from s5.evaluation.inference import ClipOutputs
 

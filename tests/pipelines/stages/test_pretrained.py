@@ -18,7 +18,7 @@ from pipelines.data.narration.labels import LABELS_FILE, MADE_BY, STEPS, LabelMe
 from pipelines.data.narration.reading import NarratedSteps
 from pipelines.errors import StageError, UserError
 from pipelines.running.stage import stage_run
-from pipelines.stages import pretrained
+from pipelines.stages.evaluating import pretrained
 from s5.checkpoints.checkpoint import Meta
 from s5.config import ClipConfig
 from s5.evaluation.inference import ClipOutputs
