@@ -59,12 +59,10 @@ def quickstart() -> RunConfig:
         "finetune.loop.evaluate_every": 3,
     }
     sweep = {
-        # What masking saves, with an interval: masked patches are not computed.
-        "sweep.space": ("lsmcl.mask_ratio=0,0.75",),
-        "sweep.seeds": 3,
+        "sweep.space": ("lsmcl.mask_ratio=0.25,0.75", "clips.frames=8,16"),
         # Each fine-tuning would take as long again: kNN on the pretrained features stands for it here.
         "sweep.stages": "pretrain",
-        "sweep.pretrain.loop.epochs": 2,
+        "sweep.pretrain.loop.epochs": 4,
         "sweep.pretrain.loop.evaluate_every": 0,
         "sweep.pretrain.scale.num_workers": 1,
     }
