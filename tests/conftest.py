@@ -36,9 +36,19 @@ os.environ.update(ENVIRONMENT)
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses Ray as such."""
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.cluster)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Start each test from the same random state, in those libraries that are loaded."""
+    """Start each test from the same random state, in those libraries that are loaded, and at the usual priority."""
+    # Opened by the superuser, the encoder libsvtav1 makes the thread a real-time one, which starves all others.
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     random.seed(0)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
