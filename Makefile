@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY)  ## Run the tests; TESTS=tests/s5 for a part, ARGS="-m 'not slow'" for pytest's options
 	$(PYTHON) -m pytest $(ARGS) $(TESTS)
 
-drills: $(READY)  ## Lose workers, nodes and drivers, and have workers hang, on clusters of several nodes; 25 minutes
+drills: $(READY)  ## Lose workers, nodes and drivers, and have workers hang, on clusters of several nodes; 35 minutes
 	$(PYTHON) -m pytest -m drill $(ARGS) tests/clusters tests/pipelines/training
 
 check: $(READY)  ## Lint, formatting, types and the rooms rule
