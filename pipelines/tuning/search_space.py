@@ -138,7 +138,9 @@ def _weighted(entry: str, text: str, key: str, hint: Any) -> Choice:
             number = float("nan")
         if not 0 < number < float("inf"):
             raise UserError(f"space is {entry!r}: write choice(value:weight,value:weight), with weights above 0")
-        weights[_value(entry, value.strip(), key, hint)] = number
+        if (found := _value(entry, value.strip(), key, hint)) in weights:
+            raise UserError(f"space is {entry!r}: {value.strip()} is there twice; give it one weight")
+        weights[found] = number
     if not weights:
         raise UserError(f"space is {entry!r}: write {FORMS}")
     return Choice(tuple(weights), tuple(weights.values()))

@@ -135,7 +135,7 @@ class OptimConfig:
     """Update all weights in one kernel."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "optim.lr", self.lr, "give a positive number")
+        require(0 < self.lr < math.inf, "optim.lr", self.lr, "give a positive number")
         require(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "give 0 or more")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "give 0 or more")
         require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "give a value in [0, 1)")

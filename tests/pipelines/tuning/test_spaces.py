@@ -131,6 +131,7 @@ def test_a_file_that_is_no_space_is_refused(content: str, message: str, tmp_path
         ({"space": ("loop.compile=uniform(0,1)",)}, "loop.compile takes no numbers"),
         ({"space": ("optim.lr=uniform(1)",)}, "a range has two bounds"),
         ({"space": ("optim.lr=choice(0.1:0)",)}, "weights above 0"),
+        ({"space": ("optim.lr=choice(0.1:1,1e-1:2)",)}, "1e-1 is there twice; give it one weight"),
         ({"space": ("loop.seed=0,1",)}, "seeds are an axis of their own; give --seeds N"),
         ({"space": ("finetune.out=a,b",)}, "each trial has its own"),
         ({"space": ("finetune.checkpoint=a,b",)}, "trials fine-tune what they pretrain"),
