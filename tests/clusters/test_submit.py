@@ -290,7 +290,7 @@ def test_ray_job_submit_of_a_checkout_ships_code_alone(cluster: LocalCluster, tm
     assert done.returncode == 0, done.stdout + done.stderr
     assert (out / "result.json").is_file()
     listed = {line.strip() for line in done.stdout.splitlines()}
-    assert {"s5", "pipelines", "clusters", "pyproject.toml", "run.json", "config.py"} <= listed
+    assert {"s5", "pipelines", "clusters", "pyproject.toml", "run.json", "errors.py"} <= listed
     assert not listed & {".env", "secret.txt", ".git", "out", "v.mp4"}
 
 
