@@ -88,7 +88,8 @@ def test_an_ended_import_keeps_its_shards_and_is_trained_from(
     result = features.run(config)
     shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "features" / "shards").glob("*.parquet")}
     assert kept.items() <= shards.items()
-    assert 0 < len(kept) == result["counts"]["shards_kept"] < len(shards)
+    # Tasks of the ended run may have written another one after the look at the folder.
+    assert 0 < len(kept) <= result["counts"]["shards_kept"] < len(shards)
     counts = {"videos": VIDEOS - 2, "rejects": 2, "strangers": 1, "frames": (VIDEOS - 2) * SECONDS}
     assert result["counts"] | counts == result["counts"]
     check(folder, config.out)
