@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, NoReturn
 from clusters import connection
 from pipelines import storage
 from pipelines.command_line import parse
-from pipelines.config import StageConfig, to_json
+from pipelines.config import RUN, StageConfig, to_json
 from pipelines.errors import UserError
 from pipelines.preflight import check_credentials, used_paths
-from pipelines.running.run_folder import RUN
 from pipelines.storage import provenance
 
 if TYPE_CHECKING:

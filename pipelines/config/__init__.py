@@ -1,6 +1,7 @@
 """Settings of the stages, dotted keys and presets."""
 
 from pipelines.config.dotted import INPUTS as INPUTS
+from pipelines.config.dotted import RUN as RUN
 from pipelines.config.dotted import flatten as flatten
 from pipelines.config.dotted import leaves_of as leaves_of
 from pipelines.config.dotted import override as override

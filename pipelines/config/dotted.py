@@ -20,6 +20,8 @@ Config = TypeVar("Config")
 
 RENAMED = {"lsmcl.jitter": "views.jitter"}
 """Settings of earlier versions, and what they are called."""
+RUN = "run.json"
+"""The file in a stage's --out that holds its settings."""
 INPUTS = "inputs"
 """Key of run.json with the digests of what a stage reads."""
 

@@ -40,7 +40,8 @@ class SweepConfig:
     concurrent_trials: int = 0
     """Trials that run at once; 0 for as many as the cluster holds."""
     early_stopping: bool = False
-    """Stop poor trials early, by the evaluations of the last stage."""
+    """Stop poor trials early, by the evaluations of the last stage (each `loop.evaluate_every` epochs). A sweep that is
+    resumed compares from then on."""
     stopping_rule: Literal["asha", "median"] = "asha"
     """With `early_stopping`. `asha`: the better ones of each rung of evaluations go on; `median`: those that are no
     worse than the median of the others' means so far."""
@@ -62,3 +63,5 @@ class SweepConfig:
         require(self.concurrent_trials >= 0, "concurrent_trials", self.concurrent_trials, "give 0 or more")
         remedy = "early stopping compares one metric; leave one of them out"
         require(not (self.early_stopping and self.against_seconds), "against_seconds", True, remedy)
+        remedy = "early_stopping leaves the lucky seeds of each setting, whose mean says little; leave one of them out"
+        require(not self.early_stopping or self.seeds == 1, "seeds", self.seeds, remedy)

@@ -46,7 +46,7 @@ def sweep_map(keys: tuple[str, ...], trials: Sequence[Trial], metric: str, is_lo
         if len(keys) == 1:
             return finished(_line(keys[0], done, metric))
         rows, columns = (ordered({trial.values[i] for trial in trials}) for i in (0, 1))
-        is_grid = len(rows) * len(columns) <= 2 * len(trials)
+        is_grid = len(rows) * len(columns) <= 2 * len({trial.values for trial in trials})
         if is_grid:
             return finished(_heat_map(keys, rows, columns, done, metric, is_lowest_best))
         return finished(_scatter(keys, done, metric, is_lowest_best))

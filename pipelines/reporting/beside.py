@@ -18,7 +18,8 @@ MEASURES = {"accuracy": ("top-1 %", 100.0), "mse": ("mean squared error", 1.0)}
 
 def published_tables(runs: Sequence[Run]) -> list[Table]:
     """Return a table for each benchmark and task that evaluations are of and that results are published for."""
-    evaluated = [run for run in latest_of(runs) if run.stage == "evaluate" and run.benchmark[0] in NAMES]
+    finished = [run for run in latest_of(runs) if run.stage == "evaluate" and run.is_finished]
+    evaluated = [run for run in finished if run.benchmark[0] in NAMES]
     tables = []
     for benchmark, task in dict.fromkeys(run.benchmark for run in evaluated):
         theirs = published(benchmark, task)

@@ -98,7 +98,7 @@ def _points(uri: str, run: Run, metrics: Sequence[str], by_clips: bool) -> dict[
 
 def _over_seeds(name: str, runs: Sequence[Run], all_runs: Sequence[Run]) -> list[Table]:
     """Return a table of means over runs that differ in their seed alone; none where there are no such runs."""
-    together = [group for group in groups(runs, all_runs) if len(group) > 1]
+    together = [group for group in groups(filter(lambda run: run.is_finished, runs), all_runs) if len(group) > 1]
     if not together:
         return []
     label = dict(zip((run.run_id for run in runs), labels(runs), strict=True))
@@ -111,7 +111,7 @@ def _over_seeds(name: str, runs: Sequence[Run], all_runs: Sequence[Run]) -> list
                 mean = mean_of(values)
                 cells = (value_text(metric, mean.value), interval_text(metric, mean.bounds), str(mean.seeds))
                 rows.append((names, metric, *cells))
-    note = "Runs that differ in their seed alone: the mean, and its 95 % interval by Student's t."
+    note = "Finished runs that differ in their seed alone: the mean, and its 95 % interval by Student's t."
     return [Table(f"{name}: over seeds", ("runs", "metric", "mean", "95 % interval", "seeds"), tuple(rows), (), note)]
 
 

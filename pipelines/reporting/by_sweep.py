@@ -19,6 +19,8 @@ SWEEP_METRICS = ("val/accuracy", "val/mse", "knn/top1")
 ERRORS = ("mse", "mae", "loss")
 TRIAL = "trial."
 """What the parameters of a trial's run begin with that hold its values."""
+LENGTH = "length"
+"""The parameter with the epochs or steps of a trial."""
 Cell = tuple[str, ...]
 """Values of a trial but for its seeds."""
 
@@ -76,7 +78,9 @@ def sweeps_of(runs: Sequence[Run]) -> list[Sweep]:
     found = []
     for run, label in zip(latest, labels(latest), strict=True):
         children = {child.out or child.run_id: child for child in runs if child.parent_run == run.run_id}
-        trials = tuple(child for child in children.values() if any(key.startswith(TRIAL) for key in child.params))
+        ours = [child for child in children.values() if any(key.startswith(TRIAL) for key in child.params)]
+        # Trials from before a sweep was extended by epochs cannot be compared with later ones.
+        trials = tuple(trial for trial in ours if trial.params.get(LENGTH) == ours[-1].params.get(LENGTH))
         keys = swept_keys(trials, run.params.get("space", ""))
         title = label if label.startswith("sweep") else f"sweep {label}"
         found.append(Sweep(title, keys, objective(run, trials), trials))

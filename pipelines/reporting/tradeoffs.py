@@ -27,7 +27,7 @@ ROWS = 100
 
 def cost_tables(runs: Sequence[Run]) -> list[Table]:
     """Return a table of what each training run reached and cost, for each stage and measure; none for a single run."""
-    latest = {(run.stage, run.out): run for run in runs if run.stage in REACHED}
+    latest = {(run.stage, run.out): run for run in runs if run.stage in REACHED and run.is_finished}
     by_measure: dict[tuple[str, str], list[Run]] = {}
     for run in latest.values():
         measure = next((name for name in REACHED[run.stage] if finite([run.metrics.get(name)])), None)

@@ -9,12 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.config import INPUTS, StageConfig, leaves_of, to_json
+from pipelines.config import INPUTS, RUN, StageConfig, leaves_of, to_json
 from pipelines.config.recipes import GROUPS
 from pipelines.errors import UserError
 
 RESULT = "result.json"
-RUN = "run.json"
 REJECTS = "rejects.parquet"
 # Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features or
 # labels.

@@ -44,10 +44,14 @@ def run(config: SweepConfig) -> dict[str, Any]:
     plan = plan_of(config, check_stage)
     # Without the setting, its value depends on other settings, which the report need not understand.
     chosen = {f"{OBJECTIVE}{name}": value for name, value in asdict(plan.objective).items()}
+    placement = None
+    if plan.waiting or plan.proposals:
+        ensure_ray()
+        placement = fit_cluster(config, examples(config, parse(config)), plan.total)
     with stage_run("sweep", config, params=chosen) as stage:
-        if plan.waiting or plan.proposals:
-            ensure_ray()
-            placement = fit_cluster(config, examples(config, parse(config)), plan.total)
+        if (few := plan.total // config.seeds) < config.samples and config.search == "random":
+            stage.info(f"the space has about {few} settings only, fewer than {config.samples} samples")
+        if placement is not None:
             stage.info(
                 f"{plan.total} trials of {config.stages}, {len(plan.records)} of them done, {placement.concurrent} at "
                 f"once; metric {plan.objective.metric}"
@@ -110,6 +114,8 @@ def conclude(stage: Stage, plan: Plan) -> None:
         stage.info("means and 95 % intervals over seeds:")
     for row in rows[:SHOWN]:
         stage.info(results.in_words(row, metric))
+    if len(rows) > SHOWN:
+        stage.info(f"and {len(rows) - SHOWN} more settings in {results.TABLE}")
     pretrained = trial_of(config, best.values, best.seed).pretrained
     for name, settings in best_settings(config, best.values, pretrained).items():
         path = stage.folder.write_json(f"{BEST}/{name}.json", to_json(name, settings))

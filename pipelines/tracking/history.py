@@ -47,6 +47,11 @@ class Run:
     benchmark: tuple[str, str] = ("", "")
     """Benchmark and task of the videos that it reads; empty for own videos."""
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it ran to its end: the last values of others say nothing of what they would have reached."""
+        return self.status == "FINISHED"
+
 
 def read_runs(uri: str, experiment: str, below: Sequence[str] = ()) -> list[Run]:
     """Return an experiment's runs, the earliest first; with `below`, only those whose `out` lies in one of the folders.

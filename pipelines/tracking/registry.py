@@ -7,6 +7,7 @@ repository. Two models are compared where they were tested on the same videos in
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -60,6 +61,8 @@ def register(uri: str, run_id: str | None, name: str, checkpoint: Path, tested: 
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    if not math.isfinite(tested.value):
+        raise StageError(f"the model is not registered: its {tested.on['metric']} is {tested.value}")
     if run_id is None:
         raise StageError(f"MLflow at {uri} does not answer, so the model is not registered: run the same command again")
     set_environment(uri)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipelines import storage
+from pipelines.config import RUN
 from pipelines.errors import UserError
 from pipelines.tracking.client import reading
 from pipelines.tracking.send_queue import print_message
@@ -116,6 +117,9 @@ def linked_runs(uri: str, inputs: Mapping[str, str]) -> dict[str, str]:
             if storage.exists(record := storage.join(folder, RUN_FILE)):
                 made_by = storage.read_json(record)
                 tags |= {f"{LINK_TAG}{name}": made_by["run_id"]} if made_by["uri"] == uri else {}
+                break
+            if storage.exists(storage.join(folder, RUN)):
+                # A stage made it that was not logged; the run above is another one's.
                 break
     return tags
 

@@ -16,7 +16,7 @@ from pipelines.tuning.search_space import Choice, Dimension, Range, name_of, sta
 Values = dict[str, Any]
 """A setting: a value for each key of the space."""
 DRAWN_DIGITS = 4
-"""Digits that drawn values are rounded to."""
+"""Digits that drawn values have, counted from the largest that varies in their range."""
 MOST = 1000
 """Settings that a grid may have."""
 DRAWS_A_SAMPLE = 100
@@ -63,8 +63,8 @@ def settings_of(config: SweepConfig, dimensions: Mapping[str, Dimension], known:
         known: settings in that space that an earlier start has begun; they come first, and count as samples.
     """
     found = {name_of(values): values for values in known}
-    draw = random.Random(config.seed)
     if config.search == "random":
+        draw = random.Random(config.seed)
         tries = 0
         while len(found) < config.samples and tries < DRAWS_A_SAMPLE * config.samples:
             values = {key: drawn(config, key, dimension, draw) for key, dimension in dimensions.items()}
@@ -72,10 +72,16 @@ def settings_of(config: SweepConfig, dimensions: Mapping[str, Dimension], known:
             tries += 1
         return list(found.values())
     choices = {key: d for key, d in dimensions.items() if isinstance(d, Choice)}
-    for _ in range(1 if len(choices) == len(dimensions) else config.samples):
-        for chosen in combinations(choices):
+    samples = 1 if len(choices) == len(dimensions) else config.samples
+    for chosen in combinations(choices):
+        # From a seed of its own: one more value of a choice leaves the draws of the others as they are.
+        draw, tries = random.Random(f"{config.seed} {name_of(chosen)}"), 0
+        count = sum(all(values[key] == chosen[key] for key in chosen) for values in known)
+        while count < samples and tries < DRAWS_A_SAMPLE * samples:
             values = {k: chosen[k] if k in choices else drawn(config, k, d, draw) for k, d in dimensions.items()}
+            count += name_of(values) not in found
             found.setdefault(name_of(values), values)
+            tries += 1
     return list(found.values())
 
 
@@ -93,7 +99,10 @@ def drawn(config: SweepConfig, key: str, dimension: Dimension, draw: random.Rand
 
 def as_setting(config: SweepConfig, key: str, dimension: Range, number: float) -> Any:
     """Return a number of a range as its setting has it: rounded, within the bounds, in a list where it is a list."""
-    rounded = math.floor(number) if dimension.whole else float(f"{number:.{DRAWN_DIGITS}g}")
+    rounded: float = math.floor(number)
+    if not dimension.whole:
+        size = number if dimension.log else dimension.high - dimension.low
+        rounded = round(number, DRAWN_DIGITS - 1 - math.floor(math.log10(abs(size))))
     value: float = min(max(rounded, dimension.low), dimension.high)
     value = int(value) if dimension.whole else value
     types = {name: hint for stage in stages(config) for name, hint in hints(getattr(config, stage)).items()}

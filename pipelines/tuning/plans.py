@@ -11,7 +11,7 @@ from pipelines.running.run_folder import EXTENDED, RunFolder
 from pipelines.tuning import records
 from pipelines.tuning.draws import as_setting, check_size, settings_of
 from pipelines.tuning.proposals import Proposals
-from pipelines.tuning.search_space import Choice, Dimension, holds, parse, text_of
+from pipelines.tuning.search_space import Choice, Dimension, Range, holds, parse, text_of
 from pipelines.tuning.trial_queue import Plan
 from pipelines.tuning.trials import Objective, Settings, TrialSettings, objective_of, seeds_of, trial_of
 
@@ -52,15 +52,19 @@ def _check_extension(config: SweepConfig, before: Mapping[str, Any]) -> None:
         if (earlier := before.get(name, 1)) > getattr(config, name):
             raise UserError(f"{out} of {earlier} {name}, more than {getattr(config, name)}: give another --out")
     now, remedy = parse(config), "give another --out, or a space that has all that is there"
-    for key, old in parse(override(config, {"space": before["space"]})).items():
+    was = parse(override(config, {"space": before["space"]}))
+    for key, old in was.items():
         if key not in now:
             raise UserError(f"{out} over {key}, which this space does not have: {remedy}")
         ends = old.values if isinstance(old, Choice) else (old.low, old.high)
         lost = [text_of(value) for value in ends if not holds(now[key], value)]
         if lost or (isinstance(now[key], Choice) and not isinstance(old, Choice)):
             raise UserError(f"{out} with {key} {', '.join(lost or map(str, ends))}, outside this space: {remedy}")
-    if added := now.keys() - parse(override(config, {"space": before["space"]})).keys():
+    if added := now.keys() - was.keys():
         raise UserError(f"{out} that does not vary {', '.join(sorted(added))}: {remedy}")
+    draws = {key: each for key, each in was.items() if config.search != "grid" or isinstance(each, Range)}
+    if any(now[key] != old for key, old in draws.items()) and config.samples == before.get("samples", 1):
+        raise UserError(f"{out} that has drawn its {config.samples} samples: give more --samples for a larger space")
 
 
 def plan_of(config: SweepConfig, check_stage: CheckStage) -> Plan:
@@ -97,14 +101,25 @@ def plan_of(config: SweepConfig, check_stage: CheckStage) -> Plan:
 
 
 def examples(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[TrialSettings]:
-    """Return trials that together have every value of each choice and both ends of each range."""
+    """Return trials that together have every value of each choice and both ends of each range.
+
+    Raises:
+        UserError: values do not fit together; where they are proposed one after another, if none do.
+    """
     ends = {
         key: d.values if isinstance(d, Choice) else [as_setting(config, key, d, end) for end in (d.low, d.high)]
         for key, d in dimensions.items()
     }
     count = max(len(values) for values in ends.values())
     points = [{key: values[min(i, len(values) - 1)] for key, values in ends.items()} for i in range(count)]
-    return [trial_of(config, values, seeds_of(config).start) for values in points]
+    found: list[TrialSettings] = []
+    for values in points:
+        try:
+            found.append(trial_of(config, values, seeds_of(config).start))
+        except UserError:
+            if config.search != "tpe" or (values is points[-1] and not found):
+                raise
+    return found
 
 
 def check_trials(trials: Iterable[TrialSettings], objective: Objective, check_stage: CheckStage) -> Digests:

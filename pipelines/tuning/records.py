@@ -35,7 +35,8 @@ class Record:
     status: Status = "running"
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
-    """Of its stages, a pretraining that it shares with other trials included."""
+    """Of its stages, a pretraining that it shares with other trials included; of a stage that was resumed, its last
+    start's alone."""
     failure: str = ""
     checkpoint: str = ""
     """Of its last stage."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.running.intervals import interval
 from pipelines.tuning.ready_spaces import KEEP_RATIO, MASK_RATIO
 from pipelines.tuning.records import Record
-from pipelines.tuning.search_space import Dimension, holds, name_of, text_of
+from pipelines.tuning.search_space import Dimension, holds, name_of
 from pipelines.tuning.trials import Objective
 
 TABLE = "sweep.parquet"
@@ -46,12 +46,8 @@ def table(keys: Sequence[str], records: Mapping[str, Record]) -> pa.Table:
 
 
 def _typed(values: Sequence[Any]) -> pa.Array:
-    """Return a column of the values' own type; of texts where they are of several."""
-    values = [list(value) if isinstance(value, tuple) else value for value in values]
-    try:
-        return pa.array(values)
-    except pa.ArrowInvalid:
-        return pa.array([text_of(tuple(value) if isinstance(value, list) else value) for value in values])
+    """Return a column of the values' own type, tuples as lists."""
+    return pa.array([list(value) if isinstance(value, tuple) else value for value in values])
 
 
 def settings_table(

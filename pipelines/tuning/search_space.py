@@ -177,8 +177,8 @@ def configured(config: SweepConfig, stage: str, values: Mapping[str, Any]) -> di
 
 
 def name_of(values: Mapping[str, Any]) -> str:
-    """Return a trial's name, which is also its folder: `mask_ratio=0.5,frames=8`; other values, another name."""
-    parts = {key: "+".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in values.items()}
+    """Return a trial's name, which is also its folder: `frames=8,mask_ratio=0.5`; other values, another name."""
+    parts = {key: "+".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in sorted(values.items())}
     name = ",".join(f"{key.rpartition('.')[2]}={_in_name(part)}" for key, part in parts.items())
     if len(name) <= NAME_LENGTH and len({key.rpartition(".")[2] for key in parts}) == len(parts):
         return name

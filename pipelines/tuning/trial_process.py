@@ -6,6 +6,7 @@ several workers only drives them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -45,16 +46,16 @@ def run_trial(
         replace(config.tracking, uri=uri, run_name=trial.name),
         stage="trial",
         out=trial.out,
-        params={f"trial.{key}": text_of(value) for key, value in trial.values.items()} | {"seed": trial.seed},
+        params={f"trial.{key}": text_of(value) for key, value in trial.values.items()}
+        | {"seed": trial.seed, "length": trial.length},
         parent_run=parent,
     )
     record = replace(records.read(records.path_of(trial)), run_id=tracker.run_id or "")
     run, status = StagesOfTrial(trial, objective.metric if config.early_stopping else ""), "FAILED"
     try:
         record = run(record, runners)
-        if record.status == "finished" and objective.metric not in record.metrics:
-            known = ", ".join(sorted(record.metrics))
-            record = records.failed(record, f"metric is {objective.metric!r}: the trial has {known}")
+        if record.status == "finished":
+            record = judged(record, objective.metric)
         status = "FINISHED" if record.status == "finished" else "FAILED"
     except SystemExit:
         # Tune's way to stop a trial early.
@@ -70,18 +71,29 @@ def run_trial(
         tune.report(record.metrics | {SECONDS: record.seconds})
 
 
+def judged(record: Record, metric: str) -> Record:
+    """Return the record of a trial at its end; without a finite value of the metric it failed."""
+    if metric not in record.metrics:
+        known = ", ".join(sorted(record.metrics))
+        return records.failed(record, f"metric is {metric!r}: the trial has {known}")
+    if not math.isfinite(value := record.metrics[metric]):
+        return records.failed(record, f"{metric} is {value}")
+    return record
+
+
 class StagesOfTrial:
     """Runs a trial's stages.
 
     Args:
         trial: the trial.
-        followed: metric whose evaluations Tune is told, for its early stopping; empty for none.
+        followed: metric whose evaluations Tune is told, for its early stopping; empty for none. That of the last step
+            is not: there is nothing left to stop.
     """
 
     def __init__(self, trial: TrialSettings, followed: str) -> None:
         self._trial = trial
         self._followed = followed
-        self._evaluations = 0
+        self._epoch = 0.0
         self.stage = ""
         """The stage that runs, or ran last."""
 
@@ -110,9 +122,12 @@ class StagesOfTrial:
 
     def _report(self, step: int, row: dict[str, float]) -> None:
         """Tell Tune's early stopping the metric of an evaluation."""
-        if self._followed in row:
-            self._evaluations += 1
-            tune.report({self._followed: row[self._followed], "epoch": self._evaluations})
+        # Each evaluation has a row of the training just before it.
+        self._epoch = row.get("train/epoch", self._epoch)
+        loop = list(self._trial.stages.values())[-1].loop
+        is_last = step >= loop.steps if loop.steps else self._epoch >= loop.epochs
+        if self._followed in row and not is_last:
+            tune.report({self._followed: row[self._followed], "epoch": round(self._epoch / loop.evaluate_every)})
 
 
 def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:

@@ -12,12 +12,14 @@ from ray.tune.search import Searcher
 from pipelines import storage
 from pipelines.config import SweepConfig
 from pipelines.errors import UserError
-from pipelines.running.run_folder import RESULT
+from pipelines.running import progress
+from pipelines.running.run_folder import RESULT, TRIALS
 from pipelines.tuning import records
 from pipelines.tuning.draws import Values
 from pipelines.tuning.placement import Placement
 from pipelines.tuning.proposals import Proposals
 from pipelines.tuning.records import Record
+from pipelines.tuning.search_space import name_of
 from pipelines.tuning.trials import Objective, TrialSettings, seeds_of, trial_of
 
 TRIAL = "trial"
@@ -109,8 +111,12 @@ class TrialQueue(Searcher):
         while proposals is not None and not self._plan.waiting and (values := proposals.ask()) is not None:
             try:
                 self._plan.waiting += [trial_of(config, values, seed) for seed in seeds_of(config)]
-            except UserError:
-                # Values that do not fit together, each of which alone would.
+            except UserError as error:
+                # Values that do not fit together, each of which alone would. Without settings it has no file either.
+                setting = name_of(values)
+                record = records.failed(Record(setting, seeds_of(config).start, values), str(error))
+                self._plan.records[storage.join(storage.absolute(config.out), TRIALS, setting)] = record
+                progress.info("sweep", f"trial {setting} failed: {record.failure}")
                 proposals.tell(values, [])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -130,6 +136,7 @@ class TrialQueue(Searcher):
         """Record that a trial failed before it could start."""
         record = records.failed(records.started(trial, self._plan.inputs(trial)), reason)
         self._plan.records[trial.out] = records.write(trial, record)
+        progress.info("sweep", f"trial {trial.name} failed: {record.failure}")
         self._tell(trial.setting, trial.values, [])
 
     def _reached(self, found: Mapping[str, Any]) -> list[float]:

@@ -52,6 +52,11 @@ class TrialSettings:
     stages: dict[str, Settings]
 
     @property
+    def length(self) -> str:
+        """How long its stages train, such as 10epochs."""
+        return "+".join(map(_length, self.stages.values()))
+
+    @property
     def here(self) -> bool:
         """Whether all its stages train in the trial's own process."""
         return all(settings.scale.num_workers == 0 for settings in self.stages.values())
@@ -93,6 +98,12 @@ def objective_of(config: SweepConfig) -> Objective:
     if config.early_stopping and metric not in followed:
         raise UserError(
             f"metric is {metric!r}: early_stopping compares evaluations of {last}; give {' or '.join(followed)}"
+        )
+    loop = getattr(config, last).loop
+    if config.early_stopping and not loop.steps and not 0 < loop.evaluate_every < loop.epochs:
+        raise UserError(
+            f"{last}.loop.evaluate_every is {loop.evaluate_every} of {loop.epochs} epochs: early_stopping compares "
+            "evaluations before the last; give a smaller one, of at least 1"
         )
     return Objective(metric, "min" if metric.rpartition("/")[2] in LOWER_IS_BETTER else "max")
 

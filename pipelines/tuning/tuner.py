@@ -75,7 +75,7 @@ def run_trials(
             # Until the queue has no more.
             num_samples=-1,
             max_concurrent_trials=placement.concurrent,
-            scheduler=_scheduler(config, objective),
+            scheduler=early_stopping(config, objective),
             # Saves the next trial its imports. The workers of a trial stopped early would keep training.
             reuse_actors=placement.inside or not config.early_stopping,
             trial_name_creator=_trial_name,
@@ -94,14 +94,25 @@ def run_trials(
     _drive(tuner, stopper, lines, stage)
 
 
-def _scheduler(config: SweepConfig, objective: Objective) -> TrialScheduler | None:
+def early_stopping(config: SweepConfig, objective: Objective) -> TrialScheduler | None:
     """Return the rule of early stopping."""
     if not config.early_stopping:
         return None
     metric, mode = objective.metric, objective.mode
     if config.stopping_rule == "asha":
         return ASHAScheduler("epoch", metric, mode, max_t=10_000)
-    return MedianStoppingRule("epoch", metric, mode, grace_period=1, min_samples_required=MEDIAN_OF)
+    return MedianRule("epoch", metric, mode, grace_period=1, min_samples_required=MEDIAN_OF)
+
+
+class MedianRule(MedianStoppingRule):
+    """Ray's median rule, which lets trials run on while there are few to compare with, rather than pause them: one that
+    is paused starts anew."""
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Take no further evaluation: all have been reported."""
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Trial, time: float) -> str:
+        return str(TrialScheduler.CONTINUE)
 
 
 def _resources(trial: TrialSettings) -> tune.PlacementGroupFactory:
@@ -168,7 +179,6 @@ class TrialLines(tune.Callback):
         self.done = sum(record.status in records.ENDED for record in plan.records.values())
         self._stage, self._metric, self._records = stage, plan.objective.metric, plan.records
         self._stopper = stopper
-        self._ended = self.done
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Print that a trial starts."""
@@ -200,5 +210,5 @@ class TrialLines(tune.Callback):
         self._print_end(settings, "failed", f"{record.failure}{where}")
 
     def _print_end(self, trial: TrialSettings, end: str, what: str) -> None:
-        self._ended += 1
-        progress.info(self._stage, f"trial {trial.name} {end} ({self._ended} of {self.total}): {what}")
+        ended = sum(record.status != "running" for record in self._records.values())
+        progress.info(self._stage, f"trial {trial.name} {end} ({ended} of {self.total}): {what}")

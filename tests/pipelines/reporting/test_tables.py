@@ -131,6 +131,41 @@ def test_failed_trials_and_missing_pairs_are_left_out() -> None:
     assert {row[-2:] for row in gains.rows if row[1] == "60"} == {("–", "1")}
 
 
+def test_trials_from_before_more_epochs_are_not_mixed_with_later_ones() -> None:
+    def of_length(epochs: int) -> list[Run]:
+        runs = masking_sweep()
+        return [
+            dataclasses.replace(run, out=f"{run.out},{epochs}", params=run.params | {"length": f"{epochs}epochs"})
+            for run in runs[1:]
+        ]
+
+    later = [masking_sweep()[0], *of_length(40)]
+    earlier = [dataclasses.replace(run, metrics={"val/accuracy": 0.99}) for run in of_length(10)]
+    both = [later[0], *earlier, *later[1:]]
+    assert [table.rows for table in sweep_tables(both)] == [table.rows for table in sweep_tables(later)]
+
+
+def test_means_are_of_finished_runs() -> None:
+    runs = recipe_runs()
+    unfinished = [
+        dataclasses.replace(
+            run,
+            run_id=f"{run.run_id}-{status}",
+            out=f"{run.out}-{status}",
+            status=status,
+            params=run.params | {"loop.seed": f"9{number}"},
+            metrics={name: 0.01 for name in run.metrics},
+        )
+        for run in runs
+        for number, status in enumerate(("RUNNING", "FAILED", "KILLED"))
+    ]
+    for tables in (published_tables, cost_tables):
+        assert [table.rows for table in tables([*runs, *unfinished])] == [table.rows for table in tables(runs)]
+    seeds = "finetune: over seeds"
+    found = [titled(stage_tables("sqlite:///unread.db", each))[seeds] for each in (runs, [*runs, *unfinished])]
+    assert [row[2:] for row in found[0].rows] == [row[2:] for row in found[1].rows]
+
+
 @pytest.mark.parametrize(
     ("key", "text", "share"),
     [

@@ -101,3 +101,9 @@ def test_what_cannot_be_registered_says_so(tmp_path: Path) -> None:
         registered.check(config, Meta(kind="lsmcl", step=1, model={}))
     with pytest.raises(StageError, match="does not answer, so the model is not registered"):
         register("http://nowhere", None, "videos", tmp_path, Evaluated({}, 0.0, True))
+
+
+def test_a_result_that_is_no_number_makes_no_champion(tmp_path: Path) -> None:
+    tested = Evaluated({"metric": "test/mse"}, float("nan"), larger_is_better=False)
+    with pytest.raises(StageError, match="not registered: its test/mse is nan"):
+        register("sqlite:///a.db", "run", "model", tmp_path, tested)

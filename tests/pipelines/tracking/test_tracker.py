@@ -23,7 +23,7 @@ import pytest
 from pipelines import storage, tracking
 from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
-from pipelines.tracking import send_queue
+from pipelines.tracking import runs, send_queue
 from pipelines.tracking.history import metric_history, read_runs
 
 DEADLINE_S = 240.0  # for a busy machine; nothing waits that long when it works
@@ -441,3 +441,13 @@ def test_a_server_that_does_not_know_the_host_name_says_what_to_start_it_with(tm
         with pytest.raises(UserError, match=r"--allowed-hosts HOST:PORT,localhost:PORT"):
             read_runs(uri, "s5")
         server.shutdown()
+
+
+def test_what_was_made_without_mlflow_is_linked_to_no_run(tmp_path: Path) -> None:
+    sweep, made = tmp_path / "sweep", tmp_path / "sweep" / "finetune"
+    made.mkdir(parents=True)
+    for folder in (sweep, made):
+        (folder / "run.json").write_text("{}")
+    (sweep / runs.RUN_FILE).write_text('{"uri": "sqlite:///a.db", "run_id": "of the sweep"}')
+    inputs = {"checkpoint": str(made / "checkpoints"), "manifest": str(sweep / "manifest")}
+    assert runs.linked_runs("sqlite:///a.db", inputs) == {"link.manifest": "of the sweep"}

@@ -119,6 +119,29 @@ def test_a_sweep_that_is_no_extension_is_refused(
         assert plans.finished(second) is None
 
 
+def test_a_larger_range_takes_more_samples(tmp_path: Path) -> None:
+    first = sweep_of(tmp_path, "lsmcl.mask_ratio=uniform(0.25,0.5)", search="random", samples=4)
+    (tmp_path / "trials").mkdir()
+    storage.write_json(str(tmp_path / "run.json"), to_json("sweep", first))
+    larger = dataclasses.replace(first, space=("lsmcl.mask_ratio=uniform(0.1,0.5)",))
+    with pytest.raises(UserError, match="has drawn its 4 samples: give more --samples"):
+        plans.finished(larger)
+    assert plans.finished(dataclasses.replace(larger, samples=5)) is None
+
+
+def test_proposed_values_that_do_not_fit_together_are_failures(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    space = ("model.decoder.blocks=1,2,3", "model.decoder.selection.keep_ratio=[0.5],[0.5,0.4],[0.5,0.4,0.3]")
+    queue, plan = queue_of(sweep_of(tmp_path, *space, search="tpe", samples=8, stages="finetune"))
+    while (suggested := queue.suggest("a")) != Searcher.FINISHED:
+        finish(plan, suggested[TRIAL].out, 0.5)
+        queue.on_trial_complete("a", {"val/accuracy": 0.5})
+    unfit = [record for record in plan.records.values() if record.status == "failed"]
+    assert unfit
+    assert all("keep_ratio" in record.failure for record in unfit)
+    assert all(record.values["model.decoder.blocks"] < 3 for record in unfit)
+
+
 def test_trials_on_another_manifest_are_not_mixed(tmp_path: Path) -> None:
     config = sweep_of(tmp_path, f"{KEEP}=0.5,1.0")
     queue, plan = queue_of(config)

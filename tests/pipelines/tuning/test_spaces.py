@@ -163,3 +163,24 @@ def test_examples_have_every_value_of_a_space() -> None:
     assert len(found) == 3
     assert {values["lsmcl.mask_ratio"] for values in found} == {0.1, 0.2, 0.3}
     assert ({v["optim.lr"] for v in found}, {v["clips.frames"] for v in found}) == ({0.1, 0.2}, {4, 8})
+
+
+def test_the_order_of_a_space_changes_no_trial() -> None:
+    entries = ("optim.lr=1e-3,1e-2", "clips.frames=8,16")
+    names = [{search_space.name_of(values) for values in settings(*space)} for space in (entries, entries[::-1])]
+    assert names[0] == names[1]
+
+
+def test_one_more_choice_leaves_the_draws_of_the_others() -> None:
+    rates = "optim.lr=loguniform(1e-5,1e-2)"
+    few = settings("clips.frames=8,16", rates, samples=3)
+    config = SweepConfig(space=("clips.frames=8,16,32", rates), stages="finetune", samples=3)
+    more = draws.settings_of(config, parse(config))
+    assert few == [values for values in more if values["clips.frames"] < 32]
+    extended = draws.settings_of(config, parse(config), few[2:])
+    assert Counter(values["clips.frames"] for values in extended) == {8: 3, 16: 3, 32: 3}
+
+
+def test_a_narrow_range_has_as_many_values_as_a_wide_one() -> None:
+    drawn = settings("optim.weight_decay=uniform(0.999,0.99999)", search="random", samples=50)
+    assert len({values["optim.weight_decay"] for values in drawn}) == 50
