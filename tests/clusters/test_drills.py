@@ -1,6 +1,6 @@
 """Workers, decoders, nodes and drivers are killed, stopped, preempted, or hang: the run still follows its clip order.
 
-Most of these run only with `make drills`.
+They run only with `make drills`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from s5.checkpoints import checkpoint
 from tests.clusters.drill import ROOT, STEPS, WAIT_S, Drill, is_running
 from tests.clusters.local_cluster import LocalCluster, client_environment, descendants, local_cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.drill]
 
 # Longer than the first batch takes on a busy machine.
 HANG_S = 60
@@ -92,7 +92,6 @@ def test_lost_decoders_and_workers(cluster: LocalCluster, tmp_path: Path) -> Non
     assert result["counts"]["steps"] == STEPS
 
 
-@pytest.mark.drill
 @pytest.mark.parametrize("how", ["lost", "ended"])
 def test_a_node_is_taken_away(nodes: LocalCluster, tmp_path: Path, how: str) -> None:
     # Each node has room for one worker: two of three work.
@@ -113,7 +112,6 @@ def test_a_node_is_taken_away(nodes: LocalCluster, tmp_path: Path, how: str) -> 
     assert "failure" not in line_with(drill, f"process {worker.process})", "resuming from")
 
 
-@pytest.mark.drill
 def test_a_node_is_drained(nodes: LocalCluster, tmp_path: Path) -> None:
     drill = started(tmp_path, nodes, (6,), scale__num_workers=2, scale__cpus_per_worker=1.25)
     worker = drill.held(6, 2)[1]
@@ -137,7 +135,6 @@ def test_a_node_is_drained(nodes: LocalCluster, tmp_path: Path) -> None:
     assert "failure" not in line_with(drill, f"process {worker.process})", "preempted (its node is being drained)")
 
 
-@pytest.mark.drill
 @pytest.mark.parametrize("how", ["native", "python", "stopped"])
 def test_a_worker_hangs(cluster: LocalCluster, tmp_path: Path, how: str) -> None:
     drill = started(tmp_path, cluster, (5,), scale__num_workers=2, scale__hang_timeout_s=HANG_S)
@@ -159,7 +156,6 @@ def test_a_worker_hangs(cluster: LocalCluster, tmp_path: Path, how: str) -> None
         assert "in hang" in stacks
 
 
-@pytest.mark.drill
 def test_one_worker_that_is_stopped_is_replaced(cluster: LocalCluster, tmp_path: Path) -> None:
     drill = started(tmp_path, cluster, (5,), scale__hang_timeout_s=HANG_S)
     stopped = drill.held(5, 1)[0]
@@ -171,7 +167,6 @@ def test_one_worker_that_is_stopped_is_replaced(cluster: LocalCluster, tmp_path:
     assert line_with(drill, f"process {stopped.process}) of 1 stopped responding in step", "(failure 1 of 3)")
 
 
-@pytest.mark.drill
 def test_the_driver_is_killed_and_the_same_command_resumes_with_other_workers(
     cluster: LocalCluster, tmp_path: Path
 ) -> None:
@@ -189,7 +184,6 @@ def test_the_driver_is_killed_and_the_same_command_resumes_with_other_workers(
     assert saved == ["step_00000003"]
 
 
-@pytest.mark.drill
 def test_a_run_grows_once_there_is_room(tmp_path: Path) -> None:
     few = {"scale__num_workers": 2, "scale__min_workers": 1, "scale__resize_interval_s": 3.0}
     with local_cluster(workers=1, worker_cpus=1) as small:
@@ -224,7 +218,6 @@ def losses(drill: Drill) -> list[float]:
     return [found[step] for step in range(1, STEPS + 1)]
 
 
-@pytest.mark.drill
 def test_a_stopped_job_saves_within_rays_own_grace(cluster: LocalCluster, tmp_path: Path) -> None:
     endless = {"loop.epochs": 10000, "loop.checkpoint_every": 40000}
     drill = Drill(tmp_path, cluster, {"scale.num_workers": 2} | endless)

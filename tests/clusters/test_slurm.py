@@ -103,6 +103,7 @@ def test_script_runs_a_stage_on_its_nodes(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkout").glob(".ray-token-*"))
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_script_queues_again_what_its_time_ended(tmp_path: Path) -> None:

@@ -381,11 +381,10 @@ def test_features_of_a_checkpoint_give_its_predictions(
         settings |= {"tracking.uri": "off", "scale.num_workers": 0, "data.cpus_per_decode": 0.5, "batch_size": 5}
         fresh = override(EvaluateConfig(), settings | {"out": f"{config.out}_fresh"})
         read = replace(fresh, out=f"{config.out}_read", features=made.out)
-        two = override(read, {"out": f"{config.out}_two", "scale.num_workers": 2, "scale.cpus_per_worker": 0.5})
         columns, score_VC = predictions(fresh)
-        for found, found_VC in (predictions(read), predictions(two)):
-            assert found == columns
-            np.testing.assert_allclose(found_VC, score_VC, rtol=5e-3)
+        found, found_VC = predictions(read)
+        assert found == columns
+        np.testing.assert_allclose(found_VC, score_VC, rtol=5e-3)
         # Videos differ by more than the tolerance, and their windows are several.
         assert np.ptp(score_VC / score_VC.mean(0), axis=0).max() > 0.02
         assert min(columns["clips"]) > 1

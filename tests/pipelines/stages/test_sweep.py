@@ -57,7 +57,7 @@ def test_draws_follow_from_the_seed() -> None:
     entries = ("optim.lr=loguniform(1e-5,1e-2)", "clips.frames=4,8", "lsmcl.momentum=uniform(0.9,0.99)")
     drawn = values_of(*entries, samples=8)
     assert drawn == values_of(*entries, samples=8) != values_of(*entries, samples=8, seed=1)
-    assert drawn[:6] == values_of(*entries, samples=3)
+    assert [*drawn[:3], *drawn[8:11]] == values_of(*entries, samples=3)
     assert len({search_space.name_of(values) for values in drawn}) == len(drawn) == 16
     assert all(list(values) == ["optim.lr", "clips.frames", "lsmcl.momentum"] for values in drawn)
     assert all(1e-5 <= values["optim.lr"] <= 1e-2 and 0.9 <= values["lsmcl.momentum"] <= 0.99 for values in drawn)
@@ -84,7 +84,7 @@ def test_lists_stand_in_brackets_and_a_single_value_is_a_list_of_one() -> None:
     ratios = [each.model.decoder.selection.keep_ratio for each in settings if isinstance(each, FinetuneConfig)]
     assert ratios == [pair for pair in [(0.5, 0.7), (0.4,), (0.3,), (0.5, 0.5)] for _ in range(2)]
     assert [each.optim.betas for each in settings[:2]] == [(0.9, 0.95), (0.9, 0.999)]
-    assert found[0].name == "keep_ratio=0.5+0.7,betas=0.9+0.95"
+    assert found[0].name == "betas=0.9+0.95,keep_ratio=0.5+0.7"
     assert len({trial.name for trial in found}) == 8
     assert [search_space.text_of(value) for value in found[2].values.values()] == ["[0.4]", "[0.9,0.95]"]
 
@@ -338,8 +338,8 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_local", "another_cluster")
 def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path) -> None:
     # Long enough for a trial not to end by itself before it is stopped.
-    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=60)
-    folders = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio},seed=0,60epochs" for ratio in (0.25, 0.75))
+    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=25)
+    folders = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio},seed=0,25epochs" for ratio in (0.25, 0.75))
     first, second = (folder / "pretrain" for folder in folders)
     sent: list[float] = []
 

@@ -94,13 +94,13 @@ def test_two_workers_follow_the_curve_of_one(straight: PretrainConfig, tmp_path:
     assert losses(two)[0] == pytest.approx(losses(straight)[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.drill)])
 def test_a_stopped_run_resumes_where_it_was(
     straight: PretrainConfig, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Long enough for the signal to arrive before the end on any machine.
     whole = override(
-        straight, {"out": str(tmp_path / "whole"), "loop.epochs": 40, "loop.checkpoint_every": 20, "optim.lr": 1e-4}
+        straight, {"out": str(tmp_path / "whole"), "loop.epochs": 20, "loop.checkpoint_every": 10, "optim.lr": 1e-4}
     )
     config = override(whole, {"out": str(tmp_path / "pretrain"), "scale.num_workers": workers})
 
@@ -116,7 +116,7 @@ def test_a_stopped_run_resumes_where_it_was(
         pretrain.run(override(config, {"optim.lr": 2e-3}))
 
     result = pretrain.run(config)
-    assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 80
+    assert 0 < result["counts"]["resumed_at"] < result["counts"]["steps"] == 40
     assert f" from the checkpoint of step {result['counts']['resumed_at']}\n" in capsys.readouterr().out
     assert result["metrics"]["train/save_failures"] == 0
     pretrain.run(whole)
@@ -201,6 +201,7 @@ def hung(manifest: str, out: Path, how: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.drill
 def test_a_run_that_hangs_in_its_own_process_says_so(manifest: str, tmp_path: Path) -> None:
     done = hung(manifest, tmp_path / "pretrain", "alone")
     assert done.returncode == EXIT_STATUS
@@ -209,6 +210,7 @@ def test_a_run_that_hangs_in_its_own_process_says_so(manifest: str, tmp_path: Pa
     assert "in hang\n" in (tmp_path / "pretrain" / "stacks.txt").read_text()
 
 
+@pytest.mark.drill
 def test_a_second_interrupt_does_not_wait_for_the_step(manifest: str, tmp_path: Path) -> None:
     done = hung(manifest, tmp_path / "pretrain", "interrupted")
     assert "stopping: saving a checkpoint first (once more to stop at once)" in done.stdout

@@ -10,7 +10,7 @@ from tests.bench.selection import Case, train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.drill)])
 def test_the_tokens_that_tell_are_kept(seed: int) -> None:
     case = Case(name="8 tokens", tokens=8, frames=40, steps=240, selection=SelectionConfig(keep_ratio=(0.25,)))
     history: dict[int, dict[str, float]] = {}
