@@ -58,7 +58,7 @@ quickstart: $(READY)  ## The whole line on rendered videos, about 7 minutes; VID
 	$(call step,3/7 pretrain: LSMCL on 2 workers (2 min),pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index)
 	$(call step,4/7 finetune: S5 from that checkpoint (80 s),finetune --preset quickstart --out $(OUT)/finetune --manifest $(OUT)/index --checkpoint $(OUT)/pretrain)
 	$(call step,5/7 evaluate: accuracy on the test split (15 s),evaluate --preset quickstart --out $(OUT)/evaluate --manifest $(OUT)/index --checkpoint $(OUT)/finetune)
-	$(call step,6/7 sweep: 4 trials of masking ratio and clip length (3 min),sweep --preset quickstart --out $(OUT)/sweep --pretrain.manifest $(OUT)/index)
+	$(call step,6/7 sweep: clips of 16 s against 64 s with three seeds (3 min),sweep --preset quickstart --out $(OUT)/sweep --finetune.manifest $(OUT)/index)
 	$(call step,7/7 report: tables and figures of the above (10 s),report --preset quickstart --out $(OUT)/report --runs $(OUT))
 else
 quickstart: $(READY)

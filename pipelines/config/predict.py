@@ -12,6 +12,7 @@ from s5.config import PathRole, require
 PictureFile = Annotated[str, PathRole("output", "file")]
 REGISTERED = "models:/"
 """How the name of a model in MLflow's registry begins."""
+LEAST_EVERY_S = 0.04
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +52,14 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         require(self.clips_per_video >= 0, "clips_per_video", self.clips_per_video, "give 0 or more")
-        require(0 <= self.every_s < float("inf"), "every_s", self.every_s, "give 0 or more seconds")
+        # What is predicted over time is held for one video as a whole.
+        remedy = f"give 0, or at least {LEAST_EVERY_S} seconds: about a frame"
+        require(self.every_s == 0 or LEAST_EVERY_S <= self.every_s < float("inf"), "every_s", self.every_s, remedy)
         for name in ("batch_size", "shard_videos"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
         for name, ending in (("overlay", ".mp4"), ("contact_sheet", ".png")):
             value = getattr(self, name)
             require(not value or value.endswith(ending), name, value, f"give a name that ends in {ending}")
-            require(not value or len(self.videos) < 2, name, value, "it is of one video; give one")
         remedy = "what many workers predict is kept there; give a folder, or scale.num_workers 0"
         require(bool(self.out) or not self.scale.num_workers, "out", self.out, remedy)
         remedy = "pictures are made in the process of the stage; give 0, or leave overlay and contact_sheet out"

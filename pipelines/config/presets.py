@@ -59,12 +59,13 @@ def quickstart() -> RunConfig:
         "finetune.loop.evaluate_every": 3,
     }
     sweep = {
-        "sweep.space": ("lsmcl.mask_ratio=0.25,0.75", "clips.frames=8,16"),
-        # Each fine-tuning would take as long again: kNN on the pretrained features stands for it here.
-        "sweep.stages": "pretrain",
-        "sweep.pretrain.loop.epochs": 4,
-        "sweep.pretrain.loop.evaluate_every": 0,
-        "sweep.pretrain.scale.num_workers": 1,
+        # 16 frames over 16 s and over 64 s: the steps of an activity, or their order as well.
+        "sweep.space": ("clips.long_stride=1,4",),
+        "sweep.seeds": 3,
+        # From scratch, so that the effect is that of the clips alone.
+        "sweep.stages": "finetune",
+        "sweep.finetune.loop.epochs": 6,
+        "sweep.finetune.loop.evaluate_every": 0,
     }
     halves = {f"{stage}.{key}": 0.5 for stage in ("index", "evaluate") for key in ("data.cpus_per_decode",)}
     return override(base(), {"sample.videos": 240} | in_sweep(training) | sweep | halves)

@@ -35,7 +35,7 @@ from pipelines.running.run_folder import SHARDS
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.storage.weights import local_checkpoint
 from s5.checkpoints.checkpoint import digest
-from s5.errors import CheckpointError, Failure
+from s5.errors import CheckpointError, Failure, VideoError
 from s5.evaluation.prediction import Predictor, VideoPrediction, load_model
 from s5.video.reading import VideoFacts
 
@@ -58,6 +58,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
     printer = Printer(sys.stdout)
     with redirect_stdout(sys.stderr):
         videos, faults = listed(config.videos)
+        check_pictures(config, videos)
         with checkpoint_folder(config) as folder:
             predictor = predictor_of(config, folder)
             printer.classes = predictor.meta.classes
@@ -98,10 +99,38 @@ def listed(given: tuple[str, ...]) -> tuple[list[str], list[Failure]]:
             matching = sorted(glob.glob(os.path.expanduser(name), recursive=True))
             if not matching:
                 raise UserError(f"videos is {name!r}: no file has a name like that")
-            videos += matching
+            for found in matching:
+                more, wrong = listed((found,)) if os.path.isdir(found) else ([found], [])
+                videos += more
+                faults += wrong
         else:
             videos.append(name)
     return list(dict.fromkeys(videos)), faults
+
+
+def check_pictures(config: PredictConfig, videos: list[str]) -> None:
+    """Check that an overlay and a contact sheet are of one video, are not that video itself, and can be written.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name in ("overlay", "contact_sheet"):
+        if not (path := getattr(config, name)):
+            continue
+        said = f"{name} is {path!r}"
+        if len(videos) != 1:
+            raise UserError(f"{said}: it is of one video, and there are {len(videos)}; give one")
+        place = storage.absolute(path)
+        if place == storage.absolute(videos[0]) or (os.path.exists(place) and os.path.samefile(place, videos[0])):
+            raise UserError(f"{said}: that is the video itself; give another name")
+        if not storage.is_uri(place):
+            folder = os.path.dirname(place)
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{said}: its folder cannot be made ({error.strerror})") from None
+            if not os.access(folder, os.W_OK) or os.path.isdir(place):
+                raise UserError(f"{said}: it cannot be written there; give another name")
 
 
 @contextmanager
@@ -178,6 +207,13 @@ def pictures(config: PredictConfig) -> OnPrediction | None:
     from pipelines.plots.contact_sheet import draw_contact_sheet
 
     def draw(video: str, facts: VideoFacts, found: VideoPrediction) -> None:
+        try:
+            make(video, facts, found)
+        except (OSError, VideoError) as error:
+            # What is predicted is not lost with its pictures.
+            progress.info("predict", f"no overlay or contact sheet of {video}: {error}")
+
+    def make(video: str, facts: VideoFacts, found: VideoPrediction) -> None:
         assert found.kept is not None
         with storage.open_video(video, whole=True) as source:
             if config.overlay:

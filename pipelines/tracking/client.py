@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import TrackingConfig
@@ -31,11 +32,21 @@ def set_environment(uri: str) -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Return a client; call it while holding `database_lock`, since it may create the tables of a database."""
+    """Return a client; call it while holding `database_lock`, since it may create the tables of a database.
+
+    A new database gets its name once it has all tables: MLflow never opens one again whose creation was killed.
+    """
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    path = database(uri)
+    if path and not os.path.exists(path):
+        part = f"{path}.new"
+        for left in (part, f"{part}-journal"):
+            Path(left).unlink(missing_ok=True)
+        MlflowClient(tracking_uri=f"sqlite:///{part}")
+        os.replace(part, path)
     return MlflowClient(tracking_uri=uri)
 
 

@@ -112,13 +112,12 @@ def windows(config: ClipConfig, start_s: float, end_s: float, fps: float) -> Flo
 def windows_over_time(config: ClipConfig, duration_s: float, fps: float, every_s: float = 0.0) -> FloatArray:
     """Return the times (W, T) of windows that cover a video, one every `every_s`, or for 0 one after the other.
 
-    The last one ends with the last whole second of the video, and may overlap the one before. None (W = 0) of a video
-    that is too short for two.
+    The last one ends with the video, and may overlap the one before. None (W = 0) of a video that is too short for two.
     """
     stride = stride_s(config, config.long_stride, fps)
     window_s = config.frames * stride
-    starts_W = lvu_windows(duration_s, window_s, every_s or window_s)
-    latest_s = math.floor(duration_s + TOLERANCE_S) - window_s
+    step_s, latest_s = every_s or window_s, duration_s - window_s
+    starts_W = step_s * np.arange(max(0, math.floor(latest_s / step_s + TOLERANCE_S)) + 1, dtype=np.float64)
     if latest_s > starts_W[-1] + TOLERANCE_S:
         starts_W = np.append(starts_W, latest_s)
     if len(starts_W) == 1:

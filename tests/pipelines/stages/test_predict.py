@@ -68,7 +68,7 @@ def test_json_lines_without_ray_or_mlflow(folder: Path, capsys: pytest.CaptureFi
     assert first["probability"] == pytest.approx(direct.probability, abs=1e-6)
     assert set(first["top"]) == {"a", "b", "c"}
     assert next(iter(first["top"])) == first["label"]
-    assert [(part["start_s"], part["end_s"]) for part in first["over_time"]] == [(0, 4), (4, 8), (7, 11)]
+    assert [(part["start_s"], part["end_s"]) for part in first["over_time"]] == [(0, 4), (4, 8), (7.5, 11.5)]
     assert second["video"].endswith("b/b.mp4")
     assert gone == {"video": str(tmp_path / "gone.mp4"), "reason": "file not found"}
     assert "not a video file" in cut["reason"] or "truncated" in cut["reason"]
@@ -83,7 +83,7 @@ def test_regression_has_values(capsys: pytest.CaptureFixture[str], folder: Path,
     assert {"label", "probability", "top"}.isdisjoint(line)
     assert isinstance(line["value"], float)
     assert [(part["start_s"], "label" in part) for part in line["over_time"]] == [
-        (start, False) for start in (0, 2, 4, 6, 7)
+        (start, False) for start in (0, 2, 4, 6, 7.5)
     ]
 
 
@@ -243,7 +243,11 @@ def test_a_video_stays_open_in_the_child(folder: Path) -> None:
         (["cut.mp4", "--overlay", "o.avi"], "overlay is 'o.avi': give a name that ends in .mp4"),
         (["a.mp4", "--videos", "cut.mp4"], r"videos is given with --videos and without \('a.mp4'\): give all of them"),
         (["a.mp4", "-v"], "'-v' belongs to no option"),
-        (["a.mp4", "b.mp4", "--contact-sheet", "s.png"], "contact_sheet is 's.png': it is of one video; give one"),
+        (["a.mp4", "b.mp4", "--contact-sheet", "s.png"], "it is of one video, and there are 2; give one"),
+        ([".", "--overlay", "o.mp4"], "it is of one video, and there are"),
+        (["./cut.mp4", "--overlay", "cut.mp4"], "overlay is 'cut.mp4': that is the video itself"),
+        (["cut.mp4", "--contact-sheet", "/dev/null/s.png"], "contact_sheet is '/dev/null/s.png': its folder cannot"),
+        (["cut.mp4", "--every-s", "0.001"], "every_s is 0.001: give 0, or at least 0.04 seconds"),
         (["a.mp4", "--scale.num-workers", "2"], "out is '': what many workers predict is kept there"),
         (["a.mp4", "--checkpoint", "all", "--overlay", "o.mp4"], "vis4mer, keeps all tokens in its first block"),
         (["s3://key:secret@bucket/a.mp4"], r"'s3://\*\*\*@bucket/a.mp4' holds credentials or a query"),

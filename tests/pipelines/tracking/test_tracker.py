@@ -24,6 +24,7 @@ from pipelines import storage, tracking
 from pipelines.config import TrackingConfig
 from pipelines.errors import UserError
 from pipelines.tracking import runs, send_queue
+from pipelines.tracking.client import connect
 from pipelines.tracking.history import metric_history, read_runs
 
 DEADLINE_S = 240.0  # for a busy machine; nothing waits that long when it works
@@ -294,6 +295,25 @@ def test_processes_that_open_a_new_database_at_once(tmp_path: Path) -> None:
     assert len(runs) == 4
     for run in runs:
         assert metric_history(uri, run.run_id, "m") == [(step, float(step)) for step in range(50)]
+
+
+@pytest.mark.slow
+def test_a_database_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
+    uri, database = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlflow.db"
+    code = (
+        "import os, sys\n"
+        "from pipelines.tracking.client import connect\n"
+        "os.replace = lambda *paths: os.kill(os.getpid(), 9)\n"
+        "connect(sys.argv[1])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, uri], cwd=Path(__file__).parents[3])
+    assert killed.returncode == -signal.SIGKILL
+    (half_made,) = tmp_path.iterdir()
+    assert half_made.stat().st_size > 0
+    half_made.write_bytes(half_made.read_bytes()[:8192])
+    assert not database.exists()
+    assert connect(uri).search_experiments()[0].name == "Default"
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 # --- a server that comes and goes -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from s5.video.clip_times import (
     lvu_windows,
     protocol_times,
     training_times,
+    windows_over_time,
 )
 
 CLIPS = ClipConfig(frames=8, long_stride=1.0, short_stride=0.25)
@@ -156,3 +157,16 @@ def test_the_other_protocols_take_long_clips() -> None:
         np.testing.assert_array_equal(trained, long_short_times(CLIPS, 0, 17.125, 8, 5)[0])
         with pytest.raises(ValueError, match=r"clips.long_stride"):
             protocol_times(protocol, CLIPS, 0, 3.0, 8, 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("duration_s", [0.95, 1.95, 10.9, 60.0, 61.04])
+@pytest.mark.parametrize("every_s", [0.0, 0.1, 0.7])
+def test_windows_over_time_cover_the_video_to_its_end(duration_s: float, every_s: float) -> None:
+    config = ClipConfig(frames=8, long_stride=0.04, short_stride=0.04)
+    times_WT = windows_over_time(config, duration_s, 25.0, every_s)
+    assert times_WT[0, 0] == 0
+    assert times_WT[-1, -1] == pytest.approx(duration_s - 0.04)
+    steps = np.diff(times_WT[:, 0])
+    assert (steps > 0).all()
+    assert steps[:-1] == pytest.approx(every_s or 0.32)
+    assert steps[-1] <= (every_s or 0.32) + 1e-6
