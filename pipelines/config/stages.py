@@ -237,7 +237,8 @@ class EvaluateConfig:
     """Evaluate a checkpoint: accuracy or error of a fine-tuned model; probes and nearest clips of a pretrained one."""
 
     out: OutFolder = "out/evaluate"
-    """Folder for metrics.json, predictions.parquet, figures and result.json."""
+    """Folder for metrics.json, predictions.parquet, figures and result.json; a second start with the same folder
+    resumes."""
     checkpoint: CheckpointPath = "out/finetune"
     """Checkpoint: its folder or the --out of `pretrain` or `finetune`."""
     manifest: ManifestPath = "out/index/manifest.parquet"
@@ -255,6 +256,8 @@ class EvaluateConfig:
     no picture of nearest clips then."""
     batch_size: int = 16
     """Clips that the model sees at once."""
+    shard_videos: int = 32
+    """Videos that a worker stores together: what a run that was ended has to evaluate again."""
     labels: LabelsPath = ""
     """Soft labels to compare predicted steps with, for a checkpoint of task distant: the --out of `narrate`; without it
     those beside the manifest, if any."""
@@ -278,7 +281,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("clips_per_video", "train_videos"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("batch_size", "neighbours"):
+        for name in ("batch_size", "shard_videos", "neighbours"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
 
 
