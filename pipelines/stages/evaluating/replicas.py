@@ -236,7 +236,8 @@ class Replica:
         kind = self.meta.kind
         output = inference.features(self.model) if self.meta.pretrained else inference.scores(self.model, kind)
         batches = self._counted(source.evaluation(videos, clips_per_video, batch_size))
-        return inference.run_in_parts(output, batches, self.device, part_videos, pictured)
+        # Ray streams what a generator function yields.
+        yield from inference.run_in_parts(output, batches, self.device, part_videos, pictured)
 
     def _counted(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
         for batch in batches:
