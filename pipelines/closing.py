@@ -65,7 +65,7 @@ def _following(config: StageConfig, result: dict[str, Any]) -> tuple[str, dict[s
         return "finetune", changes | {"model.backbone.frozen": True}
     if isinstance(config, PretrainConfig):
         changes = {"manifest": config.manifest, "checkpoint": config.out, "features": config.features}
-        return "finetune" if "knn/top1" in result["metrics"] else "evaluate", changes
+        return "finetune" if {"knn/top1", "linear/top1"} & result["metrics"].keys() else "evaluate", changes
     if isinstance(config, FinetuneConfig):
         return "evaluate", {"manifest": config.manifest, "checkpoint": config.out, "features": config.features}
     return "", {}

@@ -51,14 +51,14 @@ def check(stage: str, config: StageConfig, dry_run: bool = False) -> None:
         UserError: one of them is wrong.
     """
     check_credentials(config)
+    if isinstance(config, SweepConfig):
+        check_space(config)
     check_inputs(config)
     if isinstance(config, RecipeConfig):
         recipes.check(config)
         dry_run = config.dry_run
     if dry_run or (isinstance(config, PredictConfig) and not config.out):
         return
-    if isinstance(config, SweepConfig):
-        check_space(config)
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):
         RunFolder.of(stage, config).check_stage()

@@ -29,6 +29,12 @@ class TrackingConfig:
     """Name of the MLflow experiment."""
     run_name: str = ""
     """Name of the run; empty for the stage's name."""
+    system_s: float = 10.0
+    """Seconds between two samples of what the machine of the stage's own process does: CPUs, memory, disk, network and
+    GPUs (MLflow's system metrics); 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.system_s < float("inf"), "tracking.system_s", self.system_s, "give 0 or more seconds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from s5.config import (
 
 IMPORT_NEEDS = "name what made the features of --import, as in model.backbone.name of training; else leave it out"
 ProtocolSetting = Literal["auto", "uniform", "windows", "whole", "multi-clip"]
+ProbeSetting = Literal["knn", "linear", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,11 @@ class PretrainConfig:
     """Optimiser."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Length and rhythm."""
+    probe: ProbeSetting = "knn"
+    """What the classes of labelled videos of split val are found with from the encoder's features, at each evaluation:
+    see `evaluate`. A linear probe of wide features takes many seconds."""
     probe_videos: int = 512
-    """Labelled training videos that a kNN probe compares with; 0 for no probe."""
+    """Labelled training videos that the probe learns from; 0 for no probe."""
     data: DataConfig = field(default_factory=DataConfig)
     """Decoding."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -78,6 +82,9 @@ class PretrainConfig:
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)
         require(self.loop.batch_size != 1, "loop.batch_size", self.loop.batch_size, "contrast needs at least 2 videos")
+        require(self.probe_videos >= 0, "probe_videos", self.probe_videos, "give 0 or more")
+        remedy = f"probe {self.probe} learns from labelled videos; give at least 2, or leave the probe out"
+        require(self.probe == "knn" or self.probe_videos >= 2, "probe_videos", self.probe_videos, remedy)
         if self.features:
             frozen = self.model.backbone.frozen
             require(frozen, "model.backbone.frozen", frozen, "cached features are of a frozen backbone; give True")
@@ -237,7 +244,8 @@ class EvaluateConfig:
     """Evaluate a checkpoint: accuracy or error of a fine-tuned model; probes and nearest clips of a pretrained one."""
 
     out: OutFolder = "out/evaluate"
-    """Folder for metrics.json, predictions.parquet, figures and result.json."""
+    """Folder for metrics.json, predictions.parquet, figures and result.json; a second start with the same folder
+    resumes."""
     checkpoint: CheckpointPath = "out/finetune"
     """Checkpoint: its folder or the --out of `pretrain` or `finetune`."""
     manifest: ManifestPath = "out/index/manifest.parquet"
@@ -255,10 +263,12 @@ class EvaluateConfig:
     no picture of nearest clips then."""
     batch_size: int = 16
     """Clips that the model sees at once."""
+    shard_videos: int = 32
+    """Videos that a worker stores together: what a run that was ended has to evaluate again."""
     labels: LabelsPath = ""
     """Soft labels to compare predicted steps with, for a checkpoint of task distant: the --out of `narrate`; without it
     those beside the manifest, if any."""
-    probe: Literal["knn", "linear", "both"] = "knn"
+    probe: ProbeSetting = "knn"
     """What the labels are found with from a pretrained encoder's features: nearest neighbours (where there are labels),
     or a linear classifier on standardised features, whose regularisation is chosen by cross-validation in train."""
     train_videos: int = 2048
@@ -278,7 +288,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("clips_per_video", "train_videos"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        for name in ("batch_size", "neighbours"):
+        for name in ("batch_size", "shard_videos", "neighbours"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
 
 

@@ -33,7 +33,7 @@ class SweepConfig:
     """What a trial runs. Trials whose pretraining is the same do it once."""
     metric: str = ""
     """Metric to compare; empty for `val/accuracy` (`val/mse` in regression, `val/loss` in task distant) or, after
-    pretraining alone, `knn/top1`."""
+    pretraining alone, `knn/top1`; `linear/top1` needs pretrain.probe linear or both."""
     against_seconds: bool = False
     """Weigh the metric against the seconds of a trial: `tpe` looks for settings that are good for their seconds. The
     result says of every setting whether another one beats it in both."""

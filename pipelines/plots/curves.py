@@ -17,7 +17,7 @@ from pipelines.plots.drawing import COLOURS, INK, SIZE, STYLE, Drawing, finished
 
 Points = Sequence[tuple[float, float]]
 
-LINES: tuple[Literal["-", "--"], ...] = ("-", "--")
+LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 SMOOTHED_FROM = 100
 LABELS = {
     "train/loss": "training",
@@ -28,12 +28,13 @@ LABELS = {
     "val/mse": "validation",
     "train/top1": "short clip found for a long one",
     "knn/top1": "class, by kNN on features",
+    "linear/top1": "class, by a linear probe",
 }
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of a stage: metrics that share an axis, the first drawn as a full line, the second dashed."""
+    """A figure of a stage: metrics that share an axis, drawn as a full, a dashed and a dotted line."""
 
     title: str
     metrics: tuple[str, ...]
@@ -44,7 +45,7 @@ class Panel:
 PANELS = {
     "pretrain": (
         Panel("Contrastive loss", ("train/loss",)),
-        Panel("Top-1 accuracy", ("knn/top1", "train/top1"), True),
+        Panel("Top-1 accuracy", ("knn/top1", "train/top1", "linear/top1"), True),
     ),
     "finetune": (
         Panel("Loss", ("val/loss", "train/loss")),
@@ -81,7 +82,7 @@ def learning_curves(
         return finished(figure)
 
 
-def _curve(axes: Axes, points: Points, colour: str, line: Literal["-", "--"]) -> None:
+def _curve(axes: Axes, points: Points, colour: str, line: Literal["-", "--", ":"]) -> None:
     """Draw one metric: few points with marks, many as a running mean over the pale values."""
     if not points:
         return

@@ -37,6 +37,7 @@ NAMES = {
     "val/accuracy": "Validation accuracy",
     "val/mse": "Validation error (MSE)",
     "knn/top1": "kNN top-1 accuracy",
+    "linear/top1": "Linear probe top-1 accuracy",
     "test/accuracy": "Test accuracy",
 }
 

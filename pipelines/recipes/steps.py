@@ -127,7 +127,8 @@ def _changes(config: RecipeConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _settings(config: RecipeConfig, name: str, stage: str, changes: dict[str, Any], uri: str) -> StageConfig:
-    logged = {"tracking.uri": uri, "tracking.experiment": config.tracking.experiment, "tracking.run_name": name}
+    logged: dict[str, Any] = {"tracking.uri": uri, "tracking.run_name": name}
+    logged |= {f"tracking.{key}": getattr(config.tracking, key) for key in ("experiment", "system_s")}
     out = storage.join(storage.absolute(config.out), *name.split("/"))
     try:
         return cast(StageConfig, override(getattr(config, GROUPS[stage]), changes | logged | {"out": out}))

@@ -16,6 +16,7 @@ KEY_METRICS: dict[str, tuple[str, ...]] = {
     "index": ("index/videos", "index/rejects"),
     "pretrain": (
         "knn/top1",
+        "linear/top1",
         "train/loss",
         "train/top1",
         "train/embedding_spread",
@@ -24,7 +25,15 @@ KEY_METRICS: dict[str, tuple[str, ...]] = {
         "data/failures_total",
     ),
     "finetune": ("val/accuracy", "val/mse", "val/loss", "train/accuracy", "train/loss", "train/keep_ratio"),
-    "evaluate": ("test/accuracy", "test/chance", "test/mse", "test/videos", "knn/top1", "retrieval/same_video"),
+    "evaluate": (
+        "test/accuracy",
+        "test/chance",
+        "test/mse",
+        "test/videos",
+        "knn/top1",
+        "linear/top1",
+        "retrieval/same_video",
+    ),
 }
 OTHER_METRICS = 6
 SEEN = "train/clips_seen"

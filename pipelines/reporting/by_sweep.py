@@ -14,7 +14,7 @@ from pipelines.reporting.table import NONE, Figure, Table, file_name, interval_t
 from pipelines.tracking.history import Run
 from pipelines.tuning.trials import OBJECTIVE, Objective
 
-SWEEP_METRICS = ("val/accuracy", "val/mse", "knn/top1")
+SWEEP_METRICS = ("val/accuracy", "val/mse", "knn/top1", "linear/top1")
 """What a sweep was compared by that did not log its objective: the first that its trials have."""
 ERRORS = ("mse", "mae", "loss")
 TRIAL = "trial."

@@ -11,7 +11,7 @@ from pipelines.reporting.table import Figure, Table, labels, value_text
 from pipelines.tracking.history import Run
 
 REACHED = {
-    "pretrain": ("knn/top1",),
+    "pretrain": ("knn/top1", "linear/top1"),
     "finetune": ("best/val/accuracy", "val/accuracy", "best/val/mse", "val/mse"),
 }
 """What a training run is judged by: the first of these that it has."""

@@ -15,8 +15,8 @@ from pipelines.errors import UserError
 
 RESULT = "result.json"
 REJECTS = "rejects.parquet"
-# Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features or
-# labels.
+# Folders below --out from which a run resumes: checkpoints; a sweep's trials; transcoded videos; cached features,
+# labels, predictions or outputs of an evaluation.
 CHECKPOINTS, TRIALS, VIDEOS, SHARDS = "checkpoints", "trials", "videos", "shards"
 PRETRAINED = "pretrained"
 """Folder of what several trials of a sweep start from."""
@@ -25,7 +25,7 @@ FREE_SETTINGS = (
     *("scale.", "tracking.", "data."),
     *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
     *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
-    *("node", "chunk_segments"),
+    *("node", "chunk_segments", "batch_size"),
 )
 # What a stage compares for itself, since more of it extends an earlier run.
 EXTENDED = {

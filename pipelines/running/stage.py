@@ -148,7 +148,8 @@ def stage_run(
     )
     stage = Stage(name, folder, tracker)
     try:
-        yield stage
+        with tracking.machine_logged(tracker, config.tracking.system_s):
+            yield stage
         stage.result = _result(stage, config, time.monotonic() - started)
         folder.write_json(RESULT, stage.result)
         if checkpoint := stage.details.get("checkpoint"):

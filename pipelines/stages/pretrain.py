@@ -33,7 +33,7 @@ from pipelines.storage import provenance
 from pipelines.storage.weights import backbone_weights, with_trained_weights
 from pipelines.training.launcher import OnRow, RayContext
 from pipelines.training.training_stage import clip_source, model_on_worker, run_training, show_loss, training_loop
-from s5.evaluation import inference
+from s5.evaluation import inference, linear_probe
 from s5.evaluation.metrics import knn_accuracy, knn_leave_one_out
 from s5.tasks.lsmcl import LSMCL, check_lsmcl
 from s5.training.loop import TrainingLoop
@@ -41,7 +41,7 @@ from s5.training.loop import TrainingLoop
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """What a training worker needs: settings, the training videos in the plan's order, and those of the kNN probe."""
+    """What a training worker needs: settings, the training videos in the plan's order, and those of the probe."""
 
     config: PretrainConfig
     train: pa.Table
@@ -105,6 +105,8 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     except ValueError as error:
         raise UserError(str(error)) from None
     val = drop_too_short(split_of(manifest, "val"), config.clips)
+    probe_train, probe_val = (spread(labelled(videos), config.probe_videos) for videos in (train, val))
+    check_probe(config, probe_train, probe_val)
     inputs, backbone = {"manifest": digest(manifest)}, backbone_weights(config.model.backbone)
     if config.features:
         # Workers may have another folder.
@@ -115,13 +117,30 @@ def build_job(config: PretrainConfig) -> PretrainJob:
     return PretrainJob(
         config=config,
         train=train,
-        probe_train=spread(labelled(train), config.probe_videos),
-        probe_val=spread(labelled(val), config.probe_videos),
+        probe_train=probe_train,
+        probe_val=probe_val,
         order=order_of(config.loop, len(train)),
         inputs=inputs,
         backbone=backbone,
         commit=provenance.commit(),
     )
+
+
+def check_probe(config: PretrainConfig, train: pa.Table, val: pa.Table) -> None:
+    """Raise `UserError` where a linear probe is asked for and cannot be fitted, or measured on other videos."""
+    if config.probe == "knn":
+        return
+    asked = f"probe is {config.probe!r}: in manifest {config.manifest!r}"
+    if (present := len(train["label"].unique())) < 2:
+        raise UserError(
+            f"{asked} the labelled videos of split 'train' are of {present} classes, and a linear probe needs 2; label "
+            "more videos, or give knn"
+        )
+    if len(val) == 0:
+        raise UserError(
+            f"{asked} split 'val', which a linear probe is measured on, has no labelled videos; `index --val-share` "
+            "makes it, or give knn"
+        )
 
 
 def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
@@ -138,7 +157,8 @@ def build(job: PretrainJob, context: RayContext) -> TrainingLoop:
 
 
 def probe(job: PretrainJob, task: LSMCL, source: ClipSource, context: RayContext) -> dict[str, float]:
-    """Return the accuracy of nearest neighbours on the validation videos, or among the training videos themselves."""
+    """Return the accuracy of the probes on the validation videos; without any, that of nearest neighbours among the
+    training videos themselves."""
     output = inference.features(task.encoder)
     batch_size = max(1, job.config.loop.batch_size // context.world_size)
 
@@ -153,8 +173,12 @@ def probe(job: PretrainJob, task: LSMCL, source: ClipSource, context: RayContext
     val = outputs(job.probe_val)
     if context.rank == 0:
         context.reject(train.failures + val.failures)
-    top1 = knn_accuracy(train.values, train.labels, val.values, val.labels)
-    return {"knn/top1": top1, "knn/videos": float(len(val.labels))}
+    found = {}
+    for name, accuracy in (("knn", knn_accuracy), ("linear", linear_probe.top1)):
+        if job.config.probe in (name, "both"):
+            found[f"{name}/top1"] = accuracy(train.values, train.labels, val.values, val.labels)
+            found[f"{name}/videos"] = float(len(val.labels))
+    return found
 
 
 def row_printer(stage: Stage, bar: ProgressBar, job: PretrainJob) -> OnRow:
@@ -162,8 +186,10 @@ def row_printer(stage: Stage, bar: ProgressBar, job: PretrainJob) -> OnRow:
     alarmed: list[int] = []
 
     def report(step: int, row: dict[str, float]) -> None:
-        if "knn/top1" in row:
-            stage.info(f"step {step}: kNN probe top-1 {row['knn/top1']:.3f} on {row['knn/videos']:.0f} videos")
+        for name, called in (("knn", "kNN"), ("linear", "linear")):
+            if f"{name}/top1" in row:
+                reached, videos = row[f"{name}/top1"], row[f"{name}/videos"]
+                stage.info(f"step {step}: {called} probe top-1 {reached:.3f} on {videos:.0f} videos")
         if "train/loss" not in row:
             return
         details = (

@@ -23,7 +23,7 @@ from pipelines.recipes.dry_run import plan_of
 from pipelines.recipes.row import ROW, in_words, row_of
 from pipelines.recipes.steps import Step, settings_of, steps_of
 from pipelines.running.resources import ensure_ray
-from pipelines.running.run_folder import RESULT, RunFolder
+from pipelines.running.run_folder import RESULT, SHARDS, RunFolder
 from pipelines.running.stage import Stage, finished, stage_run
 from pipelines.stages import evaluate, features, finetune, index, pretrain, report
 from pipelines.storage.weights import checkpoint_digest
@@ -121,11 +121,16 @@ def earlier_result(step: Step) -> dict[str, Any] | None:
     if step.stage in SKIPPING:
         return None
     folder = RunFolder.of(step.stage, step.config)
-    inputs = (folder.check_stage() or {}).get(INPUTS, {})
+    before = folder.check_stage()
+    inputs = (before or {}).get(INPUTS, {})
     result = replace(folder, inputs=inputs).finished()
-    if result is None or not isinstance(step.config, EvaluateConfig):
+    if before is None or not isinstance(step.config, EvaluateConfig):
         return result
-    return result if inputs.get("checkpoint") == checkpoint_digest(step.config.checkpoint) else None
+    if inputs.get("checkpoint") == checkpoint_digest(step.config.checkpoint):
+        return result
+    folder.remove(RESULT)
+    storage.remove_folder(folder.path(SHARDS))
+    return None
 
 
 def conclude(stage: Stage, config: RecipeConfig, found: dict[str, dict[str, Any]]) -> None:

@@ -76,6 +76,9 @@ def check_stage(settings: PretrainConfig | FinetuneConfig, metric: str, makes_ch
         UserError: what the stage would say.
     """
     if isinstance(settings, PretrainConfig):
+        probe = metric.partition("/")[0]
+        if probe in ("knn", "linear") and settings.probe not in (probe, "both"):
+            raise UserError(f"metric is {metric!r}: pretrain.probe is {settings.probe!r}; give {probe} or both")
         pretraining = pretrain.build_job(settings)
         if len(pretraining.probe_train) < 2 and metric.startswith("knn/"):
             raise UserError(

@@ -6,6 +6,7 @@ A stage calls `start` and gets a `Tracker`, which never waits for MLflow; `creat
     uri         which MLflow a stage logs to: a database beside its results, a server, or none (`off`)
     tracker     start a run; log metrics and files; finish
     send_queue  the thread behind it: sends in order, retries a server that is down
+    machine     what this machine does meanwhile
     runs        a run in MLflow: created, found again by a resumed stage, ended
     client      connecting, and what MLflow's errors mean
     history     runs and curves read back as plain values, for `report` and the sweep
@@ -17,6 +18,7 @@ mlflow itself is imported by the functions that need it: it takes seconds.
 """
 
 from pipelines.tracking.client import create_database, reading
+from pipelines.tracking.machine import machine_logged
 from pipelines.tracking.runs import PARENT_TAG, end_open_runs
 from pipelines.tracking.tracker import UNSENT_FILE, DataSet, Tracker, start
 from pipelines.tracking.uri import VARIABLE, check_without_credentials, database, resolve_uri
@@ -31,6 +33,7 @@ __all__ = [
     "create_database",
     "database",
     "end_open_runs",
+    "machine_logged",
     "reading",
     "resolve_uri",
     "start",

@@ -45,6 +45,7 @@ from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
+    from mlflow.entities import Run as MlflowRun
 
 COMMIT_TAG = "mlflow.source.git.commit"
 """Where MLflow's pages look for a commit."""
@@ -106,12 +107,12 @@ def start(
     if parent_run:
         tags[PARENT_TAG] = parent_run
 
-    def open_run(client: MlflowClient) -> str:
+    def open_run(client: MlflowClient) -> MlflowRun:
         run = find_or_create(client, uri, config.experiment, out, tags, config.run_name or stage)
         log_params(client, run, params)
         if datasets:
             client.log_inputs(run.info.run_id, [_dataset_input(each) for each in datasets])
-        return str(run.info.run_id)
+        return run
 
     tracker = Tracker(uri, out, open_run)
     tracker.wait_for_run()
@@ -143,13 +144,15 @@ class Tracker:
     Args:
         uri: where to log; with `off` no method does anything.
         out: where the stage writes, and what could not be sent is saved.
-        open_run: creates the run or finds it, and returns its id; called in the queue's thread.
+        open_run: creates the run or finds it; called in the queue's thread.
     """
 
-    def __init__(self, uri: str, out: str, open_run: Callable[[MlflowClient], str]) -> None:
+    def __init__(self, uri: str, out: str, open_run: Callable[[MlflowClient], MlflowRun]) -> None:
         self.uri = uri
         self.run_id: str | None = None
         """The run's id; None until MLflow has answered."""
+        self.started: float | None = None
+        """When the run was created, in seconds since 1970; None until MLflow has answered."""
         self._out = out
         self._open_run = open_run
         self._client: MlflowClient | None = None
@@ -242,7 +245,8 @@ class Tracker:
     def _open(self) -> None:
         with translated_errors(), database_lock(self.uri):
             self._client = self._client or connect(self.uri)
-            self.run_id = self._open_run(self._client)
+            info = self._open_run(self._client).info
+            self.run_id, self.started = str(info.run_id), info.start_time / 1000
 
     def _send_rows(self, rows: list[MetricRow]) -> None:
         from mlflow.entities import Metric

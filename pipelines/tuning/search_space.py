@@ -61,7 +61,7 @@ def parse(config: SweepConfig) -> dict[str, Dimension]:
         if not text.strip(" ,"):
             raise UserError(f"space is {entry!r}: write {FORMS}")
         if key not in known:
-            raise UserError(f"space is {entry!r}: {unknown('setting', key, known)}")
+            raise UserError(f"space is {entry!r}: {_of_another_stage(config, key) or unknown('setting', key, known)}")
         if key in dimensions:
             raise UserError(f"space is {entry!r}: {key} is there already; give all its values in one entry")
         _check_free(config, entry, key)
@@ -84,6 +84,14 @@ def _known(config: SweepConfig) -> dict[str, Any]:
     types = {stage: hints(settings) for stage, settings in own.items()}
     known = {key: hint for each in reversed(types.values()) for key, hint in each.items()}
     return known | {f"{stage}.{key}": hint for stage, each in types.items() for key, hint in each.items()}
+
+
+def _of_another_stage(config: SweepConfig, key: str) -> str:
+    """Return what is said of a setting that only a stage has which the sweep does not run; empty for others."""
+    for stage in ("pretrain", "finetune"):
+        if stage not in stages(config) and key.removeprefix(f"{stage}.") in hints(getattr(config, stage)):
+            return f"{key} is a setting of {stage}, which --stages {config.stages} leaves out; give pretrain+finetune"
+    return ""
 
 
 def _check_free(config: SweepConfig, entry: str, key: str) -> None:

@@ -16,14 +16,14 @@ Settings = PretrainConfig | FinetuneConfig
 
 # What the stages log and trials can be compared by.
 COSTS = ("train/step_seconds", "train/memory_gib")
-PRETRAIN_METRICS = ("knn/top1", "train/top1", "train/loss", "train/embedding_spread", *COSTS)
+PRETRAIN_METRICS = ("knn/top1", "linear/top1", "train/top1", "train/loss", "train/embedding_spread", *COSTS)
 FINETUNE_METRICS = {
     "class": ("val/accuracy", "val/loss", "train/accuracy", "train/loss", *COSTS),
     "regression": ("val/mse", "val/loss", "train/loss", *COSTS),
     "distant": ("val/loss", "val/accuracy", "train/accuracy", "train/loss", *COSTS),
 }
 # Of these, what an evaluation gives: early stopping compares one after another.
-EVALUATED = ("knn/", "val/")
+EVALUATED = ("knn/", "linear/", "val/")
 LOWER_IS_BETTER = ("mse", "mae", "loss", "step_seconds", "memory_gib")
 OBJECTIVE = "objective."
 """What the parameters of a sweep's run begin with that hold its objective."""
@@ -83,7 +83,8 @@ def objective_of(config: SweepConfig) -> Objective:
     Raises:
         UserError: no stage of a trial logs the metric, or early stopping cannot follow it.
     """
-    usual = FINETUNE_METRICS[config.finetune.task][0] if "finetune" in stages(config) else "knn/top1"
+    probed = "linear/top1" if config.pretrain.probe == "linear" else "knn/top1"
+    usual = FINETUNE_METRICS[config.finetune.task][0] if "finetune" in stages(config) else probed
     metric = config.metric or usual
     known = {"pretrain": PRETRAIN_METRICS, "finetune": FINETUNE_METRICS[config.finetune.task]}
     last = stages(config)[-1]
@@ -155,7 +156,8 @@ def stage_config(config: SweepConfig, stage: str, values: Mapping[str, Any], num
     # A trial lies in another folder: left to itself it would take the database beside that.
     uri = tracking.resolve_uri(config.tracking, storage.absolute(config.out))
     changes = configured(config, stage, values) | {"loop.seed": base.loop.seed + number}
-    changes |= {"tracking.uri": uri, "tracking.run_name": stage, "tracking.experiment": config.tracking.experiment}
+    changes |= {"tracking.uri": uri, "tracking.run_name": stage}
+    changes |= {f"tracking.{key}": getattr(config.tracking, key) for key in ("experiment", "system_s")}
     settings = override(base, changes)
     paths = {"manifest": storage.absolute(settings.manifest)}
     if (weights := settings.model.backbone.weights) not in ("", "timm"):

@@ -5,7 +5,7 @@ Shapes: N clips, D numbers a clip, T frames, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,23 @@ class ClipOutputs:
     thumbnails: list[Tensor | None] = field(default_factory=list)
     """Middle frame of each clip, uint8 (H, W, 3), None for clips whose frames were not asked for."""
 
+    @classmethod
+    def none(cls, failures: list[Failure]) -> ClipOutputs:
+        """Return those of no clip, beside failures."""
+        return cls([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), failures)
+
+    def take(self, rows: Sequence[int], failures: list[Failure]) -> ClipOutputs:
+        """Return copies of the outputs of some clips, beside other failures."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        return ClipOutputs(
+            [self.video_ids[row] for row in rows],
+            self.values[index],
+            self.labels[index],
+            self.targets[index],
+            failures,
+            [self.thumbnails[row] for row in rows] if self.thumbnails else [],
+        )
+
 
 Output = Callable[[ClipBatch], Tensor]
 
@@ -51,54 +68,76 @@ def scores(model: VideoModel, kind: str) -> Output:
     return lambda batch: model(batch.long).logits_BC
 
 
-@torch.no_grad()
 def run(
     output: Output, batches: Iterable[ClipBatch], device: torch.device, pictured: Collection[str] = ()
 ) -> ClipOutputs:
     """Return the outputs of a model in evaluation mode for this worker's clips, with frames of the pictured videos."""
-    found = ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), [])
-    values, labels, targets = [], [], []
+    return joined(list(_of_batches(output, batches, device, pictured)))
+
+
+def run_in_parts(
+    output: Output, batches: Iterable[ClipBatch], device: torch.device, videos: int, pictured: Collection[str] = ()
+) -> Iterator[ClipOutputs]:
+    """Yield what `run` returns in parts of at least so many videos, of each of which all clips are in one part.
+
+    A failure comes with or before the part that has the video's other clips.
+    """
+    held: list[ClipOutputs] = []
+    for found in _of_batches(output, batches, device, pictured):
+        held.append(found)
+        names = [name for each in held for name in each.video_ids]
+        if len(set(names)) > videos:
+            # More clips of the last video may come.
+            whole, first = joined(held), names.index(names[-1])
+            yield whole.take(range(first), whole.failures)
+            held = [whole.take(range(first, len(names)), [])]
+    yield joined(held)
+
+
+@torch.no_grad()
+def _of_batches(
+    output: Output, batches: Iterable[ClipBatch], device: torch.device, pictured: Collection[str]
+) -> Iterator[ClipOutputs]:
+    """Yield the outputs of each batch."""
     for batch in batches:
-        found.failures += batch.failures
-        if not batch.video_ids:
-            continue
-        found.video_ids += batch.video_ids
-        values.append(output(batch.to(device)).float().cpu())
-        labels.append(batch.labels)
-        targets.append(batch.targets)
-        for video, clip in zip(batch.video_ids, batch.long, strict=True):
-            # A copy: a view would keep the whole batch.
-            found.thumbnails.append(clip[len(clip) // 2].clone() if video in pictured else None)
-    if values:
-        found.values, found.labels, found.targets = torch.cat(values), torch.cat(labels), torch.cat(targets)
-    return found
+        values = output(batch.to(device)).float().cpu() if batch.video_ids else torch.empty(0, 0)
+        # A copy: a view would keep the whole batch.
+        frames = [
+            clip[len(clip) // 2].clone() if video in pictured else None
+            for video, clip in zip(batch.video_ids, batch.long, strict=True)
+        ]
+        yield ClipOutputs(batch.video_ids, values, batch.labels, batch.targets, batch.failures, frames)
 
 
-def merge(parts: list[ClipOutputs]) -> ClipOutputs:
+def joined(parts: Sequence[ClipOutputs]) -> ClipOutputs:
+    """Return the clips of several parts, one part after the other."""
+    failures = [failure for part in parts for failure in part.failures]
+    full = [part for part in parts if part.video_ids]
+    if not full:
+        return ClipOutputs.none(failures)
+    return ClipOutputs(
+        [name for part in full for name in part.video_ids],
+        torch.cat([part.values for part in full]),
+        torch.cat([part.labels for part in full]),
+        torch.cat([part.targets for part in full]),
+        failures,
+        [thumbnail for part in full for thumbnail in part.thumbnails],
+    )
+
+
+def merge(parts: Sequence[ClipOutputs]) -> ClipOutputs:
     """Return the clips of all workers in the order of their video ids, so that the order is that of one worker.
 
     A video some of whose clips could not be read counts as one failure and has no clips: a result from the rest would
     not follow the protocol.
     """
-    full = [part for part in parts if part.video_ids]
+    whole = joined(parts)
     first: dict[str, Failure] = {}
-    for part in parts:
-        for failure in part.failures:
-            first.setdefault(failure.video_id, failure)
-    failures = list(first.values())
-    names = [name for part in full for name in part.video_ids]
+    for failure in whole.failures:
+        first.setdefault(failure.video_id, failure)
+    names = whole.video_ids
     order = sorted((i for i, name in enumerate(names) if name not in first), key=lambda i: names[i])
-    if not order:
-        return ClipOutputs([], torch.empty(0, 0), torch.empty(0).long(), torch.empty(0), failures)
-    thumbnails = [thumbnail for part in full for thumbnail in part.thumbnails]
-    return ClipOutputs(
-        [names[i] for i in order],
-        torch.cat([part.values for part in full])[order],
-        torch.cat([part.labels for part in full])[order],
-        torch.cat([part.targets for part in full])[order],
-        failures,
-        [thumbnails[i] for i in order] if thumbnails else [],
-    )
+    return whole.take(order, [first[name] for name in sorted(first)])
 
 
 def by_video(found: ClipOutputs) -> ClipOutputs:

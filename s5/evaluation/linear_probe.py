@@ -8,6 +8,7 @@ Shapes: N examples, D width, C classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,20 @@ class LinearProbe:
 
 def _blocks(length: int) -> list[slice]:
     return [slice(first, first + ROWS) for first in range(0, length, ROWS)]
+
+
+def top1(train_ND: Tensor, train_labels_N: Tensor, query_VD: Tensor, labels_V: Tensor) -> float:
+    """Return the accuracy, on V queries, of the linear probe of N training examples; NaN where there can be none.
+
+    There can be none without queries, from examples of fewer than two classes, or on features that are not finite.
+    """
+    if len(labels_V) == 0:
+        return math.nan
+    try:
+        probe, _ = fit_chosen(train_ND, train_labels_N)
+    except ValueError:
+        return math.nan
+    return float((probe.probabilities(query_VD).argmax(1) == labels_V).double().mean())
 
 
 def check(features_ND: Tensor, labels_N: Tensor) -> None:

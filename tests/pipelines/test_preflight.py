@@ -49,6 +49,7 @@ def command(*arguments: str, cwd: Path, code: str = RUN) -> subprocess.Completed
         (["pretrain", "--lsmcl.mask-ration", "0.5"], "unknown setting 'lsmcl.mask_ration': did you mean"),
         (["pretrain", "--lsmcl.mask-ratio", "1.5"], "lsmcl.mask_ratio is 1.5: give a value in [0, 1)"),
         (["pretrain", "--manifest", "manifest.parque"], "manifest is 'manifest.parque': there is no such file"),
+        (["sweep", "--space", "clip-lenght"], "space is 'clip-lenght': write key=value,value, or give a ready space"),
         (["evaluate", "--manifest", "manifest.parquet"], "checkpoint is 'out/finetune': there is no such folder"),
         (
             ["pretrain", "--preset", "base", "--preset=quickstart"],

@@ -326,7 +326,11 @@ def test_what_was_trained_again_is_evaluated_again(data: Path) -> None:
     _finished(step.config.out, "evaluate", step.config, inputs={"checkpoint": "first"})
     assert stage.has_row(steps.steps_of(config))
     assert stage.earlier_result(step) is not None
+    _finished(f"{step.config.out}/shards", "evaluate", step.config)
     assert stage.earlier_result(_trained(config, "second")) is None
+    # Else the stage would refuse what is there.
+    assert not (Path(step.config.out) / "result.json").exists()
+    assert not (Path(step.config.out) / "shards").exists()
     # A run of an earlier version does not say what it evaluated.
     _finished(step.config.out, "evaluate", step.config)
     assert stage.earlier_result(step) is None

@@ -265,6 +265,8 @@ def of_pretraining(manifest: str, out: Path, **changes: Any) -> SweepConfig:
     [
         ({"space": ("clips.frames=4,400",)}, r"trial frames=400: .*clip"),
         ({"pretrain__probe_videos": 0}, "metric is 'knn/top1': pretrain.probe_videos is 0"),
+        ({"metric": "linear/top1"}, "metric is 'linear/top1': pretrain.probe is 'knn'; give linear or both"),
+        ({"pretrain__probe": "linear", "metric": "knn/top1"}, "pretrain.probe is 'linear'; give knn or both"),
         ({"pretrain__manifest": "none.parquet"}, "manifest is '.*/none.parquet': there is no such file"),
     ],
 )

@@ -238,6 +238,24 @@ def test_a_deleted_experiment_is_a_users_mistake(tmp_path: Path) -> None:
         tracking.start(TrackingConfig(experiment="gone"), stage="a", out=str(tmp_path / "o"), params={})
 
 
+def test_what_the_machine_does_is_logged_along_the_seconds_of_the_run(tmp_path: Path) -> None:
+    for every_s in (0.3, 10.0, 0.0):
+        tracker = tracking.start(TrackingConfig(), stage="pretrain", out=str(tmp_path / f"{every_s}"), params={})
+        assert tracker.started is not None
+        tracker.started -= 100
+        with tracking.machine_logged(tracker, every_s):
+            time.sleep(1)
+        tracker.finish("FINISHED")
+    often, once, never = read_runs(tracker.uri, "s5")
+    names = {f"system/{key}" for key in ("cpu_utilization_percentage", "system_memory_usage_megabytes")}
+    assert names < often.metrics.keys() == once.metrics.keys()
+    assert 0 < once.metrics["system/system_memory_usage_percentage"] < 100
+    assert 0 <= once.metrics["system/cpu_utilization_percentage"] <= 100
+    (step, _) = metric_history(tracker.uri, once.run_id, "system/cpu_utilization_percentage")[0]
+    assert 101 <= step < 200
+    assert not any(key.startswith("system/") for key in never.metrics)
+
+
 def test_off_does_nothing(tmp_path: Path) -> None:
     out = tmp_path / "o"
     tracker = tracking.start(TrackingConfig(uri="off"), stage="pretrain", out=str(out), params={"a": 1})

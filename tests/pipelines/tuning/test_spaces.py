@@ -124,6 +124,11 @@ def test_a_file_that_is_no_space_is_refused(content: str, message: str, tmp_path
         ({"space": ("mask-ration",)}, r"unknown space 'mask-ration': did you mean mask-ratio\?"),
         ({"space": ("none.yaml",)}, "space is 'none.yaml': it cannot be read"),
         ({"space": ("lsmcl.mask_ratios=0.5",)}, r"unknown setting .* did you mean lsmcl.mask_ratio\?"),
+        (
+            {"space": ("mask-ratio",), "stages": "finetune"},
+            r"lsmcl.mask_ratio is a setting of pretrain, which --stages finetune leaves out; give pretrain\+finetune",
+        ),
+        ({"space": ("finetune.task=class",), "stages": "pretrain"}, "finetune.task is a setting of finetune, which"),
         ({"space": ("optim.lr=fast,0.1",)}, "space is 'optim.lr=fast,0.1': optim.lr is 'fast'"),
         ({"space": ("clips.frames=8.5",)}, "clips.frames is '8.5'"),
         ({"space": ("clips.frames=uniform(1.5,4)",)}, "clips.frames is 1.5"),

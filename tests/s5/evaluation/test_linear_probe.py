@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,36 @@ def test_probe_is_the_logistic_regression_of_scikit_learn(decay: float, monkeypa
     np.testing.assert_allclose(probe.probabilities(features), reference.predict_proba(standardised), atol=2e-3)
     again = linear_probe.fit(features, labels, decay)
     assert torch.equal(again.weight_CD, probe.weight_CD)
+
+
+def of_three_classes(count: int, shift: float) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(count) % 3
+    return torch.randn(count, 16) + shift * torch.eye(16)[labels], labels
+
+
+def test_separable_classes_are_found_and_shuffled_labels_are_not() -> None:
+    features, labels = of_three_classes(240, 5.0)
+    train, query = slice(120), slice(120, None)
+    found = linear_probe.top1(features[train], labels[train], features[query], labels[query])
+    # The slowest solver there is: steps down the gradient of the same loss, in double precision.
+    x = ((features - features[train].mean(0)) / features[train].std(0, correction=0)).double()
+    weight = torch.zeros(3, 16, dtype=torch.float64, requires_grad=True)
+    for _ in range(300):
+        loss = torch.nn.functional.cross_entropy(x[train] @ weight.T, labels[train]) + 0.5 * weight.square().sum()
+        (gradient,) = torch.autograd.grad(loss, weight)
+        weight = (weight - 0.3 * gradient).detach().requires_grad_()
+    reference = float(((x[query] @ weight.T).argmax(1) == labels[query]).double().mean())
+    assert found > 0.97
+    assert found == pytest.approx(reference, abs=0.02)
+    shuffled = labels[torch.randperm(240)]
+    assert abs(linear_probe.top1(features[train], shuffled[train], features[query], shuffled[query]) - 1 / 3) < 0.15
+
+
+def test_without_examples_or_queries_there_is_no_accuracy() -> None:
+    features, labels = of_three_classes(12, 5.0)
+    assert math.isnan(linear_probe.top1(features, torch.zeros_like(labels), features, labels))
+    assert math.isnan(linear_probe.top1(features * torch.nan, labels, features, labels))
+    assert math.isnan(linear_probe.top1(features, labels, features[:0], labels[:0]))
 
 
 def test_strength_is_chosen_among_the_training_examples() -> None:
