@@ -16,13 +16,13 @@ DECORD_MACHINES = ("x86_64", "AMD64")
 """decord has no wheels for others; PyAV reads everything there."""
 PACKAGES = "install the packages of constraints.txt there, or give all nodes the same image"
 FAILURES = {
-    "system": ("does not answer as it should", f"if a package is missing, {PACKAGES}; else start the node again"),
+    "system": ("cannot be asked", f"if a package is missing, {PACKAGES}; else start the node again"),
     "torch": ("cannot import torch", PACKAGES),
     "decord": ("cannot decode with decord", PACKAGES),
     "pyav": ("cannot decode with PyAV", PACKAGES),
     "video": ("cannot read --video", "give a sound video, and the credentials of its store by --env"),
     "mlflow": (
-        "does not reach MLflow",
+        "cannot reach MLflow",
         "stages, and trials of a sweep, log from any node: open the way, or correct it",
     ),
     "write": (
@@ -30,7 +30,7 @@ FAILURES = {
         "give a place with room that all nodes may write to, and its credentials by --env",
     ),
     "read": ("cannot read from --store", "let all nodes read what others write there"),
-    "clock": ("does not say what time it is", "start the node again"),
+    "clock": ("cannot say what time it is", "start the node again"),
 }
 """What a node fails to do, and the remedy, by question."""
 
