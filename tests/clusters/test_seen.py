@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
 from mlflow import MlflowClient
@@ -78,10 +77,11 @@ def exported(cluster: LocalCluster) -> dict[str, dict[str, str]]:
     )
     text = ""
     for address in (address for target in targets for address in target["targets"]):
-        # Ray lists ports of processes that have not started, too.
-        with suppress(URLError), urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        # Ray also lists ports of processes that are starting, or are not there.
+        with suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             text += answer.read().decode()
     lines = re.findall(r"^(ray_s5_\w+)\{(.*)\} \S+$", text, re.MULTILINE)
+    print(len(lines), [t["targets"] for t in targets], len(text))
     return {name: dict(re.findall(r'(\w+)="([^"]*)"', labels)) for name, labels in lines}
 
 
