@@ -81,14 +81,13 @@ def exported(cluster: LocalCluster) -> dict[str, dict[str, str]]:
         with suppress(OSError), urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             text += answer.read().decode()
     lines = re.findall(r"^(ray_s5_\w+)\{(.*)\} \S+$", text, re.MULTILINE)
-    print(len(lines), [t["targets"] for t in targets], len(text))
     return {name: dict(re.findall(r'(\w+)="([^"]*)"', labels)) for name, labels in lines}
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_job_its_run_and_its_metrics_point_at_each_other(cluster: LocalCluster, tmp_path: Path) -> None:
-    drill = Drill(tmp_path, cluster, {"scale.num_workers": 0, "loop.epochs": 40, "loop.checkpoint_every": 1000})
+    drill = Drill(tmp_path, cluster, {"scale.num_workers": 0, "loop.epochs": 20, "loop.checkpoint_every": 1000})
     drill.write_inputs()
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     settings = SETTINGS | drill.changes | {"tracking.uri": tracking, "tracking.experiment": "seen"}
@@ -100,10 +99,13 @@ def test_a_job_its_run_and_its_metrics_point_at_each_other(cluster: LocalCluster
     )
     found: dict[str, dict[str, str]] = {}
     end = time.monotonic() + WAIT_S
-    while job.poll() is None and found.keys() != NAMES and time.monotonic() < end:
-        found |= exported(cluster)
-        time.sleep(0.5)
-    log, _ = job.communicate(timeout=WAIT_S)
+    try:
+        while found.keys() != NAMES and time.monotonic() < end:
+            found |= exported(cluster)
+            time.sleep(0.5)
+        log, _ = job.communicate(timeout=WAIT_S)
+    finally:
+        job.kill()
     assert job.returncode == 0, log
     assert found.keys() == NAMES
 
