@@ -221,10 +221,15 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def asked_by(options: argparse.Namespace) -> Asked:
+    """Return what nodes are to reach."""
+    return Asked(store=options.store, tracking_uri=options.tracking_uri.rstrip("/"), video=options.video)
+
+
 def run(argv: Sequence[str]) -> int:
     """Ask the nodes, print what is found, and return the exit status."""
     options = parser().parse_args(argv)
-    asked = Asked(store=options.store, tracking_uri=options.tracking_uri.rstrip("/"), video=options.video)
+    asked = asked_by(options)
     check_places(asked)
     for name in options.env:
         if name not in os.environ:

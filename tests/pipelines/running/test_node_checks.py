@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.running import node_checks
-from pipelines.running.cluster_report import read_from
+from pipelines.running.cluster_report import read_from, report
+from pipelines.running.node_checks import Asked
+from pipelines.storage import provenance
 from pipelines.tracking.send_queue import UnavailableError
 from s5.errors import VideoError
 
@@ -76,6 +78,23 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.Mo
 def test_mlflow_that_does_not_answer_says_so() -> None:
     with pytest.raises(UnavailableError, match="Connection refused"):
         node_checks.ask_mlflow("http://127.0.0.1:9")
+
+
+@pytest.mark.slow
+def test_every_node_of_a_cluster_reports(ray_local: None, clip: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mine.mp4").write_bytes(clip)
+    (tmp_path / "store").mkdir()
+    asked = Asked(store=str(tmp_path / "store"), video=str(tmp_path / "mine.mp4"))
+    (found,) = report(asked, clip)
+    assert found.errors == {}
+    assert found.resources["CPU"] == 2
+    assert found.versions == provenance.versions()
+    assert found.write_mb_s
+    assert found.read_mb_s
+    assert not [*(tmp_path / "store").iterdir()]
+    (broken,) = report(Asked(store=asked.video, video=asked.store), clip[:1000])
+    assert broken.errors.keys() == {"decord", "pyav", "video", "write"}
+    assert "a folder, not a file" in broken.errors["video"]
 
 
 @pytest.mark.parametrize(
