@@ -174,7 +174,7 @@ def pools(name: str, edge: str) -> list[dict[str, float]]:
     return [node["resources"] for node in types for _ in range(node[f"{edge}_workers"])]
 
 
-@pytest.mark.parametrize("name", ["kuberay", "grafana.json", "slurm.sh", *LAUNCHERS])
+@pytest.mark.parametrize("name", ["kuberay", "slurm.sh", *LAUNCHERS])
 @pytest.mark.parametrize("edge", ["min", "max"])
 def test_workers_and_their_decoding_fit(name: str, edge: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(slurm_stage())[1] if name == "slurm.sh" else job_config()
