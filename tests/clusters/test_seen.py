@@ -87,7 +87,7 @@ def exported(cluster: LocalCluster) -> dict[str, dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_job_its_run_and_its_metrics_point_at_each_other(cluster: LocalCluster, tmp_path: Path) -> None:
-    drill = Drill(tmp_path, cluster, {"scale.num_workers": 0, "loop.epochs": 20, "loop.checkpoint_every": 1000})
+    drill = Drill(tmp_path, cluster, {"scale.num_workers": 0, "loop.epochs": 12, "loop.checkpoint_every": 1000})
     drill.write_inputs()
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     settings = SETTINGS | drill.changes | {"tracking.uri": tracking, "tracking.experiment": "seen"}
