@@ -16,7 +16,7 @@ import pytest
 from ray.scripts.scripts import cli as ray_cli
 
 import pipelines
-from clusters import submit
+from clusters import doctor, submit
 from pipelines.command_line import parse, take_dry_run
 from pipelines.config import STAGES, RunConfig, flatten, override
 from pipelines.config.presets import preset
@@ -100,6 +100,8 @@ def check_module(module: str, words: list[str], tmp_path: Path) -> None:
     """Parse the words of `python -m MODULE` by the module's own parser."""
     if module == "pipelines":
         check_stage(words, tmp_path)
+    elif module == "clusters.doctor":
+        doctor.check_places(doctor.asked_by(doctor.parser().parse_args(words)))
     elif module == "clusters.submit":
         check_job(words, tmp_path)
     else:
@@ -170,8 +172,8 @@ def known_options() -> set[str]:
     """Return the options of all stages, of clusters.submit and of the benchmarks, with dashes."""
     stages = {f"--{key}" for name in STAGES for key in flatten(getattr(RunConfig(), name))}
     negated = {re.sub(r"(\.|^--)(\w+)$", r"\1no-\2", option) for option in stages}
-    parser: argparse.ArgumentParser = submit.parser()
-    jobs = {option for action in parser._actions for option in action.option_strings}
+    parsers: list[argparse.ArgumentParser] = [submit.parser(), doctor.parser()]
+    jobs = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     sources = [path.read_text() for path in (*ROOT.glob("tests/bench/*.py"), *ROOT.glob("docs/figures/*.py"))]
     benchmarks = {option for source in sources for option in re.findall(r'"(--[a-z-]+)"', source)}
     # A keyword of Python has an underscore behind it as a setting, and none as an option.

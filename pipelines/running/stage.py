@@ -18,6 +18,7 @@ from pipelines import storage, tracking
 from pipelines.config import StageConfig, flatten, paths, to_json
 from pipelines.errors import StoppedError, UserError
 from pipelines.running import progress
+from pipelines.running.ray_job import ray_job
 from pipelines.running.run_folder import REJECTS, RESULT, RunFolder
 from pipelines.storage import provenance
 from s5.errors import Failure
@@ -58,6 +59,7 @@ class Stage:
     details: dict[str, Any] = field(default_factory=dict)
     rejects: dict[Failure, None] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+    ray_job: dict[str, str] = field(default_factory=dict)
 
     @property
     def out(self) -> str:
@@ -145,8 +147,11 @@ def stage_run(
         parent_run=parent_run,
         inputs={key: path for key, (path, role) in paths(config).items() if role.what in LINKED and "." not in key},
         datasets=datasets,
+        ray_job=(job := ray_job()),
     )
-    stage = Stage(name, folder, tracker)
+    stage = Stage(name, folder, tracker, ray_job=job)
+    if tracker.link:
+        stage.info(f"MLflow run: {tracker.link}")
     try:
         with tracking.machine_logged(tracker, config.tracking.system_s):
             yield stage
@@ -224,5 +229,6 @@ def _result(stage: Stage, config: StageConfig, seconds: float) -> dict[str, Any]
         "config": to_json(stage.name, config),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
-        "mlflow": {"uri": stage.tracker.uri, "run_id": stage.tracker.run_id},
+        "mlflow": {"uri": stage.tracker.uri, "run_id": stage.tracker.run_id, "link": stage.tracker.link},
+        "ray": stage.ray_job,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ COMMIT_VARIABLE = "S5_COMMIT"
 
 
 def versions() -> dict[str, str]:
-    """Return the version of Python and of each package that results depend on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    """Return the version of Python and of each installed package that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        # decord has no wheels for some machines.
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def environment() -> dict[str, Any]:

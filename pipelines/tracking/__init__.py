@@ -19,8 +19,8 @@ mlflow itself is imported by the functions that need it: it takes seconds.
 
 from pipelines.tracking.client import create_database, reading
 from pipelines.tracking.machine import machine_logged
-from pipelines.tracking.runs import PARENT_TAG, end_open_runs
-from pipelines.tracking.tracker import UNSENT_FILE, DataSet, Tracker, start
+from pipelines.tracking.runs import PARENT_TAG, DataSet, end_open_runs
+from pipelines.tracking.tracker import UNSENT_FILE, Tracker, start
 from pipelines.tracking.uri import VARIABLE, check_without_credentials, database, resolve_uri
 
 __all__ = [

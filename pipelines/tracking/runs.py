@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines import storage
@@ -21,12 +22,15 @@ from pipelines.tracking.uri import OFF, database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
     from mlflow.entities import Run as MlflowRun
 
 RUN_FILE = "mlflow_run.json"
 PARENT_TAG = "mlflow.parentRunId"
 LINK_TAG = "link."
 """What tags begin with that hold the run whose results this one reads, by the setting that names them."""
+RAY_TAG = "ray."
+"""What tags begin with that hold Ray's names of the job."""
 MANIFEST_SOURCE = "manifest"
 """Kind of source of the data sets that stages read."""
 LONG_PARAMS = "long_params.json"
@@ -36,6 +40,21 @@ MAX_VALUE_CHARACTERS = 6000
 PARAMS_A_REQUEST = 100
 """MLflow's limit for the parameters of a request."""
 MAX_CHILD_RUNS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Videos that a stage reads, as MLflow lists them with a run."""
+
+    name: str
+    digest: str
+    """At most 36 characters."""
+    source: str
+    """Path or URI of the manifest."""
+    context: str
+    """What they are read for, such as `train`."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Numbers that describe it."""
 
 
 def find_or_create(
@@ -122,6 +141,28 @@ def linked_runs(uri: str, inputs: Mapping[str, str]) -> dict[str, str]:
                 # A stage made it that was not logged; the run above is another one's.
                 break
     return tags
+
+
+def set_tags(client: MlflowClient, run: MlflowRun, tags: Mapping[str, str]) -> None:
+    """Set tags of a run that it does not have with these values, in one request."""
+    from mlflow.entities import RunTag
+
+    if new := [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]:
+        client.log_batch(run.info.run_id, tags=new)
+
+
+def dataset_input(videos: DataSet) -> DatasetInput:
+    """Return videos as MLflow takes them."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    dataset = Dataset(
+        name=videos.name,
+        digest=videos.digest,
+        source_type=MANIFEST_SOURCE,
+        source=json.dumps({"uri": videos.source}),
+        profile=json.dumps(dict(videos.about)),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", videos.context)])
 
 
 def log_params(client: MlflowClient, run: MlflowRun, params: Mapping[str, Any]) -> None:

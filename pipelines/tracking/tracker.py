@@ -10,7 +10,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +20,17 @@ from pipelines.storage import provenance
 from pipelines.tracking.client import connect, set_environment, translated_errors
 from pipelines.tracking.runs import (
     LONG_PARAMS,
-    MANIFEST_SOURCE,
     MAX_VALUE_CHARACTERS,
     PARENT_TAG,
+    RAY_TAG,
+    DataSet,
     allowed_key,
+    dataset_input,
     find_or_create,
     linked_runs,
     log_params,
     param_texts,
+    set_tags,
 )
 from pipelines.tracking.send_queue import (
     MetricRow,
@@ -40,11 +42,10 @@ from pipelines.tracking.send_queue import (
     read_rows,
     write_rows,
 )
-from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri
+from pipelines.tracking.uri import OFF, database, database_lock, resolve_uri, run_link
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput
     from mlflow.entities import Run as MlflowRun
 
 COMMIT_TAG = "mlflow.source.git.commit"
@@ -58,21 +59,6 @@ START_S = 15.0
 """Seconds that the start of a stage waits for a server at most."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """Videos that a stage reads, as MLflow lists them with a run."""
-
-    name: str
-    digest: str
-    """At most 36 characters."""
-    source: str
-    """Path or URI of the manifest."""
-    context: str
-    """What they are read for, such as `train`."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """Numbers that describe it."""
-
-
 def start(
     config: TrackingConfig,
     *,
@@ -82,6 +68,7 @@ def start(
     parent_run: str = "",
     inputs: Mapping[str, str] | None = None,
     datasets: Sequence[DataSet] = (),
+    ray_job: Mapping[str, str] | None = None,
 ) -> Tracker:
     """Create the MLflow run of a stage, or resume the one that an earlier start with the same `out` created.
 
@@ -93,6 +80,7 @@ def start(
         parent_run: id of the run to nest this one under.
         inputs: paths that the stage reads, by setting: the runs that made them are linked.
         datasets: videos that it reads.
+        ray_job: by which names Ray knows the process; of a resumed run those of the last start.
 
     Raises:
         UserError: MLflow refuses the run, or a local database cannot be opened. A server that does not answer raises
@@ -107,11 +95,14 @@ def start(
     if parent_run:
         tags[PARENT_TAG] = parent_run
 
+    place = {f"{RAY_TAG}{key}": value for key, value in (ray_job or {}).items()}
+
     def open_run(client: MlflowClient) -> MlflowRun:
         run = find_or_create(client, uri, config.experiment, out, tags, config.run_name or stage)
+        set_tags(client, run, place)
         log_params(client, run, params)
         if datasets:
-            client.log_inputs(run.info.run_id, [_dataset_input(each) for each in datasets])
+            client.log_inputs(run.info.run_id, [dataset_input(each) for each in datasets])
         return run
 
     tracker = Tracker(uri, out, open_run)
@@ -123,19 +114,6 @@ def start(
     if long := {key: text for key, text in param_texts(params).items() if len(text) > MAX_VALUE_CHARACTERS}:
         tracker.text(LONG_PARAMS, json.dumps(long))
     return tracker
-
-
-def _dataset_input(videos: DataSet) -> DatasetInput:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    dataset = Dataset(
-        name=videos.name,
-        digest=videos.digest,
-        source_type=MANIFEST_SOURCE,
-        source=json.dumps({"uri": videos.source}),
-        profile=json.dumps(dict(videos.about)),
-    )
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", videos.context)])
 
 
 class Tracker:
@@ -153,6 +131,8 @@ class Tracker:
         """The run's id; None until MLflow has answered."""
         self.started: float | None = None
         """When the run was created, in seconds since 1970; None until MLflow has answered."""
+        self.link = ""
+        """Address of the run's page; empty until a server has answered."""
         self._out = out
         self._open_run = open_run
         self._client: MlflowClient | None = None
@@ -247,6 +227,7 @@ class Tracker:
             self._client = self._client or connect(self.uri)
             info = self._open_run(self._client).info
             self.run_id, self.started = str(info.run_id), info.start_time / 1000
+            self.link = run_link(self.uri, info.experiment_id, info.run_id)
 
     def _send_rows(self, rows: list[MetricRow]) -> None:
         from mlflow.entities import Metric

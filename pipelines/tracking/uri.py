@@ -74,6 +74,11 @@ def check_without_credentials(uri: str, name: str) -> None:
         )
 
 
+def run_link(uri: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of a run's page on an MLflow server; empty for other URIs."""
+    return f"{uri}/#/experiments/{experiment_id}/runs/{run_id}" if uri.startswith("http") else ""
+
+
 def database(uri: str) -> str:
     """Return the file of a sqlite URI; empty for other URIs."""
     return uri.removeprefix("sqlite:///").partition("?")[0] if uri.startswith("sqlite:") else ""

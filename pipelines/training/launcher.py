@@ -19,6 +19,7 @@ from pipelines.running.stage import Stage
 from pipelines.storage.checkpoint_backend import checkpoint_backend
 from pipelines.training.controller import LossReporter, MonitoredTorchConfig
 from pipelines.training.driver import OnRow, Outcome, drive
+from pipelines.training.exported import ExportedMetrics
 from pipelines.training.failure_policy import SILENT_S
 from pipelines.training.own_process import train_here
 from pipelines.training.run_monitor import RunMonitor
@@ -84,7 +85,8 @@ def launch(
     decoding = f" and up to {decode_tasks} decode tasks" if data else ""
     here = scale.num_workers == 0
     stage.info(f"{'training in this process' if here else _starting(scale)}{decoding}")
-    outcome = drive(_train(setup), monitor, stage, report, checkpoints, here)
+    on_row: list[OnRow] = [ExportedMetrics(stage), *report]
+    outcome = drive(_train(setup), monitor, stage, on_row, checkpoints, here)
     _log_throughput(stage, outcome.fit.metrics)
     return outcome
 

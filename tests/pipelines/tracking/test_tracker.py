@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -404,6 +405,7 @@ def test_a_server_that_comes_late_and_leaves_early(
     assert time.monotonic() - began < 1
     server.start()
     until(lambda: tracker.run_id is not None)
+    assert re.fullmatch(rf"{server.uri}/#/experiments/\d+/runs/{tracker.run_id}", tracker.link)
     until(lambda: read_runs(server.uri, "s5")[0].metrics.get("m") == 2999)
 
     server.kill()
