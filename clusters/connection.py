@@ -23,7 +23,7 @@ def connect(address: str) -> JobSubmissionClient:
     """Return a client of the job server at a dashboard's URL.
 
     Raises:
-        UserError: it is no URL, nothing answers there, or the token is missing or wrong.
+        UserError: it is no URL, nothing answers there, the token is missing or wrong, or Ray is another one there.
     """
     if not address.startswith(("http://", "https://")):
         raise UserError(f"--address is {address!r}: give the URL of the cluster's dashboard, such as http://HOST:8265")
@@ -33,13 +33,21 @@ def connect(address: str) -> JobSubmissionClient:
     # Ray takes both of these over the address that it is given.
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["RAY_API_SERVER_ADDRESS"] = address
+    import ray
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
     except (OSError, RuntimeError, AuthenticationError) as error:
         raise UserError(_sentence(address, error)) from None
+    there, here = client._server_ray_version or "", ray.__version__
+    if there.split(".")[:2] != here.split(".")[:2]:
+        raise UserError(
+            f"the cluster at {address} runs Ray {there or 'of an unknown version'}, and here is {here}: jobs need the "
+            "same; use an image with the packages of constraints.txt there, or its Ray here"
+        )
+    return client
 
 
 def use_token() -> None:
@@ -60,11 +68,6 @@ def has_token() -> bool:
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
     return _holds_text(Path("~/.ray/auth_token").expanduser())
-
-
-def auth_prefix() -> str:
-    """Return what Ray's own commands need before them to use the token."""
-    return "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 from clusters import connection
 from clusters.findings import GIB, Finding, findings
-from clusters.submit import CODE, FAILED, ROOT, STOPPED, SUCCEEDED, _Parser
+from clusters.jobs import FAILED, STOPPED, SUCCEEDED, Parser
+from clusters.submit import CODE, ROOT
 from pipelines import storage, tracking
 from pipelines.errors import UserError
 from pipelines.running import node_checks
@@ -192,7 +193,7 @@ def show(reports: Sequence[NodeReport], found: Sequence[Finding], asked: Asked) 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = _Parser(
+    p = Parser(
         prog="python -m clusters.doctor",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

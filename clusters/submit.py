@@ -1,26 +1,28 @@
 """Run a stage as a job on a Ray cluster: `python -m clusters.submit --address URL STAGE [the stage's options]`.
 
 The settings are checked here first; then the code and `run.json` are shipped, nothing else. The log is followed to the
-terminal. Ctrl-C leaves the job running and says how to follow or stop it.
+terminal. Ctrl-C asks whether to stop the job or to leave it running. The same command follows a run that is going on,
+and starts one again that has ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import hashlib
+import json
 import logging
 import os
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from clusters import connection
+from clusters import connection, jobs
 from pipelines import storage
 from pipelines.command_line import parse
 from pipelines.config import RUN, StageConfig, to_json
@@ -33,9 +35,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 CODE = ("s5", "pipelines", "clusters")
+SUFFIXES = (".py", ".html")
+"""Of files of the code: those of pages are what `report` fills in."""
 PASSED_ON = ("MLFLOW_TRACKING_URI",)
-STOPPED = 130
-SUCCEEDED, FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,20 @@ class Submission:
     """Environment variables passed on by name."""
     cpus: float
     stop_wait_s: int
+    run: str = ""
+    """Id of the run; empty for one that follows from stage and --out."""
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run: the same for the same stage and --out."""
+        out = storage.absolute(self.config.out).rstrip("/") if self.config.out else uuid.uuid4().hex
+        return self.run or f"{self.stage}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
+
+    @property
+    def settings(self) -> str:
+        """A digest of the settings."""
+        text = json.dumps(to_json(self.stage, self.config), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # --- checks ---------------------------------------------------------------------------------------------------------
@@ -107,9 +123,9 @@ def environment(submission: Submission) -> dict[str, str]:
 
 
 def stage_package(submission: Submission, folder: Path) -> None:
-    """Copy what the job needs into a folder: the Python files of the code, pyproject.toml and run.json."""
+    """Copy what the job needs into a folder: the files of the code, pyproject.toml and run.json."""
     for package in CODE:
-        for source in sorted((ROOT / package).rglob("*.py")):
+        for source in sorted(path for path in (ROOT / package).rglob("*") if path.suffix in SUFFIXES):
             target = folder / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -118,95 +134,54 @@ def stage_package(submission: Submission, folder: Path) -> None:
     storage.write_json(str(folder / RUN), to_json(submission.stage, submission.config))
 
 
-def submit(client: JobSubmissionClient, submission: Submission) -> str:
-    """Ship the code and start the job; return its id."""
+def submit(client: JobSubmissionClient, submission: Submission) -> tuple[str, bool]:
+    """Return the id of the run's job and whether it ran already; else ship the code and start one.
+
+    Raises:
+        UserError: the run is going on with other settings.
+    """
+    run = submission.run_id
+    while True:
+        known = jobs.all_jobs(client)
+        if (job := jobs.running([job for job in known if jobs.run_of(job) == run])) is not None:
+            if (job.metadata or {}).get("settings") != submission.settings:
+                raise UserError(
+                    f"run {run} goes on with other settings, as job {job.submission_id}: stop it first, or give "
+                    "another --out or --run-id"
+                )
+            return job.submission_id, True
+        taken = {job.submission_id for job in known}
+        job_id = next(name for number in count(1) if (name := f"{run}-{number}") not in taken)
+        try:
+            _ship(client, submission, run, job_id)
+        except RuntimeError as error:
+            # Somebody was faster.
+            if "already exists" not in str(error):
+                raise
+        else:
+            return job_id, False
+
+
+def _ship(client: JobSubmissionClient, submission: Submission, run: str, job_id: str) -> None:
     variables = environment(submission)
-    job = f"{submission.stage}-{uuid.uuid4().hex[:8]}"
+    metadata = {jobs.RUN_ID: run, "settings": submission.settings, "out": submission.config.out}
     with tempfile.TemporaryDirectory(prefix="s5-job-") as folder:
         stage_package(submission, Path(folder))
         client.submit_job(
             entrypoint=f"python -m pipelines {submission.stage} --config {RUN}",
-            submission_id=job,
+            submission_id=job_id,
             runtime_env={"working_dir": folder, "env_vars": variables},
-            metadata={"out": submission.config.out, "commit": variables[provenance.COMMIT_VARIABLE]},
+            metadata=metadata | {"commit": variables[provenance.COMMIT_VARIABLE]},
             entrypoint_num_cpus=submission.cpus,
         )
-    return job
-
-
-# --- the log --------------------------------------------------------------------------------------------------------
-
-
-class _Log:
-    """Prints a job's log, which starts again with each connection, every character once."""
-
-    def __init__(self) -> None:
-        self.printed = 0
-
-    async def follow(self, client: JobSubmissionClient, job: str) -> None:
-        at = 0
-        async for chunk in client.tail_job_logs(job):
-            fresh = chunk[max(0, self.printed - at) :]
-            at += len(chunk)
-            self.printed = max(self.printed, at)
-            print(fresh, end="", flush=True)
-
-
-def follow(client: JobSubmissionClient, job: str) -> int:
-    """Print a job's log until it ends; return 0 where it succeeded, 1 where it failed, 130 where it was stopped.
-
-    Raises:
-        UserError: the cluster no longer answers.
-    """
-    log, answered = _Log(), time.monotonic()
-    while True:
-        try:
-            asyncio.run(log.follow(client, job))
-        except connection.failures():
-            pass  # The status says whether the job or only the connection has ended.
-        try:
-            details = client.get_job_info(job)
-            answered = time.monotonic()
-            if details.status.is_terminal():
-                return _outcome(job, str(details.status), details.message or "")
-        except connection.failures() as error:
-            if time.monotonic() - answered > connection.PATIENCE_S:
-                raise UserError(f"job {job} cannot be followed: {connection.sentence(client, error)}") from None
-        time.sleep(connection.POLL_S)
-
-
-def _outcome(job: str, status: str, message: str) -> int:
-    if status == "SUCCEEDED":
-        print(f"[submit] job {job} succeeded")
-        return SUCCEEDED
-    if status == "STOPPED":
-        print(f"[submit] job {job} was stopped")
-        return STOPPED
-    # The rest of Ray's message repeats the end of the log.
-    print(f"[submit] job {job} failed: {message.partition(', last available logs')[0].strip()}", file=sys.stderr)
-    return FAILED
-
-
-def commands(address: str, job: str) -> str:
-    """Return the lines that say how to follow and to stop a job."""
-    ray = f"{connection.auth_prefix()}ray job"
-    return (
-        f"[submit] follow: {ray} logs --follow --address {address} {job}\n"
-        f"[submit] stop:   {ray} stop --address {address} {job}"
-    )
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: {self.format_usage().removeprefix('usage: ').strip()}")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> jobs.Parser:
     """Return the parser of the options that stand before STAGE."""
-    p = _Parser(
+    p = jobs.Parser(
         prog="python -m clusters.submit",
         usage="%(prog)s --address URL [options] STAGE [the stage's options, as for python -m pipelines]",
         description=__doc__,
@@ -237,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time that the job has to end by itself once it is stopped (default: 60)",
     )
+    p.add_argument("--run-id", metavar="NAME", help="name of the run (default: one that follows from stage and --out)")
     p.add_argument("stage", metavar="STAGE ...", nargs=argparse.REMAINDER, help="stage and its options")
     return p
 
@@ -251,26 +227,24 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"--cpus is {options.cpus:g}: give 0 or more")
     if options.stop_wait < 1:
         raise UserError(f"--stop-wait is {options.stop_wait}: give at least 1 second")
+    if options.run_id is not None:
+        jobs.check_run_id(options.run_id)
     name, config = parse(options.stage)
     check_credentials(config)
     check_paths(config)
     check_tracking(config)
-    submission = Submission(name, config, tuple(options.env), options.cpus, options.stop_wait)
+    submission = Submission(name, config, tuple(options.env), options.cpus, options.stop_wait, options.run_id or "")
     environment(submission)
     client = connection.connect(options.address)
     try:
-        job = submit(client, submission)
+        job, is_attached = submit(client, submission)
     except connection.failures() as error:
         raise UserError(f"the job was not submitted: {connection.sentence(client, error)}") from None
-    print(f"[submit] job {job} at {options.address}", flush=True)
+    print(f"[submit] job {job} at {options.address}{' runs already' if is_attached else ''}", flush=True)
     if options.no_wait:
-        print(commands(options.address, job))
-        return SUCCEEDED
-    try:
-        return follow(client, job)
-    except KeyboardInterrupt:
-        print(f"\n[submit] job {job} continues\n{commands(options.address, job)}")
-        return STOPPED
+        print(jobs.commands(options.address, job))
+        return jobs.SUCCEEDED
+    return jobs.follow_or_leave(client, job)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pipelines.config import REGISTERED, PredictConfig, RecipeConfig, StageConfi
 from pipelines.config.recipes import GROUPS, LINKS
 from pipelines.errors import UserError
 from pipelines.recipes import steps as recipes
+from pipelines.running import lease
 from pipelines.running.run_folder import RunFolder
 from pipelines.tuning import draws, ready_spaces, search_space
 from pipelines.tuning.trials import objective_of
@@ -61,10 +62,12 @@ def check(stage: str, config: StageConfig, dry_run: bool = False) -> None:
         return
     tracking.resolve_uri(config.tracking, config.out)
     if not storage.is_uri(storage.absolute(config.out)):
-        RunFolder.of(stage, config).check_stage()
+        folder = RunFolder.of(stage, config)
+        folder.check_stage()
         if isinstance(config, RecipeConfig):
             recipes.refuse_another(config)
         check_out(config.out)
+        lease.refuse_where_held(folder.root)
 
 
 def check_space(config: SweepConfig) -> None:

@@ -16,7 +16,7 @@ import pytest
 from ray.scripts.scripts import cli as ray_cli
 
 import pipelines
-from clusters import doctor, submit
+from clusters import doctor, jobs, submit
 from pipelines.command_line import parse, take_dry_run
 from pipelines.config import STAGES, RunConfig, flatten, override
 from pipelines.config.presets import preset
@@ -104,6 +104,8 @@ def check_module(module: str, words: list[str], tmp_path: Path) -> None:
         doctor.check_places(doctor.asked_by(doctor.parser().parse_args(words)))
     elif module == "clusters.submit":
         check_job(words, tmp_path)
+    elif module == "clusters.jobs":
+        jobs.parser().parse_args(words)
     else:
         spec = importlib.util.find_spec(module)
         assert spec is not None, f"there is no module {module}"

@@ -80,14 +80,17 @@ class RunFolder:
         storage.write_json(self.path(name), value)
         return self.path(name)
 
-    def begin(self) -> None:
-        """Write run.json and delete the result of an earlier run.
+    def check(self) -> None:
+        """Check that a run of the stage can begin here.
 
         Raises:
             UserError: the folder cannot be written to, or holds a run of another stage.
         """
         self.check_stage()
         storage.check_writable(self.root)
+
+    def begin(self) -> None:
+        """Write run.json and delete the result of an earlier run."""
         self.write_json(RUN, self._settings())
         self.remove(RESULT)
 

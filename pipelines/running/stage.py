@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines import storage, tracking
 from pipelines.config import StageConfig, flatten, paths, to_json
 from pipelines.errors import StoppedError, UserError
-from pipelines.running import progress
+from pipelines.running import lease, progress
 from pipelines.running.ray_job import ray_job
 from pipelines.running.run_folder import REJECTS, RESULT, RunFolder
 from pipelines.storage import provenance
@@ -132,35 +132,46 @@ def stage_run(
         datasets: videos that the stage reads.
 
     Raises:
-        UserError: --out cannot be written to or holds a run of another stage, or MLflow refuses the run.
+        UserError: --out cannot be written to, holds a run of another stage or is in use by another run, or MLflow
+            refuses the run.
+        StageError: another run took --out over, since this one gave no sign of life.
     """
-    started = time.monotonic()
     folder = RunFolder.of(name, config, inputs)
     tracking.resolve_uri(config.tracking, folder.root)
-    folder.begin()
-    logged = flatten(config) | dict(params or {})
-    tracker = tracking.start(
-        config.tracking,
-        stage=name,
-        out=folder.root,
-        params=logged,
-        parent_run=parent_run,
-        inputs={key: path for key, (path, role) in paths(config).items() if role.what in LINKED and "." not in key},
-        datasets=datasets,
-        ray_job=(job := ray_job()),
-    )
-    stage = Stage(name, folder, tracker, ray_job=job)
-    if tracker.link:
-        stage.info(f"MLflow run: {tracker.link}")
+    folder.check()
+    with lease.held(folder.root, name) as held:
+        started = time.monotonic()
+        folder.begin()
+        tracker = tracking.start(
+            config.tracking,
+            stage=name,
+            out=folder.root,
+            params=flatten(config) | dict(params or {}),
+            parent_run=parent_run,
+            inputs={key: path for key, (path, role) in paths(config).items() if role.what in LINKED and "." not in key},
+            datasets=datasets,
+            ray_job=(job := ray_job()),
+        )
+        with _finished(tracker):
+            stage = Stage(name, folder, tracker, ray_job=job)
+            if tracker.link:
+                stage.info(f"MLflow run: {tracker.link}")
+            with tracking.machine_logged(tracker, config.tracking.system_s):
+                yield stage
+            held.check()
+            stage.result = _result(stage, config, time.monotonic() - started)
+            folder.write_json(RESULT, stage.result)
+            if checkpoint := stage.details.get("checkpoint"):
+                tracker.tag("checkpoint", checkpoint)
+            tracker.log(stage.metrics, step=None)
+            tracker.artifact(stage.path(RESULT))
+
+
+@contextmanager
+def _finished(tracker: tracking.Tracker) -> Iterator[None]:
+    """Finish a tracked run as the block ends."""
     try:
-        with tracking.machine_logged(tracker, config.tracking.system_s):
-            yield stage
-        stage.result = _result(stage, config, time.monotonic() - started)
-        folder.write_json(RESULT, stage.result)
-        if checkpoint := stage.details.get("checkpoint"):
-            tracker.tag("checkpoint", checkpoint)
-        tracker.log(stage.metrics, step=None)
-        tracker.artifact(stage.path(RESULT))
+        yield
     except (KeyboardInterrupt, SystemExit, StoppedError):
         tracker.finish("KILLED")
         raise

@@ -15,6 +15,7 @@ The last three are imported by name, since not every reader of a file needs them
 from pipelines.storage.files import (
     atomic_write,
     check_writable,
+    create_bytes,
     download,
     entries,
     exists,
@@ -40,6 +41,7 @@ __all__ = [
     "atomic_write",
     "check_no_credentials",
     "check_writable",
+    "create_bytes",
     "download",
     "entries",
     "exists",

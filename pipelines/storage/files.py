@@ -200,6 +200,26 @@ def write_bytes(path: str, content: bytes) -> None:
         stream.write(content)
 
 
+def create_bytes(path: str, content: bytes) -> bool:
+    """Write a whole file unless there is one of that name, and return whether it was written.
+
+    On a local disk, one of several callers at most is told so. Of an object store pyarrow cannot ask for that: there
+    several may be that come at the same moment, and the file is the last one's.
+    """
+    system, inner = filesystem(path)
+    if not isinstance(system, fs.LocalFileSystem):
+        if exists(path):
+            return False
+        write_bytes(path, content)
+        return True
+    try:
+        with open(inner, "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
 def write_json(path: str, value: Any) -> None:
     """Write a value as indented JSON."""
     write_bytes(path, (json.dumps(value, indent=2, default=str) + "\n").encode())

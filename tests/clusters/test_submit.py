@@ -6,15 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from clusters import connection, submit
+from clusters import connection, jobs, submit
 from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override
 from pipelines.errors import UserError
 from pipelines.storage import provenance
@@ -46,6 +48,8 @@ def refusal(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--address", "http://127.0.0.1:9"], "there is no STAGE"),
         (["--address", "http://127.0.0.1:9", "pretrane", "--out", "s3://b/o"], "did you mean pretrain?"),
         (["--address", "http://127.0.0.1:9", "pretrain", "--optim.lrr", "1"], "did you mean optim.lr?"),
+        (["--address", "http://127.0.0.1:9", "--run-id", "../a", "sample", "--out", "/x"], "--run-id is '../a': give"),
+        (["--address", "http://127.0.0.1:9", "--run-id", "a;b", "sample", "--out", "/x"], "--run-id is 'a;b': give"),
         (["--address", "http://127.0.0.1:9", "--stop-wait", "0", "sample"], "--stop-wait is 0"),
         (["--address", "http://127.0.0.1:9", "sample"], "--out is 'out/sample': a job runs in another folder"),
         (["--address", "http://127.0.0.1:9", "--env", "S5_NOT_SET", "sample", "--out", "/x"], "--env is 'S5_NOT_SET'"),
@@ -83,6 +87,21 @@ def test_paths_must_mean_something_on_the_cluster(config: Any, changes: dict[str
     assert told in str(refused.value)
 
 
+def test_another_ray_there_is_refused() -> None:
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"version": "4", "ray_version": "2.9.3"}')
+
+    server = HTTPServer(("127.0.0.1", 0), Dashboard)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    told = refusal("--address", f"http://127.0.0.1:{server.server_port}", "sample", "--out", "/x")
+    server.shutdown()
+    server.server_close()
+    assert "runs Ray 2.9.3, and here is 2.60" in told
+
+
 def test_token_file_without_token_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
@@ -115,7 +134,11 @@ def test_only_code_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     config = PretrainConfig(out="/o", manifest="/m")
     submit.stage_package(submit.Submission("pretrain", config, (), 0, 60), tmp_path / "package")
     shipped = {path.relative_to(tmp_path / "package") for path in (tmp_path / "package").rglob("*") if path.is_file()}
-    assert {str(path) for path in shipped if path.suffix != ".py"} == {"pyproject.toml", "run.json"}
+    assert {str(path) for path in shipped if path.suffix != ".py"} == {
+        "pyproject.toml",
+        "run.json",
+        "pipelines/reporting/page.html",
+    }
     assert {path.parts[0] for path in shipped if path.suffix == ".py"} == set(submit.CODE)
     run = json.loads((tmp_path / "package/run.json").read_text())
     assert run["stage"] == "pretrain"
@@ -152,7 +175,9 @@ class FlakyClient:
 
     def get_job_info(self, job: str) -> SimpleNamespace:
         done = self.connections >= len(self.chunks)
-        return SimpleNamespace(status=Status(self.status, done), message="exit code 3, last available logs: x")
+        return SimpleNamespace(
+            status=Status(self.status, done), message="exit code 3, last available logs: x", driver_exit_code=3
+        )
 
 
 class Status(str):
@@ -169,13 +194,13 @@ class Status(str):
         return self.done
 
 
-@pytest.mark.parametrize(("status", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("STOPPED", 130)])
+@pytest.mark.parametrize(("status", "code"), [("SUCCEEDED", 0), ("FAILED", 3), ("STOPPED", 130)])
 def test_log_is_printed_once_over_broken_connections(
     status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(connection, "POLL_S", 0)
     client: Any = FlakyClient(["one\n", "two\n", "three\n"], status)
-    assert submit.follow(client, "j") == code
+    assert jobs.follow(client, "j") == code
     captured = capsys.readouterr()
     assert captured.out.startswith("one\ntwo\nthree\n")
     assert ("exit code 3" in captured.err) == (status == "FAILED")
@@ -197,7 +222,7 @@ def test_a_cluster_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(connection, "PATIENCE_S", 0)
     client: Any = Gone()
     with pytest.raises(UserError, match="job j cannot be followed: the cluster at http://head:8265"):
-        submit.follow(client, "j")
+        jobs.follow(client, "j")
 
 
 # --- the real thing -------------------------------------------------------------------------------------------------
@@ -243,7 +268,7 @@ def test_job_succeeds_and_job_fails(cluster: LocalCluster, tmp_path: Path) -> No
 
     (tmp_path / "file").touch()
     failed = submitted(cluster, *TINY_SAMPLE, "--out", str(tmp_path / "file/out"))
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "error: --out is" in failed.stdout
     assert "Traceback" not in failed.stdout + failed.stderr
 
@@ -252,8 +277,18 @@ def test_job_succeeds_and_job_fails(cluster: LocalCluster, tmp_path: Path) -> No
 @pytest.mark.cluster
 def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster: LocalCluster, tmp_path: Path) -> None:
     environment = client_environment(cluster)
-    command = [*SUBMIT, "--address", cluster.address, "--stop-wait", "5", "sample", "--videos", "5000"]
-    command += ["--tracking.uri", "off", "--out", str(tmp_path / "o")]
+    arguments = [
+        "--stop-wait",
+        "5",
+        "sample",
+        "--videos",
+        "5000",
+        "--tracking.uri",
+        "off",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    command = [*SUBMIT, "--address", cluster.address, *arguments]
     follower = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert follower.stdout is not None
     job = follower.stdout.readline().split()[2]
@@ -263,11 +298,37 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster: LocalCluster, tmp_path:
     follower.send_signal(signal.SIGINT)
     out, _ = follower.communicate(timeout=60)
     assert follower.returncode == 130
-    stop = next(line for line in out.splitlines() if "stop:" in line).partition("stop:")[2]
-    assert "continues" in out
+    assert f"job {job} continues" in out
     assert status(cluster, job) == "RUNNING"
-    subprocess.run(stop.strip(), shell=True, env=environment, check=True, capture_output=True, timeout=120)
+
+    # The same command on a terminal: it follows the same job, and Ctrl-C asks.
+    ours, theirs = os.openpty()
+    again = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=theirs, stdout=subprocess.PIPE, text=True)
+    assert again.stdout is not None
+    assert again.stdout.readline().split()[2:] == [job, "at", cluster.address, "runs", "already"]
+    assert "goes on with other settings" in refusal(*command[3:], "--seconds", "20", env=environment)
+    again.send_signal(signal.SIGINT)
+    os.write(ours, b"s\n")
+    again.communicate(timeout=120)
+    assert again.returncode == 130
     assert status(cluster, job) == "STOPPED"
+
+    def asked(*words: str) -> subprocess.CompletedProcess[str]:
+        call = [sys.executable, "-m", "clusters.jobs", *words, "--address", cluster.address]
+        return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    # After its end the run is started again, as another job.
+    run = job.removesuffix("-1")
+    second = submitted(cluster, "--no-wait", *arguments).stdout.split()[2]
+    assert (job, second) == (f"{run}-1", f"{run}-2")
+    assert asked("stop", run).returncode == 0
+    listed = asked("list").stdout
+    assert f"{job}  stopped  " in listed
+    assert f"{second}  stopped  " in listed
+    assert asked("status", second).stdout.split()[:2] == [second, "stopped"]
+    assert asked("logs", job).returncode == 130
+    assert "does not run; job " in asked("stop", second).stderr
+    assert f"RUN is '../x': the cluster has no such run; it has {run}" in asked("status", "../x").stderr
 
 
 def status(cluster: LocalCluster, job: str) -> str:
