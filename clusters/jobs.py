@@ -177,7 +177,7 @@ def parser() -> Parser:
 
 def run(argv: Sequence[str]) -> int:
     """Do what is asked and return the exit status; `logs` and `stop` return that of the job, as `follow`."""
-    options = parser().parse_args(argv)
+    options = parser().parse_intermixed_args(argv)
     if bool(options.run) == (options.what == "list"):
         needs = "takes no RUN" if options.run else "needs a RUN, as `list` shows them"
         raise UserError(f"{options.what} {needs}: usage: {options.what} --address URL [RUN]")

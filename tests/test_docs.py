@@ -105,7 +105,7 @@ def check_module(module: str, words: list[str], tmp_path: Path) -> None:
     elif module == "clusters.submit":
         check_job(words, tmp_path)
     elif module == "clusters.jobs":
-        jobs.parser().parse_args(words)
+        jobs.parser().parse_intermixed_args(words)
     else:
         spec = importlib.util.find_spec(module)
         assert spec is not None, f"there is no module {module}"

@@ -314,7 +314,7 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it(cluster: LocalCluster, tmp_path:
     assert status(cluster, job) == "STOPPED"
 
     def asked(*words: str) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, "-m", "clusters.jobs", *words, "--address", cluster.address]
+        call = [sys.executable, "-m", "clusters.jobs", words[0], "--address", cluster.address, *words[1:]]
         return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
     # After its end the run is started again, as another job.
