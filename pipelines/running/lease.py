@@ -5,8 +5,9 @@ dead; one on another machine once its file stays the same for `SILENT_S` seconds
 of two machines are never compared. Whoever finds a dead holder takes the lease over.
 
 A local disk gives the file to one alone. pyarrow offers no such request of an object store, so there, and whenever the
-lease is taken over, one writes and looks a second later whether it is still its own file. A holder that was silent for
-too long and wakes up, or another that wrote at the same moment too slowly to be seen, stops at its next look.
+lease is taken over, one writes and looks a second later whether it is still its own file. Where a holder that was
+silent for too long wakes up, or another wrote at the same moment too slowly to be seen, the one whose file it is not
+stops at its next look.
 """
 
 from __future__ import annotations

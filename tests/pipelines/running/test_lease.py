@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipelines.errors import StageError
 from pipelines.running import lease
 from pipelines.running.stage import stage_run
 
-lease.BEAT_S, machine = 0.1, sys.argv[2]
+lease.BEAT_S, machine = 2.0, sys.argv[2]
 if machine:
     lease._machine = lambda: machine
 try:
@@ -104,10 +105,15 @@ def test_a_holder_that_was_killed_is_followed_at_once(out: str, capsys: pytest.C
 def test_a_holder_elsewhere_is_judged_by_its_signs_of_life(
     out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    path = storage.join(out, lease.LEASE)
     with holder(out, "another machine") as first:
         monkeypatch.setattr(lease, "SILENT_S", 60.0)
         with pytest.raises(UserError, match=rf"in use by sample \(process {first.pid} "):
             run(out)
+        # Just after a sign of life: one stopped while it writes would have the last word.
+        seen = storage.read_bytes(path)
+        while storage.read_bytes(path) == seen:
+            time.sleep(0.01)
         first.send_signal(signal.SIGSTOP)
         monkeypatch.setattr(lease, "SILENT_S", 1.0)
         capsys.readouterr()
