@@ -265,6 +265,7 @@ def test_job_succeeds_and_job_fails(cluster: LocalCluster, tmp_path: Path) -> No
     assert "[sample]" in done.stdout
     result = json.loads((tmp_path / "sample/result.json").read_text())
     assert result["commit"] == provenance.commit()
+    assert result["ray"]["submission_id"] in done.stdout
 
     (tmp_path / "file").touch()
     failed = submitted(cluster, *TINY_SAMPLE, "--out", str(tmp_path / "file/out"))
