@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
+from itertools import chain, count
 from typing import Any
 
 from pipelines import storage
@@ -19,6 +21,11 @@ from pipelines.config import (
     TranscodeConfig,
     flatten,
 )
+
+TRACKING = "tracking.uri", "tracking.experiment"
+"""Settings that say where all runs are logged."""
+HARDWARE = "scale.gpus_per_worker", "scale.num_workers", "loop.precision"
+"""Settings that say what a model runs on."""
 
 
 def closing(config: StageConfig, result: dict[str, Any]) -> Iterator[str]:
@@ -39,18 +46,29 @@ def following(config: StageConfig, result: dict[str, Any]) -> tuple[str, dict[st
     stage, changes = _following(config, result)
     if not stage:
         return "", {}
-    defaults = getattr(RunConfig(), stage)
-    if config.out != type(config)().out:
-        # Beside this one: there the database of runs lies too.
-        parent, slash, _ = config.out.rstrip("/").rpartition("/")
-        changes["out"] = f"{parent}{slash}{stage}"
-    shared = {key: value for key, value in flatten(config).items() if key.startswith("tracking.")}
+    values, known = flatten(config), flatten(getattr(RunConfig(), stage))
+    changes["out"] = _free(config.out, stage)
+    shared = {key: values[key] for key in TRACKING}
+    if isinstance(config, FeaturesConfig | PretrainConfig | FinetuneConfig):
+        # What follows needs a device as much.
+        shared |= {key: values[key] for key in HARDWARE if key in values}
+        shared["scale.num_workers"] = min(shared["scale.num_workers"], known.get("loop.batch_size", sys.maxsize))
     if stage == "finetune":
         # A checkpoint is of the same model, and features are of the same backbone.
-        shared |= {key: value for key, value in flatten(config).items() if key.startswith(("model.", "clips."))}
-    known = flatten(defaults)
+        shared |= {key: value for key, value in values.items() if key.startswith(("model.", "clips."))}
     changes |= {key: value for key, value in shared.items() if key in known and key not in changes}
     return stage, {key: value for key, value in changes.items() if value != known[key]}
+
+
+def _free(out: str, stage: str) -> str:
+    """Return a folder for a stage in which no run lies: beside `out`, where the database of runs lies too, but within
+    a bucket, and within what lies at the root of a disk."""
+    scheme, is_uri, path = out.rstrip("/").rpartition("://")
+    parent, slash, _ = path.rpartition("/")
+    at_root = not parent and (slash or is_uri)
+    folder = f"{out.rstrip('/')}/{stage}" if at_root else f"{scheme}{is_uri}{parent}{slash}{stage}"
+    names = chain([folder], (f"{folder}-{number}" for number in count(2)))
+    return next(name for name in names if name != out.rstrip("/") and not storage.exists(storage.absolute(name)))
 
 
 def _following(config: StageConfig, result: dict[str, Any]) -> tuple[str, dict[str, Any]]:

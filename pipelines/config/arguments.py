@@ -110,10 +110,11 @@ def value_of(hint: Any, key: str, values: Sequence[str]) -> Any:
     if len(values) != 1:
         raise UserError(f"--{key} is given {'several values: give one' if values else 'without a value'}")
     # `None` stands for a setting that is left out, where it may be.
-    if values[0] in ("None", "none") and type(None) in _members(hint):
+    if values[0] in ("None", "none") and type(None) in members(hint):
         return None
     return convert(hint, key, values[0])
 
 
-def _members(hint: Any) -> tuple[Any, ...]:
+def members(hint: Any) -> tuple[Any, ...]:
+    """Return the types of which a setting's value may be one, where there are several."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()

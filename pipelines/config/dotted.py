@@ -60,11 +60,11 @@ def leaves_of(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(item, dict):
             leaves |= leaves_of(item, f"{prefix}{key}.")
         else:
-            leaves[_current(prefix + key)] = item
+            leaves[current(prefix + key)] = item
     return leaves
 
 
-def _current(key: str) -> str:
+def current(key: str) -> str:
     """Return the dotted key of a setting that an earlier version may have had under another."""
     for old, new in RENAMED.items():
         if key == old or key.endswith(f".{old}"):

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
 
-from pipelines.config.arguments import value_of
-from pipelines.config.dotted import INPUTS, flatten, hints, leaves_of, unknown
+from pipelines.config.arguments import members, value_of
+from pipelines.config.dotted import INPUTS, current, flatten, hints, unknown
 from pipelines.errors import UserError
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]
+    """Takes each word of YAML as the text that stands there, but for null."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        # In quotes it is a text.
+        return None if node.style is None and node.value in ("null", "Null", "NULL", "~") else node.value
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no word", key.start_mark)
+        return _once((key.value, self.construct_object(value, deep)) for key, value in node.value)
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return pairs of keys and values as a dictionary; raise `UserError` where a key stands there twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise UserError(f"{key} is given twice: leave one of them out")
+        found[key] = value
+    return found
 
 
 def is_yaml(path: str) -> bool:
@@ -31,29 +55,51 @@ def read_settings(stage: str, config: Any, path: str, content: bytes) -> dict[st
         content: what it holds.
 
     Raises:
-        UserError: it is damaged or of another stage, or YAML has a setting that the stage has not.
+        UserError: it is damaged or of another stage, or has a setting twice, or one that the stage has not.
     """
+    values = _read(path, content)
+    if values.pop("stage", stage) != stage:
+        raise UserError(f"--config is {path!r}: it is not of stage {stage!r}; give settings of that stage")
+    values.pop(INPUTS, None)
+    leaves, types = _once(_leaves(values)), hints(config)
+    for key in leaves:
+        if key not in types:
+            within = [name for name in types if name.startswith(f"{key}.")]
+            group = f"{key} is a group of settings: write one of them, as in {within[0]}" if within else ""
+            raise UserError(group or unknown("setting", key, types))
+    return {key: _typed(types[key], key, value) for key, value in leaves.items()} if is_yaml(path) else leaves
+
+
+def _read(path: str, content: bytes) -> dict[str, Any]:
     try:
-        values: Any = yaml.load(content, yaml.BaseLoader) if is_yaml(path) else json.loads(content)
+        values: Any = yaml.load(content, _Loader) if is_yaml(path) else json.loads(content, object_pairs_hook=_once)
+    except UserError as error:
+        raise UserError(f"--config is {path!r}: {error}") from None
     except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--config is {path!r}: not {'YAML' if is_yaml(path) else 'JSON'}: {reason}") from None
-    if not isinstance(values, dict) or values.pop("stage", stage) != stage:
-        raise UserError(f"--config is {path!r}: it is not of stage {stage!r}; give settings of that stage")
-    values.pop(INPUTS, None)
-    leaves = leaves_of(values)
-    return _typed(config, leaves) if is_yaml(path) else leaves
+    if not isinstance(values, dict):
+        fault = "it holds no settings" if values is None else "it is no mapping of settings to their values"
+        raise UserError(f"--config is {path!r}: {fault}; write some, as in `loop.epochs: 3`")
+    return values
 
 
-def _typed(config: Any, leaves: dict[str, Any]) -> dict[str, Any]:
-    types, typed = hints(config), {}
-    for name, value in leaves.items():
-        key = name.replace("-", "_")
-        if key not in types:
-            raise UserError(unknown("setting", key, types))
-        texts = value if isinstance(value, list) else ["None" if value in ("null", "~") else value]
-        typed[key] = value_of(types[key], key, texts)
-    return typed
+def _leaves(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and values of nested ones; an empty group is a value, so that it is refused as one."""
+    for name, value in nested.items():
+        key = f"{prefix}{name}".replace("-", "_")
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield current(key), value
+
+
+def _typed(hint: Any, key: str, value: Any) -> Any:
+    if value is not None:
+        return value_of(hint, key, value if isinstance(value, list) else [value])
+    if type(None) not in members(hint):
+        raise UserError(f"{key} is null: leave it out")
+    return None
 
 
 def in_yaml(stage: str, config: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import command_line
+from pipelines import command_line, storage
 from pipelines.closing import closing, following
 from pipelines.command_line import parse
 from pipelines.config import (
@@ -51,6 +51,43 @@ def test_what_there_is_and_what_comes_next_are_named(tmp_path: Path) -> None:
     assert tuning.loop == FinetuneConfig().loop
 
 
+def test_the_next_run_is_its_own_and_on_the_same_hardware() -> None:
+    changes = {"tracking.run_name": "first", "tracking.experiment": "e", "loop.batch_size": 64}
+    hardware = {"scale.gpus_per_worker": 1.0, "scale.num_workers": 48, "loop.precision": "bf16"}
+    config = override(PretrainConfig(), changes | hardware)
+    _, tuning = following(config, LABELLED)
+    assert "tracking.run_name" not in tuning
+    assert (tuning["tracking.experiment"], tuning["loop.precision"]) == ("e", "bf16")
+    assert tuning["scale.gpus_per_worker"] == 1
+    # No more workers than a batch has videos.
+    assert override(FinetuneConfig(), tuning).scale.num_workers == FinetuneConfig().loop.batch_size
+    _, evaluation = following(config, {"metrics": {}})
+    assert (evaluation["scale.num_workers"], evaluation["scale.gpus_per_worker"]) == (48, 1)
+
+
+@pytest.mark.parametrize(
+    ("out", "there", "expected"),
+    [
+        ("s3://bucket", [], "s3://bucket/finetune"),
+        ("s3://bucket/", [], "s3://bucket/finetune"),
+        ("s3://bucket/run", [], "s3://bucket/finetune"),
+        ("file:///data", [], "file:///data/finetune"),
+        ("/data", [], "/data/finetune"),
+        ("/data/run", [], "/data/finetune"),
+        ("run", [], "finetune"),
+        ("runs/finetune", [], "runs/finetune-2"),
+        ("runs/finetune/", [], "runs/finetune-2"),
+        ("runs/b", ["runs/finetune", "runs/finetune-2"], "runs/finetune-3"),
+        ("out/pretrain", ["out/finetune"], "out/finetune-2"),
+    ],
+)
+def test_the_next_folder_is_near_and_holds_no_run(
+    out: str, there: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "exists", {storage.absolute(name) for name in there}.__contains__)
+    assert following(PretrainConfig(out=out), LABELLED)[1]["out"] == expected
+
+
 @pytest.mark.parametrize(
     ("config", "result", "expected"),
     [
@@ -61,7 +98,10 @@ def test_what_there_is_and_what_comes_next_are_named(tmp_path: Path) -> None:
         (EvaluateConfig(tracking=TrackingConfig(uri="off")), {}, ""),
     ],
 )
-def test_each_stage_leads_to_the_next(config: StageConfig, result: dict[str, Any], expected: str) -> None:
+def test_each_stage_leads_to_the_next(
+    config: StageConfig, result: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "exists", lambda name: False)
     stage, changes = following(config, result)
     if not expected:
         assert (stage, changes) == ("", {})

@@ -58,13 +58,32 @@ def test_what_is_written_is_read_back(stage: str, name: str, tmp_path: Path) -> 
     ("text", "message"),
     [
         ("a: [1", r"not YAML: while parsing a flow sequence"),
-        ("- a\n- b", "it is not of stage 'pretrain'"),
-        ("just words", "it is not of stage 'pretrain'"),
+        ("- a\n- b", "it is no mapping of settings to their values; write some"),
+        ("just words", "it is no mapping of settings to their values; write some"),
+        ("", "it holds no settings; write some"),
+        ("# loop.epochs: 3", "it holds no settings; write some"),
+        ("[loop.epochs]: 3", "not YAML: a key is no word"),
         ("stage: finetune", "it is not of stage 'pretrain'"),
         ("lsmcl.mask_ration: 1", "unknown setting 'lsmcl.mask_ration': did you mean lsmcl.mask_ratio"),
         ("loop.epochs: many", "loop.epochs is 'many': input should be a valid integer"),
         ("loop.epochs: [1, 2]", "--loop.epochs is given several values: give one"),
         ("loop.epochs:", "loop.epochs is '': input should be a valid integer"),
+        ("loop:\n  # epochs: 3", "loop is a group of settings: write one of them, as in loop.epochs"),
+        ("loop: {}", "loop is a group of settings: write one of them, as in loop.epochs"),
+        (
+            "model.backbone: [name]",
+            "model.backbone is a group of settings: write one of them, as in model.backbone.name",
+        ),
+        ("out: {}", "out is {}: input should be a valid string"),
+        ("out: null", "out is null: leave it out"),
+        ("loop: {epochs: ~}", "loop.epochs is null: leave it out"),
+        ("optim.betas: NULL", "optim.betas is null: leave it out"),
+        ("model.backbone.depth: '~'", "model.backbone.depth is '~': input should be a valid integer"),
+        ("seed: 1\nseed: 2", "seed is given twice: leave one of them out"),
+        ("loop: {epochs: 3}\nloop.epochs: 7", "loop.epochs is given twice: leave one of them out"),
+        ("loop: {epochs: 3, epochs: 4}", "epochs is given twice: leave one of them out"),
+        ("lsmcl.mask-ratio: 0.5\nlsmcl.mask_ratio: 0.6", "lsmcl.mask_ratio is given twice: leave one of them out"),
+        ("lsmcl.jitter: 0.5\nviews.jitter: 0.6", "views.jitter is given twice: leave one of them out"),
         ("lsmcl.mask_ratio: 1.5", "lsmcl.mask_ratio is 1.5: give a value in"),
     ],
 )
@@ -74,3 +93,28 @@ def test_mistakes_in_a_file_are_named(text: str, message: str, tmp_path: Path) -
     with pytest.raises(UserError, match=message) as raised:
         parse(["pretrain", "--config", str(path)])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("null", "it holds no settings; write some"),
+        ("[]", "it is no mapping of settings to their values; write some"),
+        ('{"loop": 3}', "loop is a group of settings: write one of them, as in loop.epochs"),
+        ('{"out": null}', "out is None: input should be a valid string"),
+        ('{"loop": {"epochs": 3, "epochs": 4}}', "epochs is given twice: leave one of them out"),
+        ('{"loop": {"epochs": 3}, "loop.epochs": 4}', "loop.epochs is given twice: leave one of them out"),
+    ],
+)
+def test_mistakes_in_json_are_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse(["pretrain", "--config", str(path)])
+
+
+@pytest.mark.parametrize("word", ["'~'", '"null"', "null-run", "off"])
+def test_quoted_words_are_texts(word: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"tracking.run_name: {word}")
+    assert parse(["pretrain", "--config", str(path)])[1].tracking.run_name == word.strip("'\"")
