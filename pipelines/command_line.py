@@ -48,6 +48,9 @@ def _run(argv: Sequence[str]) -> int:
     if argv[0] == COMPLETION:
         print_completion([*argv[1:]])
     node, argv = take_dry_run(argv)
+    if not argv:
+        print(USAGE, flush=True)
+        return 2
     name, config = parse(argv)
     preflight.check(name, config, dry_run=node is not None)
     if plan := _dry_run(name, config, node):
@@ -107,10 +110,13 @@ def take_dry_run(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     Those of a recipe are settings of its own.
 
     Raises:
-        UserError: the node is given without a dry run, or is none whose rates were measured.
+        UserError: the node is given without a dry run, or is none whose rates were measured; or --dry-run has a value.
     """
     if argv[0] == "recipe":
         return None, [*argv]
+    for argument in argv:
+        if argument != "--dry-run" and argument.partition("=")[0].replace("_", "-") in ("--dry-run", "--no-dry-run"):
+            raise UserError(f"{argument} is no option: write --dry-run, which takes no value, or leave it out")
     rest = [argument for argument in argv if argument != "--dry-run"]
     dry_run = len(rest) < len(argv)
     node, rest = _take(rest, "node")
@@ -118,6 +124,8 @@ def take_dry_run(argv: Sequence[str]) -> tuple[str | None, list[str]]:
         raise UserError(f"--node is {node!r}: it is of --dry-run; give both or neither")
     if node is not None and node not in NODES:
         raise UserError(f"--node is {node!r}: rates were measured on {' and '.join(NODES)}; give one of them")
+    if rest[:1] == ["recipe"]:
+        raise UserError("--dry-run stands before recipe: write the stage first, as in `recipe NAME --dry-run`")
     return (node or NODES[0]) if dry_run else None, rest
 
 

@@ -124,3 +124,20 @@ def test_the_node_belongs_to_a_dry_run() -> None:
         take_dry_run(["pretrain", "--node", "h200"])
     with pytest.raises(UserError, match="--node is 'h201': rates were measured on cpu-2 and h200"):
         take_dry_run(["pretrain", "--node", "h201", "--dry-run"])
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], ["--node", "h200", "--dry-run"], ["--dry-run", "--node=h200"]])
+def test_a_dry_run_of_nothing_prints_the_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(words) == 2
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+@pytest.mark.parametrize("option", ["--dry-run=true", "--dry-run=", "--dry_run", "--no-dry-run"])
+def test_a_dry_run_takes_no_value(option: str) -> None:
+    with pytest.raises(UserError, match=f"^{option} is no option: write --dry-run, which takes no value"):
+        take_dry_run(["pretrain", option])
+
+
+def test_a_recipe_stands_before_its_dry_run() -> None:
+    with pytest.raises(UserError, match="--dry-run stands before recipe: write the stage first"):
+        take_dry_run(["--dry-run", "recipe", "paper-coin"])

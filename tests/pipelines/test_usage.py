@@ -41,6 +41,17 @@ def test_bash_completes_stages_settings_and_values(script: Path) -> None:
     assert offered(script, "recipe", "--nod") == ["--node"]
 
 
+def test_what_is_documented_is_where_a_shell_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs/training.md").read_text().split())
+    with pytest.raises(SystemExit):
+        command_line.main(["completion", "zsh"])
+    # Zsh reads this line of a file that its path of functions has, and nowhere else.
+    assert capsys.readouterr().out.startswith("#compdef s5\n")
+    assert "`s5 completion zsh > ~/.zfunc/_s5`, where `~/.zshrc` has `fpath+=~/.zfunc` before `compinit`" in page
+    # Fish has no process substitution.
+    assert "`s5 completion fish > ~/.config/fish/completions/s5.fish`" in page
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "completion takes the name of a shell"), (["bahs"], "unknown shell 'bahs': did you mean bash")],
