@@ -84,6 +84,7 @@ def exported(cluster: LocalCluster) -> dict[str, dict[str, str]]:
     return {name: dict(re.findall(r'(\w+)="([^"]*)"', labels)) for name, labels in lines}
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_a_job_its_run_and_its_metrics_point_at_each_other(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_changed_settings_are_refused_as_each_stage_refuses_them(config: RecipeC
         ({"index.val_share": 0.3}, r"out/index' holds a run with val_share 0.2, not 0.3"),
         ({"encode.frames_per_second": 4.0}, r"out/features' holds a run with frames_per_second 2.0, not 4.0"),
         ({"finetune.optim.lr": 0.5}, r"out/finetune/seed_0' holds a run with optim.lr 0.001, not 0.5"),
-        ({"evaluate.batch_size": 3}, r"out/evaluate/seed_0' holds a run with batch_size 16, not 3"),
+        ({"evaluate.neighbours": 3}, r"out/evaluate/seed_0' holds a run with neighbours 5, not 3"),
     ):
         with pytest.raises(UserError, match=message):
             recipe.run(override(config, changes))
