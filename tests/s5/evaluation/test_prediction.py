@@ -171,7 +171,7 @@ def test_what_is_kept_of_each_frame(tmp_path: Path, video: Path) -> None:
     kept_L[prediction.kept[0][0].numpy()] = 1
     assert np.array_equal(kept.share_FRQ[:4], kept_L.reshape(4, 4, 4))
     # Of a video too short for windows over time, the protocol's clip.
-    brief = Predictor(loaded, keeps=True).predict(facts(4.5), read).kept
+    brief = Predictor(loaded, keeps=True).predict(facts(4.0), read).kept
     assert brief is not None
     assert len(brief.times_F) == 4
     assert brief.share_FRQ.mean() == 0.5
