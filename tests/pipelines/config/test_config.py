@@ -235,7 +235,7 @@ def test_a_key_without_a_stage_is_set_in_all_of_them() -> None:
     }
     assert search_space.configured(config, "finetune", values) == {"clips.frames": 4}
     assert len(draws.settings_of(config, dimensions)) == 2
-    assert search_space.name_of(values) == "frames=4,lr=0.001,mask_ratio=0.5"
+    assert search_space.name_of(values) == "frames=4,mask_ratio=0.5,lr=0.001"
 
 
 @pytest.mark.parametrize(
