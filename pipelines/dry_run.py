@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import pyarrow as pa
-
 from pipelines.config import (
     EvaluateConfig,
     FeaturesConfig,
@@ -24,8 +22,8 @@ from pipelines.config import (
 )
 from pipelines.config.settings_files import in_yaml
 from pipelines.data.features.cache import with_imported
-from pipelines.data.manifest import read_manifest, split_of, splits
-from pipelines.data.protocols import clips_per_video, protocol_of
+from pipelines.data.manifest import read_manifest, splits
+from pipelines.data.protocols import clips_per_video
 from pipelines.errors import UserError
 from pipelines.recipes.costs import (
     Cost,
@@ -45,10 +43,8 @@ from pipelines.tuning import search_space
 from pipelines.tuning.draws import Values, check_size, settings_of
 from pipelines.tuning.ready_spaces import resolved
 from pipelines.tuning.trials import seeds_of, trial_of
-from s5.checkpoints.checkpoint import Meta, read_meta
-from s5.config import BackboneConfig, ClipConfig, ModelConfig
+from s5.config import ModelConfig
 from s5.config import from_json as config_from_json
-from s5.errors import CheckpointError
 
 RECKONED_TRIALS = 16
 """Trials of a sweep whose cost is worked out; the others are taken to cost the same in the mean."""
@@ -167,34 +163,24 @@ def _training_cost(config: PretrainConfig | FinetuneConfig, node: Node) -> Cost:
 
 
 def _evaluate_costs(config: EvaluateConfig, node: Node) -> Iterator[Cost]:
+    """Yield the cost of the evaluation and, of a pretrained encoder, that of the videos that a probe learns from."""
+    from pipelines.stages import evaluate
+
     manifest = read_manifest(config.manifest)
-    listing = listing_of_manifest(manifest)
     with local_checkpoint(config.checkpoint) as folder:
-        try:
-            meta = read_meta(folder)
-        except CheckpointError as error:
-            raise UserError(str(error)) from None
-    backbone = with_imported(config_from_json(BackboneConfig, meta.model["backbone"]), config.features)
+        found = evaluate.checked(config, manifest, folder)
+    model = config_from_json(ModelConfig, found.meta.model)
+    # Nothing is trained, and cached features are of a frozen backbone.
+    model = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, frozen=True))
+    sought = FinetuneConfig(model=model, clips=found.clips, features=config.features)
+    backbone = with_imported(model.backbone, config.features)
     work = Work(node, facts_of(backbone), bool(config.features))
-    for each, sought in _evaluations(config, manifest, meta):
-        yield dataclasses.replace(evaluate_cost(each, sought, listing, work), stage=f"evaluate {each.split}")
-
-
-def _evaluations(
-    config: EvaluateConfig, manifest: pa.Table, meta: Meta
-) -> Iterator[tuple[EvaluateConfig, FinetuneConfig]]:
-    """Yield the evaluation and, of a pretrained encoder, that of the training videos it is compared with."""
-    model = config_from_json(ModelConfig, meta.model)
-    sought = FinetuneConfig(model=model, clips=config_from_json(ClipConfig, meta.settings["clips"]), features="")
-    protocol = protocol_of(manifest, config.protocol, meta.settings.get("protocol", "auto"))
-    if meta.pretrained:
-        protocol = "uniform" if config.protocol == "auto" else config.protocol
-    count = clips_per_video(protocol, config.clips_per_video)
-    if not len(split_of(manifest, config.split)):
-        raise UserError(f"split is {config.split!r}: manifest {config.manifest!r} has no video in it; give another")
-    yield dataclasses.replace(config, protocol=protocol, clips_per_video=count), sought
-    if meta.pretrained and config.split != "train":
-        yield dataclasses.replace(config, protocol=protocol, clips_per_video=1, split="train"), sought
+    count = clips_per_video(found.protocol, config.clips_per_video)
+    for split, videos, clips in ((config.split, found.videos, count), ("train", found.learned, 1)):
+        if len(videos):
+            each = dataclasses.replace(config, protocol=found.protocol, clips_per_video=clips, split=split)
+            cost = evaluate_cost(each, sought, listing_of_manifest(videos), work)
+            yield dataclasses.replace(cost, stage=f"evaluate {split}")
 
 
 def foreseen(config: SweepConfig) -> list[Values]:

@@ -7,8 +7,9 @@ read their shares of the videos (`evaluating.replicas`).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from pipelines.config import EvaluateConfig, unknown
 from pipelines.data.features.batches import check_features
 from pipelines.data.manifest import check_clips, classes, drop_too_short, read_manifest, split_of
 from pipelines.data.manifest import digest as manifest_digest
+from pipelines.data.narration.reading import NarratedSteps
 from pipelines.data.protocols import checked_clips, clips_in_words, clips_per_video, coverage, listed_count, protocol_of
 from pipelines.data.tracked import data_set
 from pipelines.errors import UserError
@@ -43,34 +45,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         StageError: too many videos could not be read.
     """
     manifest = read_manifest(config.manifest)
+    if config.features:
+        # Replicas may have another folder.
+        config = replace(config, features=storage.absolute(config.features))
     with local_checkpoint(config.checkpoint) as folder:
-        try:
-            meta = read_meta(folder)
-            weights = encoder_weights(folder)
-        except CheckpointError as error:
-            raise UserError(str(error)) from None
-        clips, protocol = clips_of(meta), chosen_protocol(manifest, config, meta)
-        rows = chosen(manifest, config, meta)
-        checked = checked_clips(clips, protocol)
-        check_clips(rows, checked)
-        videos = drop_too_short(rows, checked)
-        learned = pretrained.training_videos(manifest, config, meta, videos, checked)
-        inputs = {"checkpoint": digest(folder), "manifest": manifest_digest(manifest)}
-        registered.check(config, meta)
-        backbone = config_from_json(BackboneConfig, meta.model["backbone"])
-        if backbone.tokens and not config.features:
-            raise UserError(
-                f"features is '': the checkpoint has no frame encoder, it reads imported features of "
-                f"{backbone.name!r}; give --features"
-            )
-        if config.features:
-            # Replicas may have another folder.
-            config = replace(config, features=storage.absolute(config.features))
-            inputs["features"] = check_features(
-                config.features, manifest, clips, protocol, backbone, of_backbone(weights)
-            )
-        if known := pretrained.narrated_steps(config, meta, videos):
-            inputs["labels"] = known.digest
+        evaluation = checked(config, manifest, folder)
+        meta, clips, protocol, inputs = evaluation.meta, evaluation.clips, evaluation.protocol, evaluation.inputs
+        rows, videos, learned, known = evaluation.rows, evaluation.videos, evaluation.learned, evaluation.known
         if (result := finished("evaluate", config, inputs, redo="evaluate again")) is not None:
             return result
         check_cluster(config.scale, None if config.features else config.data)
@@ -103,6 +84,66 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 registered.register(stage, config, folder, inputs["manifest"], meta)
             storage.remove_folder(stage.path(SHARDS))
     return stage.result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is evaluated, of a checkpoint, manifest and settings that fit together."""
+
+    meta: Meta
+    clips: ClipConfig
+    protocol: EvaluationProtocol
+    rows: pa.Table
+    """Videos of the split."""
+    videos: pa.Table
+    """Those of them that are long enough."""
+    learned: pa.Table
+    """Videos that a probe learns from."""
+    known: NarratedSteps | None
+    """Soft labels that predicted steps are compared with."""
+    inputs: dict[str, str]
+    """Digests of what is read."""
+
+
+def checked(config: EvaluateConfig, manifest: pa.Table, folder: Path) -> Evaluation:
+    """Return what is evaluated: all that is checked before any work, but for the cluster.
+
+    Raises:
+        UserError: checkpoint, manifest and settings do not fit together.
+    """
+    try:
+        meta = read_meta(folder)
+        weights = encoder_weights(folder)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    clips, protocol = clips_of(meta), chosen_protocol(manifest, config, meta)
+    rows = chosen(manifest, config, meta)
+    usable = checked_clips(clips, protocol)
+    check_clips(rows, usable)
+    videos = drop_too_short(rows, usable)
+    learned = pretrained.training_videos(manifest, config, meta, videos, usable)
+    inputs = {"checkpoint": digest(folder), "manifest": manifest_digest(manifest)}
+    registered.check(config, meta)
+    backbone = config_from_json(BackboneConfig, meta.model["backbone"])
+    if backbone.tokens and not config.features:
+        raise UserError(
+            f"features is '': the checkpoint has no frame encoder, it reads imported features of "
+            f"{backbone.name!r}; give --features"
+        )
+    if config.features:
+        inputs["features"] = check_features(config.features, manifest, clips, protocol, backbone, of_backbone(weights))
+    if known := pretrained.narrated_steps(config, meta, videos):
+        inputs["labels"] = known.digest
+    return Evaluation(
+        meta=meta,
+        clips=clips,
+        protocol=protocol,
+        rows=rows,
+        videos=videos,
+        learned=learned,
+        known=known,
+        inputs=inputs,
+    )
 
 
 def clips_of(meta: Meta) -> ClipConfig:

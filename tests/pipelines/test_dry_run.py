@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from safetensors.torch import save_file
 
 from pipelines import command_line, storage
 from pipelines.command_line import parse, take_dry_run
 from pipelines.config import EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, SweepConfig, override
-from pipelines.data.manifest import MANIFEST, SCHEMA
+from pipelines.data.features.cache import IMPORTED, FeatureMeta
+from pipelines.data.features.cache import META as FEATURES
+from pipelines.data.manifest import MANIFEST, SCHEMA, digest, read_manifest
 from pipelines.dry_run import costs_of, plan_of
 from pipelines.errors import UserError
 from pipelines.recipes.costs import Cost
 from pipelines.recipes.rates import NODES
-from s5.checkpoints.checkpoint import META, Meta, meta_bytes
+from s5.checkpoints.checkpoint import META, MODEL, Meta, meta_bytes
+from s5.config import SEGMENTS
 from tests.tiny import HEADS, TINY
 
 LENGTHS = {"train": [20.0] * 12, "val": [30.0] * 3, "test": [70.0, 20.0]}
@@ -75,19 +80,105 @@ def test_clips_and_steps_are_counted(manifest: str) -> None:
     assert (found.stage, found.input) == ("finetune", "4 trials")
 
 
+def checkpoint(folder: Path, config: FinetuneConfig, kind: Any, **model: Any) -> str:
+    """Write a checkpoint without weights, of a model whose frame encoder has other settings than that of a config."""
+    folder.mkdir()
+    save_file({}, folder / MODEL)
+    settings = {"clips": dataclasses.asdict(config.clips), "protocol": "multi-clip"}
+    there = dataclasses.asdict(config.model)
+    meta = Meta(
+        kind=kind,
+        step=1,
+        model=there | {"backbone": there["backbone"] | model},
+        classes=["class0", "class1"],
+        settings=settings,
+        files={MODEL: hashlib.sha256((folder / MODEL).read_bytes()).hexdigest()},
+    )
+    (folder / META).write_bytes(meta_bytes(meta))
+    return str(folder)
+
+
+def features_of(folder: Path, manifest: str, name: str) -> str:
+    """Write what is known of cached features that another program made: 4 tokens a frame."""
+    meta = FeatureMeta(
+        backbone={"name": name},
+        weights=f"{IMPORTED}x",
+        mean=[],
+        std=[],
+        precision="fp32",
+        frames_per_second=2.0,
+        manifest=digest(read_manifest(manifest)),
+        tokens=4,
+        width=16,
+        chunk_frames=64,
+    )
+    storage.write_json(str(folder / FEATURES), dataclasses.asdict(meta))
+    return str(folder)
+
+
 @pytest.mark.parametrize(("kind", "splits"), [("class", ["test"]), ("lsmcl", ["test", "train"])])
 def test_an_evaluation_counts_what_a_checkpoint_reads(
     manifest: str, tmp_path: Path, kind: Any, splits: list[str]
 ) -> None:
-    config = training(FinetuneConfig(), manifest)
-    settings = {"clips": dataclasses.asdict(config.clips), "protocol": "multi-clip"}
-    meta = Meta(kind=kind, step=1, model=dataclasses.asdict(config.model), settings=settings)
-    (tmp_path / META).write_bytes(meta_bytes(meta))
-    evaluation = EvaluateConfig(manifest=manifest, checkpoint=str(tmp_path))
-    found = list(costs_of(evaluation, NODES["cpu-2"]))
+    there = checkpoint(tmp_path / "there", training(FinetuneConfig(), manifest), kind)
+    found = list(costs_of(EvaluateConfig(manifest=manifest, checkpoint=there), NODES["cpu-2"]))
     assert [each.stage for each in found] == [f"evaluate {split}" for split in splits]
     # Ten clips of each video by the checkpoint's protocol; of an encoder one, and one of what it is compared with.
     assert [each.clips for each in found] == ([20] if kind == "class" else [2, 12])
+
+
+@pytest.mark.parametrize("name", ["mine", SEGMENTS])
+def test_an_evaluation_counts_what_it_reads_of_features(manifest: str, tmp_path: Path, name: str) -> None:
+    config = training(FinetuneConfig(), manifest)
+    there = checkpoint(tmp_path / "there", config, "class", name=name, tokens=4, width=16, frozen=True)
+    evaluation = EvaluateConfig(manifest=manifest, checkpoint=there)
+    with pytest.raises(UserError, match=f"it reads imported features of '{name}'; give --features"):
+        plan_of("evaluate", evaluation)
+    found = cost(dataclasses.replace(evaluation, features=features_of(tmp_path / "features", manifest, name)))
+    assert (found.clips, found.tokens) == (20, 20 * config.clips.frames * 4)
+
+
+def test_an_evaluation_counts_no_more_than_is_probed(manifest: str, tmp_path: Path) -> None:
+    there = checkpoint(tmp_path / "there", training(FinetuneConfig(), manifest), "lsmcl")
+    config = EvaluateConfig(manifest=manifest, checkpoint=there)
+    few = costs_of(dataclasses.replace(config, train_videos=6), NODES["cpu-2"])
+    assert [(each.stage, each.clips) for each in few] == [("evaluate test", 2), ("evaluate train", 6)]
+    rows = read_manifest(manifest)
+    unlabelled = rows.set_column(rows.schema.get_field_index("label"), "label", pa.nulls(len(rows), pa.int64()))
+    storage.write_table(str(tmp_path / "manifest.parquet"), unlabelled.cast(rows.schema))
+    assert cost(dataclasses.replace(config, manifest=str(tmp_path / "manifest.parquet"))).stage == "evaluate test"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("class", {"split": "tset"}, "unknown split 'tset': did you mean test"),
+        ("class", {"probe": "linear"}, "probe is 'linear': the checkpoint is of a fine-tuned model"),
+        ("class", {"register": "x", "tracking.uri": "off"}, "register is 'x': tracking.uri is 'off'"),
+        ("class", {"labels": "x"}, "labels is 'x': a checkpoint of task class predicts no steps"),
+        ("class", {"features": "x"}, "features is 'x': there is no features.json"),
+        ("regression", {}, "split is 'test': 2 of its videos have no target"),
+        ("lsmcl", {"protocol": "windows"}, "protocol is 'windows': a pretrained encoder's clips"),
+        ("lsmcl", {"register": "x"}, "register is 'x': a pretrained encoder predicts nothing"),
+    ],
+)
+def test_what_an_evaluation_would_refuse_is_refused(
+    manifest: str, tmp_path: Path, kind: str, changes: dict[str, Any], message: str
+) -> None:
+    there = checkpoint(tmp_path / "there", training(FinetuneConfig(), manifest), kind)
+    config = EvaluateConfig(manifest=manifest, checkpoint=there)
+    with pytest.raises(UserError, match=message):
+        plan_of("evaluate", override(config, changes))
+
+
+def test_an_evaluation_on_other_classes_is_refused(manifest: str, tmp_path: Path) -> None:
+    there = checkpoint(tmp_path / "there", training(FinetuneConfig(), manifest), "class")
+    rows = read_manifest(manifest)
+    names = pa.array(["dog" if label else "cat" for label in rows["label"].to_pylist()])
+    named = rows.set_column(rows.schema.get_field_index("class_name"), "class_name", names)
+    storage.write_table(str(tmp_path / "manifest.parquet"), named)
+    with pytest.raises(UserError, match="has the classes cat, dog, the checkpoint class0, class1"):
+        plan_of("evaluate", EvaluateConfig(manifest=str(tmp_path / "manifest.parquet"), checkpoint=there))
 
 
 def test_the_text_is_settings_and_a_plan(manifest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
