@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pipelines.errors import UserError
 
@@ -116,3 +119,19 @@ def _holds_text(path: Path) -> bool:
         return bool(path.read_text().strip())
     except OSError:
         return False
+
+
+def main(run: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a command line, and exit with its status; 130 where Ctrl-C ends it.
+
+    Args:
+        run: takes the arguments and returns the status; a `UserError` is status 2.
+    """
+    logging.disable(logging.INFO)  # Ray's client tells each of its steps.
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -23,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from clusters import connection
 from clusters.findings import GIB, Finding, findings
-from clusters.jobs import FAILED, STOPPED, SUCCEEDED, Parser
-from clusters.submit import CODE, ROOT
+from clusters.jobs import FAILED, SUCCEEDED, Parser
+from clusters.submit import stage_code
 from pipelines import storage, tracking
 from pipelines.errors import UserError
 from pipelines.running import node_checks
@@ -96,11 +94,7 @@ def ask(client: JobSubmissionClient, asked: Asked, variables: dict[str, str]) ->
 
 def _stage(folder: Path, asked: Asked) -> None:
     """Copy what the job needs into a folder."""
-    for package in CODE:
-        for source in sorted((ROOT / package).rglob("*.py")):
-            target = folder / source.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    stage_code(folder)
     (folder / ASKED).write_text(json.dumps(asdict(asked)))
     (folder / CLIP).write_bytes(node_checks.make_clip())
 
@@ -249,17 +243,5 @@ def run(argv: Sequence[str]) -> int:
     return FAILED if any(finding.fix for finding in found) else SUCCEEDED
 
 
-def main() -> None:
-    """Run the command line."""
-    logging.disable(logging.INFO)  # Ray's client tells each of its steps.
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
-
-
 if __name__ == "__main__":
-    main()
+    connection.main(run)

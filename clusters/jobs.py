@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import re
 import sys
 import time
@@ -214,15 +213,5 @@ def _line(job: Any) -> str:
     return "  ".join([job.submission_id, _status(job), begun, (job.metadata or {}).get("out", "")]).rstrip()
 
 
-def main() -> None:
-    """Run the command line."""
-    logging.disable(logging.INFO)  # Ray's client tells each of its steps.
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    connection.main(run)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import os
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
@@ -122,8 +120,8 @@ def environment(submission: Submission) -> dict[str, str]:
 # --- what is shipped ------------------------------------------------------------------------------------------------
 
 
-def stage_package(submission: Submission, folder: Path) -> None:
-    """Copy what the job needs into a folder: the files of the code, pyproject.toml and run.json."""
+def stage_code(folder: Path) -> None:
+    """Copy the files of the code, and pyproject.toml, into a folder."""
     for package in CODE:
         for source in sorted(path for path in (ROOT / package).rglob("*") if path.suffix in SUFFIXES):
             target = folder / source.relative_to(ROOT)
@@ -131,6 +129,11 @@ def stage_package(submission: Submission, folder: Path) -> None:
             shutil.copyfile(source, target)
     if (ROOT / "pyproject.toml").is_file():
         shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+
+
+def stage_package(submission: Submission, folder: Path) -> None:
+    """Copy what the job needs into a folder: the code and run.json."""
+    stage_code(folder)
     storage.write_json(str(folder / RUN), to_json(submission.stage, submission.config))
 
 
@@ -247,15 +250,5 @@ def run(argv: Sequence[str]) -> int:
     return jobs.follow_or_leave(client, job)
 
 
-def main() -> None:
-    """Run the command line."""
-    logging.disable(logging.INFO)  # Ray's client tells each of its steps.
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    connection.main(run)
