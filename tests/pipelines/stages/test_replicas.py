@@ -115,15 +115,6 @@ def ended(config: EvaluateConfig, parts: int, monkeypatch: pytest.MonkeyPatch) -
     return sorted((Path(config.out) / "shards").iterdir())
 
 
-def rounded(value: Any) -> Any:
-    """Return nested values with three digits of each number."""
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [rounded(each) for each in value]
-    return float(f"{value:.3g}") if isinstance(value, float) else value
-
-
 def test_an_ended_evaluation_does_what_is_left(
     straight: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,8 +133,11 @@ def test_an_ended_evaluation_does_what_is_left(
     # Two parts of three videos are stored, without the one that cannot be read: that is tried again.
     assert seen == [VIDEOS - 5]
     assert "5 of 11 videos are done already" in capsys.readouterr().out
-    # Batches of another size round in another way.
-    assert rounded(left_by(config)) == rounded(left_by(straight))
+    found, whole = left_by(config), left_by(straight)
+    for row, other in zip(found["tables"][0], whole["tables"][0], strict=True):
+        # Batches of another size round in another way.
+        assert row.pop("scores") == pytest.approx(other.pop("scores"), rel=1e-4)
+    assert found == whole
     assert len(left_by(config)["tables"][0]) == VIDEOS - 1
     assert left_by(config)["tables"][1] == [{"video_id": "v03", "uri": "v03", "reason": "cut"}]
     assert not (Path(config.out) / "shards").exists()
