@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.running.intervals import interval
 from pipelines.tuning.ready_spaces import KEEP_RATIO, MASK_RATIO
 from pipelines.tuning.records import Record
-from pipelines.tuning.search_space import Dimension, holds, name_of
+from pipelines.tuning.search_space import Choice, Dimension, holds, name_of
 from pipelines.tuning.trials import Objective
 
 TABLE = "sweep.parquet"
@@ -103,10 +103,13 @@ def _difference(
     group: Sequence[Record],
     names: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Return how far a setting is from the one that leaves nothing out and is the same otherwise."""
+    """Return how far a setting is from the one that leaves nothing out and is the same otherwise; in a space over
+    another key alone, from its first value."""
     values = group[0].values
     for key, dimension in dimensions.items():
         baseline = BASELINES.get(key.removeprefix("pretrain.").removeprefix("finetune."))
+        if baseline is None and len(dimensions) == 1 and isinstance(dimension, Choice):
+            baseline = dimension.values[0]
         if baseline is None or not holds(dimension, baseline) or values[key] == baseline:
             continue
         other = {record.seed: record for record in groups.get(name_of(values | {key: baseline}), [])}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import queue
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -156,9 +157,9 @@ def _by_replicas(
     )
     content = ray.put(files)
     device = "cuda" if scale.gpus_per_worker else "cpu"
-    replicas = [replica.remote(content, device) for _ in arguments]
+    replicas = [replica.remote() for _ in arguments]
     streams: list[Any] = [
-        actor.run.options(num_returns="streaming").remote(*each)
+        actor.run.options(num_returns="streaming").remote(content, device, *each)
         for actor, each in zip(replicas, arguments, strict=True)
     ]
     while streams:
@@ -182,12 +183,12 @@ def _by_replicas(
 
 def _here(files: dict[str, bytes], device: str, arguments: tuple[Any, ...], bar: ProgressBar) -> Iterator[ClipOutputs]:
     """Yield what the only replica gives, which works in a thread of this process."""
-    replica = Replica(files, device)
+    replica = Replica()
     found: queue.SimpleQueue[ClipOutputs | None] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            for part in replica.run(*arguments):
+            for part in replica.run(files, device, *arguments):
                 found.put(part)
         finally:
             found.put(None)
@@ -206,17 +207,12 @@ def _here(files: dict[str, bytes], device: str, arguments: tuple[Any, ...], bar:
 
 
 class Replica:
-    """One copy of the model: a Ray actor, or in the process of the stage."""
+    """One copy of the model: a Ray actor, or in the process of the stage.
 
-    def __init__(self, files: dict[str, bytes], device: str) -> None:
-        import tempfile
+    The checkpoint comes with the work: with what an actor that Ray may start again is made of, Ray prints an error.
+    """
 
-        with tempfile.TemporaryDirectory(prefix="checkpoint_") as name:
-            for file, content in files.items():
-                (Path(name) / file).write_bytes(content)
-            self.model, self.meta = read_model(Path(name))
-        self.device = torch.device(device)
-        self.model.to(self.device)
+    def __init__(self) -> None:
         self._seen: set[str] = set()
 
     def videos_seen(self) -> int:
@@ -225,6 +221,8 @@ class Replica:
 
     def run(
         self,
+        files: dict[str, bytes],
+        device: str,
         videos: pa.Table,
         source: ClipSource,
         clips_per_video: int,
@@ -233,11 +231,15 @@ class Replica:
         pictured: frozenset[str],
     ) -> Iterator[ClipOutputs]:
         """Yield the model's outputs for this replica's clips of the videos, in parts of so many videos."""
-        kind = self.meta.kind
-        output = inference.features(self.model) if self.meta.pretrained else inference.scores(self.model, kind)
+        with tempfile.TemporaryDirectory(prefix="checkpoint_") as name:
+            for file, content in files.items():
+                (Path(name) / file).write_bytes(content)
+            model, meta = read_model(Path(name))
+        model.to(place := torch.device(device))
+        output = inference.features(model) if meta.pretrained else inference.scores(model, meta.kind)
         batches = self._counted(source.evaluation(videos, clips_per_video, batch_size))
         # Ray streams what a generator function yields.
-        yield from inference.run_in_parts(output, batches, self.device, part_videos, pictured)
+        yield from inference.run_in_parts(output, batches, place, part_videos, pictured)
 
     def _counted(self, batches: Iterable[ClipBatch]) -> Iterator[ClipBatch]:
         for batch in batches:

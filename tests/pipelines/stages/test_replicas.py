@@ -168,19 +168,16 @@ def test_a_finished_evaluation_is_left_alone_and_another_one_refused(
 class Dying:
     """Stands for a replica whose process is lost while it works, the first time."""
 
-    def __init__(self, files: dict[str, bytes], device: str) -> None:
-        self.files = files
-
     def videos_seen(self) -> int:
         return 0
 
-    def run(self, rank: int, folder: Path) -> Iterator[tuple[int, int, bytes]]:
+    def run(self, files: dict[str, bytes], device: str, rank: int, folder: Path) -> Iterator[tuple[int, int, bytes]]:
         mark = folder / f"started_{rank}"
         for part in range(3):
             if (rank, part) == (1, 1) and not mark.exists():
                 mark.touch()
                 os._exit(1)
-            yield rank, part, self.files["model"]
+            yield rank, part, files["model"]
 
 
 @pytest.mark.cluster

@@ -173,6 +173,19 @@ def test_settings_are_compared_by_their_means_over_seeds(tmp_path: Path) -> None
     assert best.seed == 2
 
 
+def test_a_key_without_a_natural_baseline_is_compared_with_its_first_value(tmp_path: Path) -> None:
+    config = sweep_of(tmp_path, "clips.long_stride=2,4", seeds=3, stages="finetune")
+    queue, plan = queue_of(config)
+    for name in "abcdef":
+        trial = queue.suggest(name)[TRIAL]
+        finish(plan, trial.out, 0.1 * trial.seed + (0.3 if trial.values["clips.long_stride"] == 4 else 0))
+    longer, shorter = results.settings_table(parse(config), plan.records, objective_of(config))
+    assert shorter["difference"] is None
+    # Seeds differ by more than the settings' means; paired by seed they do not.
+    assert longer["difference"]["val/accuracy"]["interval"] == pytest.approx([0.3, 0.3])
+    assert "from long_stride=2.0, paired by seed: +0.300" in results.in_words(longer, "val/accuracy")
+
+
 @pytest.mark.parametrize(
     ("text", "status"),
     [
