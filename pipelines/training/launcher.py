@@ -120,7 +120,8 @@ def _start_monitor(scale: ScaleConfig) -> Any:
 
 def _starting(scale: ScaleConfig) -> str:
     least = f"{scale.min_workers} to " if scale.min_workers else ""
-    return f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}"
+    sooner = "" if scale.world_size > 1 else " (--scale.num-workers 0 trains in this process, and starts sooner)"
+    return f"starting {least}{scale.num_workers} training worker{'s' * (scale.num_workers > 1)}{sooner}"
 
 
 def _train(setup: WorkerSetup) -> Callable[[], TrainingResult | None]:

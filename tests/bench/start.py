@@ -35,7 +35,6 @@ MISTAKES = {
 ANSWER_S = 2.0
 SETTINGS = {
     "preset": "quickstart",
-    "scale.num-workers": "1",
     "scale.cpus-per-worker": "1",
     "clips.too-short": "shrink",
     "probe-videos": "0",
@@ -47,10 +46,12 @@ SETTINGS = {
     "lsmcl.dim": "16",
 }
 TRAIN = ["pretrain", *(text for name, value in SETTINGS.items() for text in (f"--{name}", value))]
+# Ray Train's worker, and the process of the command itself, which a checkout has to know.
+IN_WORKER, IN_OWN_PROCESS = "1", "0"
 # What a training run prints, in order, and the part that ends with it.
 MARKS = (
     ("listed videos", "imports, checks, Ray, MLflow"),
-    ("starting 1 training worker", "to the trainer"),
+    ("training", "to the trainer"),
     ("step 1/", "workers and first batch"),
     ("step 6/", "steps"),
     ("checkpoint: ", "last save, end of the workers"),
@@ -75,10 +76,11 @@ def answer_seconds(checkout: Path, arguments: list[str], folder: Path) -> float:
     return seconds
 
 
-def parts_of_training(checkout: Path, manifest: Path, folder: Path) -> dict[str, float]:
+def parts_of_training(checkout: Path, workers: str, manifest: Path, folder: Path) -> dict[str, float]:
     """Return the seconds of each part of one training run."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        command = [sys.executable, "-m", "pipelines", *TRAIN, "--manifest", str(manifest), "--out", f"{out}/run"]
+        files = ["--manifest", str(manifest), "--out", f"{out}/run"]
+        command = [sys.executable, "-m", "pipelines", *TRAIN, "--scale.num-workers", workers, *files]
         before = time.perf_counter()
         parts: dict[str, float] = {}
         marks: Iterator[tuple[str, str]] = iter(MARKS)
@@ -114,8 +116,10 @@ def sample(folder: Path) -> Path:
 def run(rounds: int, against: Path | None) -> None:
     """Measure, print and write out/bench/start.json."""
     checkouts = {"here": ROOT} | ({"there": against.resolve()} if against else {})
+    runs = {"here": (ROOT, IN_WORKER), "here, own process": (ROOT, IN_OWN_PROCESS)}
+    runs |= {name: (checkout, IN_WORKER) for name, checkout in checkouts.items()}
     answers: dict[str, dict[str, list[float]]] = {name: {} for name in checkouts}
-    training: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
+    training: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory(prefix="bench-start-") as temporary:
         folder = Path(temporary)
         manifest = sample(folder)
@@ -124,7 +128,8 @@ def run(rounds: int, against: Path | None) -> None:
                 for what, arguments in (MISTAKES | {"--help": ["pretrain", "--help"]}).items():
                     given = [str(manifest) if argument == "MANIFEST" else argument for argument in arguments]
                     answers[name].setdefault(what, []).append(answer_seconds(checkout, given, folder))
-                training[name].append(parts_of_training(checkout, manifest, folder))
+            for name, (checkout, workers) in runs.items():
+                training[name].append(parts_of_training(checkout, workers, manifest, folder))
                 print(f"round {number} of {rounds}, {name}: {training[name][-1]}", flush=True)
     rows = report(answers, training)
     write("start", torch.device("cpu"), rows, {"answers": answers, "training": training})
@@ -132,18 +137,21 @@ def run(rounds: int, against: Path | None) -> None:
 
 def report(answers: dict[str, dict[str, list[float]]], training: dict[str, list[dict[str, float]]]) -> list[Row]:
     """Print a table of all parts; return the figures. The first round warms the caches and does not count."""
-    names = list(answers)
-    lines = [[f"answer: {what}", *(f"{median(answers[n][what][1:]):.2f}" for n in names)] for what in answers["here"]]
-    lines += [[part, *(f"{median(run[part] for run in training[n][1:]):.2f}" for n in names)] for _, part in MARKS]
-    table(["seconds", *names], lines)
+    lines = [[what, *(f"{median(given[what][1:]):.2f}" for given in answers.values())] for what in answers["here"]]
+    table(["seconds to an answer", *answers], lines)
+    lines = [
+        [part, *(f"{median(run[part] for run in each[1:]):.2f}" for each in training.values())] for _, part in MARKS
+    ]
+    table(["seconds of a run", *training], lines)
     slowest = max(median(answers["here"][what][1:]) for what in MISTAKES)
     rows = [Row("slowest answer to a mistake, s", slowest, ANSWER_S, "lower")]
     for label, parts in (("to the first step", START), ("from the last step to the prompt", [p for _, p in END])):
-        totals = {name: [sum(run[part] for part in parts) for run in training[name][1:]] for name in names}
-        rows.append(Row(f"pretrain {label}, s", median(totals["here"])))
-        if "there" in totals:
-            ratios = [here / there for here, there in zip(totals["here"], totals["there"], strict=True)]
-            rows.append(Row(f"pretrain {label}, here / there", median(ratios), 0.5, "lower"))
+        totals = {name: [sum(run[part] for part in parts) for run in each[1:]] for name, each in training.items()}
+        rows += [Row(f"pretrain {label}, {name}, s", median(seconds)) for name, seconds in totals.items()]
+        there = totals.pop("there", [])
+        for name, seconds in totals.items() if there else ():
+            ratios = [one / other for one, other in zip(seconds, there, strict=True)]
+            rows.append(Row(f"pretrain {label}, {name} / there", median(ratios), 0.5, "lower"))
     return rows
 
 
