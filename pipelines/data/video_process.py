@@ -30,6 +30,7 @@ import numpy as np
 from pipelines.data.video_progress import Counted, progress_of, stalled_at
 from pipelines.data.video_requests import ClipRequest, EncodeRequest, FramesRequest, VideoReply, VideoRequest
 from s5.errors import VideoError
+from s5.video.outline import has_index
 from s5.video.reader import FrameArray, Source
 from s5.video.reading import Decoder, SquareReader, VideoFacts, probe, read_clips
 
@@ -225,7 +226,7 @@ class OpenVideo:
             failed.callback(self.close)
             if self._reader is None or key != self._key or work.times_F[0] <= self._last_s:
                 self.close()
-                source = self._stack.enter_context(open_source(uri, whole=False))
+                source = self._stack.enter_context(open_source(uri))
                 opened = SquareReader(source, work.size, work.display_size, work.decoder)
                 self._reader, self._key = self._stack.enter_context(closing(opened)), key
             frames: FrameArray = np.stack(self._reader.read(work.times_F))
@@ -246,7 +247,7 @@ def handle(request: VideoRequest, memory: IO[bytes], video: OpenVideo) -> VideoR
         if isinstance(work, FramesRequest):
             return _written([video.read(request.uri, work)], memory)
         video.close()
-        with open_source(request.uri, whole=not isinstance(work, ClipRequest)) as source:
+        with open_source(request.uri, _whole(work)) as source:
             if work is None:
                 return VideoReply(facts=probe(source))
             if not isinstance(work, ClipRequest):
@@ -275,8 +276,13 @@ def _encoded(source: Source, encoding: EncodeRequest) -> VideoReply:
         return VideoReply(unwritable=error.strerror or str(error))
 
 
+def _whole(work: ClipRequest | EncodeRequest | None) -> bool | Callable[[IO[bytes]], bool]:
+    """Return whether all of a file will be read, or what says so of an open file."""
+    return isinstance(work, EncodeRequest) if work else lambda file: not has_index(file)
+
+
 @contextmanager
-def open_source(uri: str, whole: bool) -> Iterator[Source]:
+def open_source(uri: str, whole: bool | Callable[[IO[bytes]], bool] = False) -> Iterator[Source]:
     """Yield what a decoder can read; see `storage.open_video`."""
     if "://" not in uri:
         yield uri
