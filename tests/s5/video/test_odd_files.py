@@ -227,10 +227,20 @@ def test_pictures_that_change_their_size_but_not_their_shape(tmp_path: Path) -> 
     assert together(path, (np.arange(90) + 0.5) / FPS) == list(range(90))
 
 
-def test_a_codec_that_nobody_decodes(tmp_path: Path) -> None:
-    path = Path(write_coded(tmp_path / "a.mp4"))
-    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz9"))
-    with pytest.raises(VideoError, match="no decoder for its codec, tag 'zzz9'"):
+@pytest.mark.parametrize(
+    ("name", "codec", "tag", "unknown", "told"),
+    [
+        ("a.mp4", "libx264", b"avc1", b"zzz9", ", tag 'zzz9'"),
+        ("a.avi", "mpeg4", b"FMP4", b"zzz9", ", tag 'zzz9'"),
+        ("a.mkv", "libx264", b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/ZZZ", ", whose name FFmpeg does not know"),
+    ],
+)
+def test_a_codec_that_nobody_decodes(
+    tmp_path: Path, name: str, codec: str, tag: bytes, unknown: bytes, told: str
+) -> None:
+    path = Path(write_coded(tmp_path / name, codec))
+    path.write_bytes(path.read_bytes().replace(tag, unknown))
+    with pytest.raises(VideoError, match=f"no decoder for its codec{told}"):
         probe(str(path))
 
 
