@@ -32,8 +32,9 @@ LARGEST_GAP_S = {"mpeg": RESYNC_S, "mpegts": 10.0}
 JUMP_S, REORDERED_FRAMES = 10.0, 16
 """A larger gap that ends behind the length that the file states is a jump, in any format, if more frames follow it than
 codecs show out of order: the stated length may be that of decoding."""
-UNREAD_SHARE = 0.05
-"""Largest share of an flv file behind its last packet."""
+UNREAD_SHARE, HOLE_BYTES = 0.05, 1024
+"""Largest share of an flv file behind its last packet, and largest number of bytes between two packets, whose headers
+take 20 or so."""
 UNSHOWN_SHARE = 0.05
 """Largest share of the frames that may have the time of the next one, and so are never on screen."""
 
@@ -89,6 +90,8 @@ class _Packets:
     """The same for all streams."""
     end_byte: int = 0
     """Where the last packet of all streams ends in the file."""
+    hole_bytes: int = 0
+    """Largest number of bytes between two packets of any stream that follow each other in the file."""
 
 
 def scan(source: Source) -> Contents:
@@ -161,6 +164,8 @@ def _read(container: av.container.InputContainer, stream: Any, look: Look) -> _P
             time = dts if pts is None or by_dts else pts
             end_s = ((time or 0) + (packet.duration or 0)) * (ticks[index] if index < len(ticks) else 0.0)
             found.all_end_s = max(found.all_end_s, end_s)
+            if found.end_byte:
+                found.hole_bytes = max(found.hole_bytes, (packet.pos or 0) - found.end_byte)
             found.end_byte = max(found.end_byte, (packet.pos or 0) + packet.size)
             if index != stream.index:
                 continue
@@ -232,6 +237,8 @@ def _check_length(container: av.container.InputContainer, stream: Any, packets: 
     unread = container.size - packets.end_byte if container.format.name == "flv" else 0
     if unread > UNREAD_SHARE * container.size:
         raise VideoError(f"{unread} bytes at its end cannot be read, as in files that were joined byte by byte")
+    if container.format.name == "flv" and packets.hole_bytes > HOLE_BYTES:
+        raise VideoError(f"the file is damaged ({packets.hole_bytes} bytes in its middle cannot be read)")
     if stated_s - found_s > max(MISSING_S, MISSING_SHARE * stated_s):
         raise VideoError(f"truncated: {found_s:.1f} of the {stated_s:.1f} s that the file states are there")
 
