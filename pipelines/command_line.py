@@ -35,8 +35,11 @@ def main(argv: Sequence[str]) -> int:
         return _say("interrupted", 130)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
-            return _without_reader()
+            reason = "the program that read the output has ended: run the same command again to resume"
+            return _without_output(reason, 128 + SIGPIPE)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if _output_is_full():
+                return _without_output("the output cannot be written, its disk is full: make room and run it again", 1)
             return _say(f"the disk is full ({error.filename or '--out'}): make room and run the same command again", 1)
         return _say(f"{error.filename or 'storage'}: {error.strerror or error}", 1)
 
@@ -173,11 +176,20 @@ def _reader_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _without_reader() -> int:
-    """End as a shell's tools do when the program that reads their output has left (`| head`)."""
+def _output_is_full() -> bool:
+    """Whether it is the output that has no room for another line, and not another file."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _without_output(reason: str, code: int) -> int:
+    """End as a shell's tools do when their output cannot be written, as to `| head` that has left."""
     # What is still buffered would raise again when it is flushed.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return _say("the program that read the output has ended: run the same command again to resume", 128 + SIGPIPE)
+    return _say(reason, code)
 
 
 def _say(message: object, code: int) -> int:

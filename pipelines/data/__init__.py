@@ -10,6 +10,7 @@
       features/         cached features, and what reads them in threads
     decode_tasks      what a Ray Data task does: read the clips of a chunk of videos
       video_process     the child process that decodes, so that a hanging decoder costs one video
+      video_progress    does that process make progress, or hang
       known_timeouts    which videos timed out, known to all of a job's processes
       video_requests    what task and child send each other
     transcode_tasks   what stage `transcode` runs; encoding re-encodes one video in the child process

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipelines import storage
 from pipelines.data import known_timeouts
-from pipelines.data.video_process import VideoProcess, VideoTimeoutError
+from pipelines.data.video_process import STALLED_S, VideoProcess, VideoTimeoutError
 from pipelines.data.video_requests import ClipRequest
 from s5.config import ClipConfig, EvaluationProtocol, ViewsConfig
 from s5.errors import VideoError
@@ -31,9 +31,11 @@ from s5.video.crops import Box, random_box
 from s5.video.reading import FrameArray
 
 Frames = TypeVar("Frames")
+Reading = tuple[dict[str, Any] | None, list[FrameArray], list[dict[str, str]]]
+"""A candidate that can be read, its clips, and the failures before it; None where there is no such candidate."""
 
 RETRY_TIMEOUT_SHARE = 0.1
-"""Share of the time limit that a video gets after it timed out once, in whichever process of the job."""
+"""Share of its time limits that a video gets after it timed out once, in whichever process of the job."""
 NO_LABEL = -1
 """Label of a clip whose video has none."""
 CANDIDATE = pa.struct(
@@ -70,6 +72,8 @@ PROBED = pa.schema(
 """What `probe_chunk` returns: the facts of a video, or the reason why there are none."""
 # Started by the first video that a worker process reads, and reused by its later tasks.
 _process = VideoProcess()
+# Reads a spare beside a video on which the first one seems to hang.
+_spare_process = VideoProcess()
 # Why videos, by URI, timed out, as far as this process knows. Later epochs retry them: the storage may have been slow.
 _timed_out: dict[str, str] = {}
 # Columns of `decode_chunk` beside the frames.
@@ -175,21 +179,32 @@ def _line(video: dict[str, Any] | None, failures: list[dict[str, str]]) -> dict[
     return line | known
 
 
-def _first_readable(
-    candidates: list[dict[str, Any]], spec: ClipSpec
-) -> tuple[dict[str, Any] | None, list[FrameArray], list[dict[str, str]]]:
-    """Return the first candidate that can be read, its clips, and the failures before it."""
-    failures: list[dict[str, str]] = []
-    for video in candidates:
-        try:
-            return video, retried_once(partial(_read, video, spec)), failures
-        except VideoTimeoutError as error:
-            reason = _timed_out.setdefault(video["uri"], str(error))
-        except VideoError as error:
-            reason = str(error)
-        failure = {"video_id": video["video_id"], "uri": video["uri"], "reason": reason}
-        failures.append({name: storage.redacted(text) for name, text in failure.items()})
-    return None, [], failures
+def _first_readable(candidates: list[dict[str, Any]], spec: ClipSpec, beside: bool = False) -> Reading:
+    """Return the first candidate that can be read, its clips, and the failures before it.
+
+    While one makes no progress, those after it are read in another process, `beside` it.
+    """
+    if not candidates:
+        return None, [], []
+    video, *spares = candidates
+    found: list[Reading] = []
+
+    def spare_is_read() -> bool:
+        if not found:
+            found.append(_first_readable(spares, spec, beside=True))
+            _spare_process.close()
+        return found[0][0] is not None
+
+    process, instead = (_spare_process, None) if beside else (_process, spare_is_read if spares else None)
+    try:
+        return video, retried_once(partial(_read, video, spec, process, instead)), []
+    except VideoTimeoutError as error:
+        reason = _timed_out.setdefault(video["uri"], str(error))
+    except VideoError as error:
+        reason = str(error)
+    failure = {"video_id": video["video_id"], "uri": video["uri"], "reason": reason}
+    spare, clips, failures = found[0] if found else _first_readable(spares, spec, beside)
+    return spare, clips, [{name: storage.redacted(text) for name, text in failure.items()}, *failures]
 
 
 def retried_once(read: Callable[[], Frames]) -> Frames:
@@ -202,12 +217,15 @@ def retried_once(read: Callable[[], Frames]) -> Frames:
         return read()
 
 
-def _read(video: dict[str, Any], spec: ClipSpec) -> list[FrameArray]:
+def _read(
+    video: dict[str, Any], spec: ClipSpec, process: VideoProcess, instead: Callable[[], bool] | None
+) -> list[FrameArray]:
     times = spec.times(video)
     size = video["width"], video["height"]
     clips = ClipRequest(times, spec.frame_size, size, video["decoder"], spec.boxes(video))
-    timeout_s = spec.timeout_s * (RETRY_TIMEOUT_SHARE if video["uri"] in _timed_out else 1.0)
-    frames = _process.read(storage.absolute(video["uri"]), clips, timeout_s)
+    share = RETRY_TIMEOUT_SHARE if video["uri"] in _timed_out else 1.0
+    uri = storage.absolute(video["uri"])
+    frames = process.read(uri, clips, spec.timeout_s * share, instead, STALLED_S * share)
     if _timed_out.pop(video["uri"], None):
         known_timeouts.forget(video["uri"])
     if spec.protocol == "windows":

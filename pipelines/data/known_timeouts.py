@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from pipelines.data.video_process import TIMED_OUT
+from pipelines.data.video_process import STALLED, TIMED_OUT
 from s5.errors import Failure
 
 ACTOR, REPLY_S = "timed_out_videos", 2.0
@@ -43,7 +43,7 @@ def tell(failures: Iterable[Failure]) -> None:
 
     Call it in a process that lasts, such as a training worker: the actor ends with it.
     """
-    reasons = {failure.uri: failure.reason for failure in failures if failure.reason.startswith(TIMED_OUT)}
+    reasons = {failure.uri: failure.reason for failure in failures if failure.reason.startswith((STALLED, TIMED_OUT))}
     if not reasons:
         return
     if (actor := _actor()) is None:

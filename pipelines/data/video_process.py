@@ -19,15 +19,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from multiprocessing.connection import Connection
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
+from pipelines.data.video_progress import Counted, progress_of, stalled_at
 from pipelines.data.video_requests import ClipRequest, EncodeRequest, FramesRequest, VideoReply, VideoRequest
 from s5.errors import VideoError
+from s5.video.outline import has_index
 from s5.video.reader import FrameArray, Source
 from s5.video.reading import Decoder, SquareReader, VideoFacts, probe, read_clips
 
@@ -35,12 +38,14 @@ GRACE_S = 5.0
 """Seconds after the time limit at which a child whose parent has ended exits."""
 
 
-TIMED_OUT = "not read within data.decode_timeout_s"
-"""How the reason of a `VideoTimeoutError` begins."""
+STALLED_S = 5.0
+"""Seconds without progress after which another video may be read in place of one."""
+TIMED_OUT, STALLED = "not read within data.decode_timeout_s", "its decoder makes no progress"
+"""How the reasons of a `VideoTimeoutError` begin."""
 
 
 class VideoTimeoutError(VideoError):
-    """A video took longer than the time limit."""
+    """A video took longer than the time limit, or made no progress while another was read in its place."""
 
 
 class VideoProcess:
@@ -64,9 +69,20 @@ class VideoProcess:
         assert facts is not None
         return facts
 
-    def read(self, uri: str, clips: ClipRequest, timeout_s: float) -> list[FrameArray]:
-        """Return the clips of a video, each (T, S, S, 3); see `reading.read_clips`, and `probe` for the errors."""
-        return self._received(self._send(VideoRequest(uri, clips, timeout_s)))
+    def read(
+        self,
+        uri: str,
+        clips: ClipRequest,
+        timeout_s: float,
+        instead: Callable[[], bool] | None = None,
+        stalled_s: float = STALLED_S,
+    ) -> list[FrameArray]:
+        """Return the clips of a video, each (T, S, S, 3); see `reading.read_clips`, and `probe` for the errors.
+
+        Where it makes no progress for `stalled_s` seconds, `instead` is called, which may read another in its place and
+        returns whether it has. If there is no progress meanwhile either, the video is given up: `VideoTimeoutError`.
+        """
+        return self._received(self._send(VideoRequest(uri, clips, timeout_s), instead, stalled_s))
 
     def frames(self, uri: str, frames: FramesRequest, timeout_s: float) -> FrameArray:
         """Return frames (F, S, S, 3) of a video; see `probe` for the errors.
@@ -90,12 +106,19 @@ class VideoProcess:
             self._child.wait()
         self._child = self._connection = None
 
-    def _send(self, request: VideoRequest) -> VideoReply:
+    def _send(
+        self, request: VideoRequest, instead: Callable[[], bool] | None = None, stalled_s: float = STALLED_S
+    ) -> VideoReply:
         connection = self._connected()
+        assert self._child is not None
         reply: VideoReply | None = None
         try:
             connection.send(request)
-            if not connection.poll(request.timeout_s):
+            deadline, pid = time.monotonic() + request.timeout_s, self._child.pid
+            while instead and (place := stalled_at(connection, pid, deadline, stalled_s)) is not None:
+                if instead() and progress_of(pid) == place and not connection.poll():
+                    raise VideoTimeoutError(f"{STALLED} for {stalled_s:g} s, nor while its spare was read")
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
                 raise VideoTimeoutError(f"{TIMED_OUT}, {request.timeout_s:g} s")
             reply = connection.recv()
         except (EOFError, ConnectionError):
@@ -203,7 +226,7 @@ class OpenVideo:
             failed.callback(self.close)
             if self._reader is None or key != self._key or work.times_F[0] <= self._last_s:
                 self.close()
-                source = self._stack.enter_context(open_source(uri, whole=False))
+                source = self._stack.enter_context(open_source(uri))
                 opened = SquareReader(source, work.size, work.display_size, work.decoder)
                 self._reader, self._key = self._stack.enter_context(closing(opened)), key
             frames: FrameArray = np.stack(self._reader.read(work.times_F))
@@ -224,7 +247,7 @@ def handle(request: VideoRequest, memory: IO[bytes], video: OpenVideo) -> VideoR
         if isinstance(work, FramesRequest):
             return _written([video.read(request.uri, work)], memory)
         video.close()
-        with open_source(request.uri, whole=not isinstance(work, ClipRequest)) as source:
+        with open_source(request.uri, _whole(work)) as source:
             if work is None:
                 return VideoReply(facts=probe(source))
             if not isinstance(work, ClipRequest):
@@ -253,8 +276,13 @@ def _encoded(source: Source, encoding: EncodeRequest) -> VideoReply:
         return VideoReply(unwritable=error.strerror or str(error))
 
 
+def _whole(work: ClipRequest | EncodeRequest | None) -> bool | Callable[[IO[bytes]], bool]:
+    """Return whether all of a file will be read, or what says so of an open file."""
+    return isinstance(work, EncodeRequest) if work else lambda file: not has_index(file)
+
+
 @contextmanager
-def open_source(uri: str, whole: bool) -> Iterator[Source]:
+def open_source(uri: str, whole: bool | Callable[[IO[bytes]], bool] = False) -> Iterator[Source]:
     """Yield what a decoder can read; see `storage.open_video`."""
     if "://" not in uri:
         yield uri
@@ -265,6 +293,6 @@ def open_source(uri: str, whole: bool) -> Iterator[Source]:
 
     try:
         with storage.open_video(uri, whole) as source:
-            yield source
+            yield source if isinstance(source, str) else cast(IO[bytes], Counted(source))
     except UserError as error:
         raise VideoError(str(error)) from None

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -122,11 +122,12 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
 
 
 @contextmanager
-def open_video(path: str, whole: bool = False) -> Iterator[str | IO[bytes]]:
+def open_video(path: str, whole: bool | Callable[[IO[bytes]], bool] = False) -> Iterator[str | IO[bytes]]:
     """Yield what a decoder can read: a local path, or an open file.
 
     A long video in an object store is an open file that fetches only the ranges that are read, or a temporary copy
-    where all of it will be read (`whole`). A video on a web server is always copied: not every server serves ranges.
+    where all of it will be read (`whole`, or what it says of the open file). A video on a web server is always copied:
+    not every server serves ranges.
 
     Raises:
         OSError: it is not there or cannot be fetched.
@@ -145,7 +146,7 @@ def open_video(path: str, whole: bool = False) -> Iterator[str | IO[bytes]]:
         with system.open_input_file(inner) as file:
             if file.size() <= WHOLE_BYTES:
                 yield io.BytesIO(file.read())
-            elif not whole:
+            elif not (whole(file) if callable(whole) else whole):
                 yield file
             else:
                 with tempfile.TemporaryFile(prefix="video-") as copy:

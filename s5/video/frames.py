@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 from s5.video.opening import av_error, rate_of
@@ -21,6 +22,10 @@ RESYNC_S = 0.25
 """From this difference on, times that a program stream states prevail over those that are counted."""
 MAY_PAIR = ("h264",)
 """Codecs of which two packets, with a field each, may make one frame."""
+MISSING_FRAMES = 1.5
+"""Frames that may pass between two without one being lost there, as times are rounded."""
+CUT_FRAMES = 8
+"""Frames that may lie between a packet near which some are lost and the loss."""
 INTRA = (0, 1)
 """FFmpeg's picture types of frames that need no other: none stated, I."""
 DEFAULT_RATE = 25
@@ -35,14 +40,18 @@ class Decoding:
         self._look = look_for(str(self._context.codec.canonical_name), self._context.extradata)
         self._damaged = False
         self._broken: set[int | None] = set()
-        self.last = -1
+        self.last: int | None = None
         """Place of the last frame."""
+        self.cut: int | None = None
+        """Time of the last packet near which some are lost, as transport streams say."""
 
     def decode(self, packet: Any) -> tuple[list[Any], bool, bool]:
         """Return the frames that a packet completes, whether it is ever shown, and whether decoding it failed."""
         seen = self._look(bytes(packet))
         if not seen.whole:
             self._broken.add(packet.pts)
+        if packet.is_corrupt:
+            self.cut = packet.pts
         shown = seen.shown and not packet.is_discard
         try:
             return packet.decode(), shown, not seen.whole
@@ -59,6 +68,20 @@ class Decoding:
     def lost(self) -> None:
         """Note that a frame is lost, which the next ones need."""
         self._damaged = True
+
+    def misses(self, place: int, length: Fraction | int) -> bool:
+        """Return whether frames are lost between the last one and one at a place; `length` is that of a frame.
+
+        Where two recordings were joined, too, packets seem lost: then no time is missing.
+        """
+        if self.cut is None or self.last is None or not length:
+            return False
+        gap = place - self.last > MISSING_FRAMES * length
+        if gap or self.last - self.cut > CUT_FRAMES * length:
+            self.cut = None
+        if gap:
+            self.lost()
+        return gap
 
     def sound(self, frame: Any) -> Any:
         """Return the frame, or None if it or one that it needs is damaged."""
@@ -79,6 +102,7 @@ def timed(stream: Any, packets: Iterator[Any], floor: int | None) -> Iterator[Sh
     After a seek, `floor` is the time of the key frame: frames before it lack references, and are left out.
     """
     decoding, due = Decoding(stream), list[int]()
+    length = 1 / (rate * stream.time_base) if (rate := rate_of(stream)) else 0
     pairs = stream.codec_context.codec.canonical_name in MAY_PAIR
     for packet in packets:
         pts = packet.pts
@@ -86,19 +110,24 @@ def timed(stream: Any, packets: Iterator[Any], floor: int | None) -> Iterator[Sh
         if shown and pts is not None and (failed or not pairs) and (floor is None or pts >= floor):
             heapq.heappush(due, pts)
         for frame in frames:
-            yield from _timed_frame(decoding, due, frame, floor)
+            yield from _timed_frame(decoding, due, frame, floor, length)
     for frame in decoding.drain():
-        yield from _timed_frame(decoding, due, frame, floor)
+        yield from _timed_frame(decoding, due, frame, floor, length)
     yield from ((place, None) for place in sorted(due))
 
 
-def _timed_frame(decoding: Decoding, due: list[int], frame: Any, floor: int | None) -> Iterator[Shown]:
+def _timed_frame(
+    decoding: Decoding, due: list[int], frame: Any, floor: int | None, length: Fraction | int
+) -> Iterator[Shown]:
     """Yield a frame after those that should have come before it; `due` holds the times of frames to come, as a heap."""
     place = frame.pts
-    if place is None:
+    last = decoding.last
+    if place is None or (last is not None and place < last):
         # Nobody knows when it is shown: what is shown then is refused.
-        yield decoding.last + 1, None
+        yield (0 if last is None else last + 1), None
         return
+    if last is not None and decoding.misses(place, length):
+        yield last + int(length), None
     decoding.last = place
     while due and due[0] < place:
         decoding.lost()

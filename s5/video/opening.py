@@ -125,8 +125,8 @@ def _tag(container: Any) -> str:
         found = re.search(r"Video: (\S+)(?: \((\S+) / (\S+)\))?", container.dumps_format())
     finally:
         av.logging.set_level(level)
-    if not found:
-        return "its codec"
+    if not found or found[1] == "none,":
+        return "its codec, whose name FFmpeg does not know"
     return f"its codec, tag {found[2]!r} ({found[3]})" if found[2] else f"its codec {found[1]!r}"
 
 

@@ -1,5 +1,7 @@
 """The outline of mp4, mov and wmv files: are they fragmented, and were several joined byte by byte? FFmpeg plays the
 first of these alone, and says nothing.
+
+An mp4 file without fragments says of each packet when it is shown and where it is: they need not be read (`Hollow`).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class Outline(NamedTuple):
     """Videos that it holds one after the other; 1 for containers that are not looked into."""
     fragmented: bool = False
     """It is an mp4 file of fragments, whose stated length counts from time 0."""
+    packets: tuple[tuple[int, int], ...] = ()
+    """Where packets lie that need not be read to know of them: first byte and the one after the last, of each range."""
 
 
 def outline(source: Source, container: str) -> Outline:
@@ -32,12 +36,42 @@ def outline(source: Source, container: str) -> Outline:
     if container != "asf" and not container.startswith("mov"):
         return Outline()
     with _file(source) as file:
-        kinds = Counter(_kinds(file, _asf if container == "asf" else _iso))
+        found = list(_parts(file, _asf if container == "asf" else _iso))
+    kinds = Counter(kind for kind, _, _ in found)
     if container == "asf":
         return Outline(max(1, kinds[ASF_HEADER]))
     # A header that is repeated, for fragments or in another place, brings no pictures of its own.
     fragmented = kinds[b"moof"] > 0
-    return Outline(1 if fragmented else max(1, min(kinds[b"moov"], kinds[b"mdat"])), fragmented)
+    packets = () if fragmented else tuple((start, end) for kind, start, end in found if kind == b"mdat")
+    return Outline(1 if fragmented else max(1, min(kinds[b"moov"], kinds[b"mdat"])), fragmented, packets)
+
+
+def has_index(file: IO[bytes]) -> bool:
+    """Return whether an open file is an mp4 or mov file without fragments, of which little need be read to probe it."""
+    with _file(file):
+        kinds = {kind for kind, _, _ in _parts(file, _iso)}
+    return {b"moov", b"mdat"} <= kinds and b"moof" not in kinds
+
+
+class Hollow:
+    """An open file that yields zeros in place of packets, without reading them, once `packets` says where they are."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+        self.packets: tuple[tuple[int, int], ...] = ()
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes."""
+        place = self._file.tell()
+        for start, end in self.packets:
+            if start <= place < end:
+                size = min(size, end - place)
+                self._file.seek(place + size)
+                return bytes(size)
+            if place < start:
+                size = min(size, start - place)
+        return self._file.read(size)
 
 
 @contextmanager
@@ -52,13 +86,13 @@ def _file(source: Source) -> Iterator[IO[bytes]]:
     source.seek(place)
 
 
-def _kinds(file: IO[bytes], read: Callable[[bytes], tuple[bytes, int]]) -> Iterator[bytes]:
-    """Yield the kind of each top-level box or object, up to one that has no length of its own."""
+def _parts(file: IO[bytes], read: Callable[[bytes], tuple[bytes, int]]) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, begin and end of each top-level box or object, up to one that has no length of its own."""
     end, place = file.seek(0, os.SEEK_END), 0
     while place < end:
         file.seek(place)
         kind, size = read(file.read(HEADER_BYTES))
-        yield kind
+        yield kind, place, min(place + size, end) if size >= 8 else end
         if size < 8:
             return
         place += size

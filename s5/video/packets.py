@@ -16,6 +16,9 @@ HOLE, FILL = bytes(32), b"\xff" * 16
 NOT_CODED_BYTES = 8
 """Packets of MPEG-4 up to this size say that the picture before stays."""
 
+UNREAD = ("h264", "hevc", "av1", "vp9", "mjpeg", "prores")
+"""Codecs of which every packet in an mp4 file comes on screen."""
+
 
 class Seen(NamedTuple):
     """What the bytes of a packet say."""
@@ -42,6 +45,13 @@ def look_for(codec: str, extradata: bytes | None) -> Look:
         # avcC: the lengths of NAL units have 1 to 4 bytes.
         return partial(_h264, (extradata[4] & 3) + 1) if extradata and extradata[0] == 1 else _unknown
     return LOOKS.get(codec, _unknown_with_zeros)
+
+
+def unread(codec: str) -> Look | None:
+    """Return what looks at packets whose size alone is known; None for codecs of which an mp4 file says too little."""
+    if codec == "mpeg4":
+        return lambda data: Seen(len(data) > NOT_CODED_BYTES, True, None)
+    return _unknown_with_zeros if codec in UNREAD else None
 
 
 def _has_hole(data: bytes) -> bool:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from array import array
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from s5.errors import VideoError
 from s5.video.frames import RESYNC_S
 from s5.video.opening import av_error, complaints, films, opened, packets_of, rate_of, short_reason, video_stream
-from s5.video.outline import outline
-from s5.video.packets import Seen, look_for
+from s5.video.outline import Hollow, outline
+from s5.video.packets import Look, Seen, look_for, unread
 from s5.video.pictures import Turn
 from s5.video.pyav_reader import ASPECT_CHANGE, PyAVReader
 from s5.video.reader import FloatArray, Source
@@ -32,8 +32,9 @@ LARGEST_GAP_S = {"mpeg": RESYNC_S, "mpegts": 10.0}
 JUMP_S, REORDERED_FRAMES = 10.0, 16
 """A larger gap that ends behind the length that the file states is a jump, in any format, if more frames follow it than
 codecs show out of order: the stated length may be that of decoding."""
-UNREAD_SHARE = 0.05
-"""Largest share of an flv file behind its last packet."""
+UNREAD_SHARE, HOLE_BYTES = 0.05, 1024
+"""Largest share of an flv file behind its last packet, and largest number of bytes between two packets, whose headers
+take 20 or so."""
 UNSHOWN_SHARE = 0.05
 """Largest share of the frames that may have the time of the next one, and so are never on screen."""
 
@@ -58,7 +59,7 @@ class Contents:
     starts_N: FloatArray
     """When each frame comes on screen, ascending."""
     keys: list[float]
-    """When the frames of the packets that are marked as key frames come on screen."""
+    """When the frames of the packets that are marked as key frames come on screen; none where packets were not read."""
     decoded: bool
     """All frames were decoded to find their times."""
     open_groups: bool
@@ -66,8 +67,8 @@ class Contents:
     reordered: bool
     """Some frames are shown before others that they follow in the file."""
     plain: bool
-    """Every packet has a frame that is shown once and the form that its codec prescribes, and decoding can start at
-    every key frame."""
+    """Every packet was read, has a frame that is shown once and the form that its codec prescribes, and decoding can
+    start at every key frame."""
 
 
 @dataclass
@@ -89,32 +90,43 @@ class _Packets:
     """The same for all streams."""
     end_byte: int = 0
     """Where the last packet of all streams ends in the file."""
+    hole_bytes: int = 0
+    """Largest number of bytes between two packets of any stream that follow each other in the file."""
 
 
 def scan(source: Source) -> Contents:
     """Read all packets of a video file, decode its first frame, and return what is in it.
 
+    Of an open mp4 file without fragments, the packets are known from its index and not read.
+
     Raises:
         VideoError: it is no video, has no video stream or frames, is truncated or damaged, its times jump, the shape of
             its pictures changes, or no frame can be decoded.
     """
-    with opened(source) as container:
-        parts, fragmented = outline(source, container.format.name)
+    hollow = None if isinstance(source, str) else Hollow(source)
+    with opened(source if hollow is None else cast(IO[bytes], hollow)) as container:
+        parts, fragmented, places = outline(source, container.format.name)
         if parts > 1:
             raise VideoError(
                 f"{parts} videos were joined byte by byte, of which the first alone is played; join them with a "
                 "program that writes a new file"
             )
         stream = video_stream(container)
+        codec, name = str(stream.codec_context.codec.canonical_name), str(container.format.name)
+        look = unread(codec) if hollow and places else None
+        if hollow and look:
+            hollow.packets = places
         with complaints(container) as errors:
-            packets = _read(container, stream)
+            packets = _read(container, stream, look or look_for(codec, stream.codec_context.extradata))
+        if look:
+            # FFmpeg's parsers look for key frames in the bytes.
+            packets.keys, packets.plain = [], False
         _check_length(container, stream, packets, fragmented)
         for _, part, text in errors:
             # A little may be missing at the end.
             if part.startswith("matroska") and "prematurely" not in text:
                 raise VideoError(f"the file is damaged ({text.strip()})")
         rate, stated_s = float(rate_of(stream)), (container.duration or 0) / 1e6
-        codec, name = str(stream.codec_context.codec.canonical_name), str(container.format.name)
         place, streams = stream.index, len(films(container))
     with closing(PyAVReader(source, stream=place)) as reader:
         first, size, turn, time_base = reader.first, reader.display_size, reader.turn, reader.time_base
@@ -136,14 +148,13 @@ def scan(source: Source) -> Contents:
     return Contents(codec, name, place, streams, size, turn, rate, starts_N, keys, decoded, *found)
 
 
-def _read(container: av.container.InputContainer, stream: Any) -> _Packets:
+def _read(container: av.container.InputContainer, stream: Any, look: Look) -> _Packets:
     """Read all packets of a file.
 
     Raises:
         VideoError: the video stream has none, the container is damaged, or the shape of the pictures changes.
     """
     found, shapes = _Packets(), _Shapes()
-    look = look_for(str(stream.codec_context.codec.canonical_name), stream.codec_context.extradata)
     ticks = [float(each.time_base or 0) for each in container.streams]
     by_dts = container.format.name == "avi"
     last_dts = last_place = -(1 << 62)
@@ -153,6 +164,8 @@ def _read(container: av.container.InputContainer, stream: Any) -> _Packets:
             time = dts if pts is None or by_dts else pts
             end_s = ((time or 0) + (packet.duration or 0)) * (ticks[index] if index < len(ticks) else 0.0)
             found.all_end_s = max(found.all_end_s, end_s)
+            if found.end_byte:
+                found.hole_bytes = max(found.hole_bytes, (packet.pos or 0) - found.end_byte)
             found.end_byte = max(found.end_byte, (packet.pos or 0) + packet.size)
             if index != stream.index:
                 continue
@@ -224,6 +237,8 @@ def _check_length(container: av.container.InputContainer, stream: Any, packets: 
     unread = container.size - packets.end_byte if container.format.name == "flv" else 0
     if unread > UNREAD_SHARE * container.size:
         raise VideoError(f"{unread} bytes at its end cannot be read, as in files that were joined byte by byte")
+    if container.format.name == "flv" and packets.hole_bytes > HOLE_BYTES:
+        raise VideoError(f"the file is damaged ({packets.hole_bytes} bytes in its middle cannot be read)")
     if stated_s - found_s > max(MISSING_S, MISSING_SHARE * stated_s):
         raise VideoError(f"truncated: {found_s:.1f} of the {stated_s:.1f} s that the file states are there")
 

@@ -160,7 +160,21 @@ def test_a_process_without_output(closed: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="this system has no device that is always full")
+has_full = pytest.mark.skipif(
+    not os.access("/dev/full", os.W_OK), reason="this system has no device that is always full"
+)
+
+
+@has_full
+@pytest.mark.parametrize("asked", ["--help", "index --help"])
+def test_an_output_that_is_full(asked: str) -> None:
+    command = f"{sys.executable} -m pipelines {asked} >/dev/full"
+    done = subprocess.run(command, cwd=ROOT, shell=True, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the output cannot be written, its disk is full: make room and run it again\n"
+
+
+@has_full
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Whatever is opened to be written is the device that never has room.
     opened = Path.open

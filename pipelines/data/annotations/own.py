@@ -83,7 +83,9 @@ def _from_row(row: Row, ids: dict[str, str], name_of: Callable[[str], str]) -> A
     if storage.is_uri(given) and storage.redacted(given) != given:
         what = f"has video {storage.redacted(given)!r} with credentials or a query; give the name alone"
         raise row.file.error(f"{row.location} {what}, and credentials by the environment")
-    name = name_of(given)
+    # No file system takes such a name, and asking for it raises.
+    fault = f"{row.location} has a NUL byte in its name" if "\0" in given else ""
+    name = given if fault else name_of(given)
     if split and split not in SPLITS:
         raise row.error("split", f"give {', '.join(SPLITS)} or nothing")
     target, start_s, end_s = (_number(row, column) for column in ("target", "start_s", "end_s"))
@@ -91,7 +93,7 @@ def _from_row(row: Row, ids: dict[str, str], name_of: Callable[[str], str]) -> A
     if start_s is not None or end_s is not None:
         video_id += f"@{_seconds(start_s or 0)}-{'' if end_s is None else _seconds(end_s)}"
     class_name = row.text.get("label") or None
-    return AnnotatedVideo(video_id, name, row.location, split, class_name, None, target, start_s, end_s)
+    return AnnotatedVideo(video_id, name, row.location, split, class_name, None, target, start_s, end_s, reason=fault)
 
 
 def _seconds(value: float) -> str:

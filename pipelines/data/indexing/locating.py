@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -31,6 +32,10 @@ class Names:
         # What is returned is one string a file, however many stretches of it are listed.
         self._known = {name: name for name in files.videos}
         self._uris = {name: f"{self._root}/{name}" for name in files.videos}
+        # Lists are read without the spaces around a name.
+        spaced = [name for name in files.videos if name != name.strip()]
+        alike = Counter(map(str.strip, spaced))
+        self._spaced = {name.strip(): name for name in spaced if alike[name.strip()] == 1}
         self._composed = {_composed(name): name for name in self._known if not name.isascii()}
 
     def name_of(self, given: str) -> str:
@@ -44,7 +49,7 @@ class Names:
         for name in (plain, self._composed.get(_composed(plain), ""), self._plain(given.replace("\\", "/"))):
             if known := self._known.get(name):
                 return known
-        return plain
+        return self._spaced.get(plain, plain)
 
     def uri_of(self, name: str) -> str:
         """Return the path or URI of a name that `name_of` returned."""

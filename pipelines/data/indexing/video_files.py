@@ -86,8 +86,8 @@ class VideoFiles:
 
 
 def has_video_ending(name: str) -> bool:
-    """Return whether a file's ending is that of a video."""
-    return name.rpartition(".")[2].lower() in EXTENSIONS and "." in name
+    """Return whether a file's ending is that of a video; spaces behind it do not count."""
+    return name.rpartition(".")[2].rstrip().lower() in EXTENSIONS and "." in name
 
 
 def is_hidden(name: str) -> bool:

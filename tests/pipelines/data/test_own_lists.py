@@ -8,6 +8,8 @@ import pytest
 
 from pipelines.data.annotations import own
 from pipelines.data.annotations.shared import Annotations
+from pipelines.data.indexing.locating import Names, by_name
+from pipelines.data.indexing.video_files import VideoFiles
 from pipelines.errors import UserError
 
 FILES = [f"v{i}.mp4" for i in range(9)]
@@ -117,6 +119,24 @@ def test_names_are_sorted_without_a_word(tmp_path: Path) -> None:
     listed = _labelled(tmp_path, "b", "a", "9" * 400 + "x", "nan")
     assert listed.classes == sorted(["b", "a", "9" * 400 + "x", "nan"])
     assert listed.warnings == []
+
+
+def test_what_other_programs_take_for_missing_is_a_label(tmp_path: Path) -> None:
+    labels = ["nan", "NaN", "NULL", "None", "NA", "n/a", "x\0y", "inf"]
+    listed = _labelled(tmp_path, *labels)
+    assert [video.class_name for video in listed.videos] == labels
+    assert listed.classes == sorted(labels)
+    assert not any(video.reason for video in listed.videos)
+    assert listed.warnings == []
+
+
+@pytest.mark.parametrize("name", ["v1\0.mp4", "/v1\0.mp4", "~/\0", "file:///v1\0.mp4", "s3://bucket/\0.mp4"])
+def test_a_name_with_a_nul_byte_is_one_reject(tmp_path: Path, name: str) -> None:
+    (tmp_path / "labels.csv").write_text(f"video,label\n{name},x\nv0.mp4,y\n")
+    names = Names(str(tmp_path), VideoFiles(videos=["v0.mp4"]))
+    listed = own.from_csv(str(tmp_path / "labels.csv"), ["v0.mp4"], names.name_of)
+    reasons = [video.reason for video in by_name(listed.videos, names)]
+    assert reasons == ["labels.csv line 2 has a NUL byte in its name", ""]
 
 
 def test_folders_whose_names_are_numbers_are_told_if_these_change() -> None:

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -22,6 +24,7 @@ from pyarrow import fs
 
 from pipelines import storage
 from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk, probe_chunk
+from pipelines.data.video_process import _whole
 from pipelines.errors import UserError
 from pipelines.storage import filesystems
 from pipelines.storage.weights import local_checkpoint
@@ -238,6 +241,63 @@ def test_of_a_long_video_only_ranges_are_fetched(bucket: str, tmp_path: Path, mo
     with storage.open_video(uri) as source:
         assert not isinstance(source, (str, pa.NativeFile))
         assert source.read() == Path(path).read_bytes()
+
+
+class Counting:
+    """An open file that counts the bytes that are read of it: what an object store sends."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.fetched = file, 0
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        data = bytes(self._file.read(size))
+        self.fetched += len(data)
+        return data
+
+
+def _write_large(path: Path, codec: str, movflags: str) -> str:
+    """Write a video of 8 s and about 19 MB, which is not fetched as a whole for its size."""
+    pictures = np.random.default_rng(0).integers(0, 255, (4, 256, 320, 3), np.uint8)
+    with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
+        stream: Any = container.add_stream(codec, rate=25, options={"g": "10", "preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 320, 256, "yuv420p", 20_000_000
+        for index in range(200):
+            frame = av.VideoFrame.from_ndarray(pictures[index % 4], format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "movflags"),
+    [("a.mp4", "libx264", "faststart"), ("a.mp4", "mpeg4", ""), ("a.mov", "mpeg4", "")],
+)
+def test_a_probe_fetches_ranges_of_files_with_an_index(
+    bucket: str, tmp_path: Path, name: str, codec: str, movflags: str
+) -> None:
+    path = _write_large(tmp_path / name, codec, movflags)
+    uri = _upload(path, f"{bucket}/{name}")
+    with storage.open_video(uri, _whole(None)) as source:
+        assert isinstance(source, pa.NativeFile)
+        counting: Any = Counting(source)
+        facts = probe(counting)
+    assert facts == replace(probe(path), decoder="pyav")
+    # Little more of a longer one: its index, thrice, and what is decoded.
+    assert counting.fetched < 6e6 < 0.4 * Path(path).stat().st_size
+    # What index does: the same facts from the child.
+    (row,) = probe_chunk(pa.table({"uri": [uri]}), 30.0).to_pylist()
+    assert (row["num_frames"], row["duration_s"], row["reason"]) == (facts.num_frames, facts.duration_s, None)
+
+
+def test_a_probe_fetches_other_files_as_a_whole(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.storage.files.WHOLE_BYTES", 0)
+    for name in ("a.mkv", "a.avi", "a.ts"):
+        path = write_coded(tmp_path / name)
+        with storage.open_video(_upload(path, f"{bucket}/{name}"), _whole(None)) as source:
+            assert not isinstance(source, (str, pa.NativeFile))
+            assert probe(source).num_frames == 90
 
 
 def test_a_video_that_vanished_from_s3_is_a_failure(bucket: str) -> None:

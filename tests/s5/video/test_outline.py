@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from s5.errors import VideoError
+from s5.video.outline import has_index
 from s5.video.reading import probe, read_clips
+from s5.video.scan import scan
 from tests.s5.odd_videos import FPS
-from tests.s5.videos import blocks, code
+from tests.s5.videos import blocks, code, write_coded
 
 FRAMES = range(90)
 
@@ -102,6 +104,35 @@ def test_boxes_behind_the_film_are_not_looked_into(tmp_path: Path) -> None:
     path.write_bytes(content + content)
     with pytest.raises(VideoError, match="2 videos were joined byte by byte"):
         probe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "bframes"),
+    [
+        ("a.mp4", "libx264", 3),
+        ("a.mp4", "libx265", 3),
+        ("a.mp4", "libvpx-vp9", 0),
+        ("a.mp4", "libsvtav1", 0),
+        ("a.mov", "mpeg4", 2),
+        ("a.mov", "mjpeg", 0),
+        ("a.mov", "prores_ks", 0),
+        ("a.mp4", "mpeg2video", 2),
+        ("a.mkv", "libx264", 3),
+    ],
+)
+def test_packets_of_an_open_mp4_file_are_known_without_reading_them(
+    tmp_path: Path, name: str, codec: str, bframes: int
+) -> None:
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    starts = [index + index // 10 for index in range(60)]
+    path = write_coded(tmp_path / name, codec, 60, size=(128, 96), bframes=bframes, starts=starts, options=options)
+    read = scan(path)
+    with open(path, "rb") as file:
+        skips = has_index(file)
+        known = scan(file)
+    assert skips == (Path(path).suffix != ".mkv")
+    np.testing.assert_array_equal(known.starts_N, read.starts_N)
+    assert (known.display_size, known.codec, known.rate) == (read.display_size, read.codec, read.rate)
 
 
 @pytest.mark.parametrize("bframes", [0, 2])

@@ -38,6 +38,16 @@ def test_absolute_names_below_the_folder(tmp_path: Path, form: str) -> None:
         assert Path(names.uri_of(name)).samefile(videos / "b/d.mp4")
 
 
+def test_spaces_around_a_name_that_lists_lose(tmp_path: Path) -> None:
+    names = names_of(tmp_path, " a.mp4", "b.mp4 ", "c.mp4", " c.mp4", " d.mp4", "d.mp4 ")
+    given = ("a.mp4", "./a.mp4", "b.mp4", f"{tmp_path}/b.mp4", "c.mp4", " c.mp4", "d.mp4")
+    # Of two that could be meant, none is.
+    assert [names.name_of(name) for name in given] == [
+        *(" a.mp4", " a.mp4", "b.mp4 ", "b.mp4 ", "c.mp4", " c.mp4", "d.mp4")
+    ]
+    assert names.fault_of("d.mp4") == "not found as d.mp4"
+
+
 def test_letters_with_accents_have_two_forms(tmp_path: Path) -> None:
     composed = unicodedata.normalize("NFC", "Ünï/é.mp4")
     parted = unicodedata.normalize("NFD", composed)

@@ -135,6 +135,11 @@ def test_endings_of_cameras_recorders_and_editors_are_videos_in_any_case(tmp_pat
     assert found.videos == sorted(names)
 
 
+def test_spaces_around_a_name_belong_to_it(tmp_path: Path) -> None:
+    found = find(str(touch(tmp_path, " a.mp4", "b.mp4 ", " c /d.mp4", "e.txt ")))
+    assert (found.videos, found.faults, found.others) == ([" a.mp4", " c /d.mp4", "b.mp4 "], [], {".txt ": 1})
+
+
 def test_nothing_is_lost_and_other_endings_are_named(tmp_path: Path) -> None:
     names = ["a.mp4", "a.txt", "b.TXT", "c.json", "README", "x.mp4.part", "y.webm.crdownload", "z.txt.part"]
     names += [".a.mp4.swp", ".git/config", "sub/.b/c.mp4", "._a.mp4", "v1.2 final cut of it all"]

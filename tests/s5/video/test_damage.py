@@ -1,0 +1,73 @@
+"""Damaged and lost packets: clips that need them fail, others are right, or the file is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from s5.errors import VideoError
+from s5.video.choice import choose
+from s5.video.pyav_reader import PyAVReader
+from s5.video.reading import probe, read_clips
+from s5.video.scan import scan
+from tests.s5.odd_videos import FPS, damage
+from tests.s5.videos import code, write_coded
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "avi"])
+@pytest.mark.parametrize("codec", ["mpeg2video", "libx264", "mpeg4", "mjpeg"])
+@pytest.mark.parametrize(("value", "kept"), [(255, 0.0), (0, 0.0), (0, 0.5)])
+def test_only_clips_that_need_damaged_packets_fail(
+    tmp_path: Path, codec: str, suffix: str, value: int, kept: float
+) -> None:
+    """Packets 40 to 59 are overwritten: frames up to 38 are right, as are those from the key frame at 120 on."""
+    path = damage(write_coded(tmp_path / f"a.{suffix}", codec, 150, noise=30), 40, 60, value, kept)
+    decoder = choose(path, scan(path))
+    failed = []
+    for index in (0, 39, 43, 50, 59, 120, 140):
+        try:
+            frame = read_clips(path, [np.array([(index + 0.5) / FPS])], 64, (64, 64), decoder)[0][0]
+        except VideoError:
+            failed.append(index)
+        else:
+            assert code(frame) == index
+    assert failed in ([43, 50, 59], [39, 43, 50, 59])
+
+
+@pytest.mark.parametrize(("codec", "bframes"), [("mpeg2video", 0), ("mpeg2video", 2), ("libx264", 0), ("libx264", 3)])
+@pytest.mark.parametrize("end", [50, 60])
+def test_lost_packets_of_transport_streams(tmp_path: Path, codec: str, bframes: int, end: int) -> None:
+    """Neither they nor their times are in the file; what needs them ends with a key frame."""
+    path = damage(write_coded(tmp_path / "a.ts", codec, 150, bframes=bframes, noise=8), 40, end, 0)
+    failed = set()
+    for index in (0, 30, 35, *range(41, 60), 100, 140):
+        try:
+            frame = read_clips(path, [np.array([(index + 0.5) / FPS])], 64, (64, 64), "pyav")[0][0]
+        except VideoError:
+            failed.add(index)
+        else:
+            assert code(frame) == index
+    assert set(range(42, end - 1)) <= failed <= set(range(41, 60))
+
+
+def test_lost_blocks_of_matroska(tmp_path: Path) -> None:
+    for value in (0, 255):
+        path = damage(write_coded(tmp_path / "a.mkv", frames=150), 40, 60, value)
+        with pytest.raises(VideoError, match="the file is damaged"):
+            probe(path)
+
+
+@pytest.mark.parametrize("end", [41, 60])
+def test_lost_packets_of_flv(tmp_path: Path, end: int) -> None:
+    whole = write_coded(tmp_path / "a.flv", frames=150, noise=30)
+    assert probe(whole).num_frames == 150
+    with pytest.raises(VideoError, match=r"the file is damaged \(\d+ bytes in its middle cannot be read\)"):
+        probe(damage(whole, 40, end, 0))
+
+
+def test_a_damaged_frame_is_not_transcoded(tmp_path: Path) -> None:
+    path = damage(write_coded(tmp_path / "a.mp4", "mpeg2video", 150), 40, 60, 255)
+    with pytest.raises(VideoError, match=r"the frame at 1\.60 s"):
+        list(PyAVReader(path).pictures())
