@@ -30,7 +30,7 @@ from tests.tiny import HEADS, TINY
 ROOT = Path(__file__).parents[2]
 VIDEOS, BATCH, EPOCHS, CHECKPOINT_EVERY = 17, 4, 4, 3
 STEPS = VIDEOS // BATCH * EPOCHS
-WAIT_S = 240
+WAIT_S = 600
 SETTINGS: dict[str, Any] = {
     **TINY,
     **HEADS,
