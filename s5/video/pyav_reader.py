@@ -16,7 +16,7 @@ import numpy as np
 
 from s5.errors import VideoError
 from s5.video.crops import Box, Cropper
-from s5.video.frames import Shown, counted, is_entry, timed
+from s5.video.frames import MAY_PAIR, Shown, counted, is_entry, timed
 from s5.video.opening import av_error, opened, packets_of, short_reason, video_stream
 from s5.video.pictures import Turn, aspect_of, display_size, turn_of
 from s5.video.reader import FloatArray, FrameArray, Source, tolerance
@@ -71,6 +71,9 @@ class PyAVReader:
         self.first = self._next[0]
         frame = self._next[1]
         self.stream: int = self._stream.index
+        codec = str(self._stream.codec_context.codec.canonical_name)
+        self.paired: bool = codec in MAY_PAIR and bool(frame.interlaced_frame)
+        """Two packets, with a field each, may make one frame."""
         self.turn: Turn = turn_of(frame)
         self._stored: tuple[int, int] = frame.width, frame.height
         self._aspect: float = aspect_of(frame, self._stream.sample_aspect_ratio)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,11 +16,11 @@ import numpy as np
 from s5.errors import VideoError
 from s5.video.frames import RESYNC_S
 from s5.video.opening import av_error, complaints, films, opened, packets_of, rate_of, short_reason, video_stream
-from s5.video.outline import Hollow, outline
+from s5.video.outline import Hollow, Outline, outline
 from s5.video.packets import Look, Seen, look_for, unread
 from s5.video.pictures import Turn
 from s5.video.pyav_reader import ASPECT_CHANGE, PyAVReader
-from s5.video.reader import FloatArray, Source
+from s5.video.reader import FloatArray, IntArray, Source
 
 if TYPE_CHECKING:
     import av
@@ -35,6 +36,9 @@ codecs show out of order: the stated length may be that of decoding."""
 UNREAD_SHARE, HOLE_BYTES = 0.05, 1024
 """Largest share of an flv file behind its last packet, and largest number of bytes between two packets, whose headers
 take 20 or so."""
+PAIRED_FRAMES, PAIRED_SHARE = 48, 0.2
+"""Frames that are decoded of a video whose packets may have a field each, and the share of packets beyond them that
+says so."""
 UNSHOWN_SHARE = 0.05
 """Largest share of the frames that may have the time of the next one, and so are never on screen."""
 
@@ -105,40 +109,21 @@ def scan(source: Source) -> Contents:
     """
     hollow = None if isinstance(source, str) else Hollow(source)
     with opened(source if hollow is None else cast(IO[bytes], hollow)) as container:
-        parts, fragmented, places = outline(source, container.format.name)
-        if parts > 1:
+        about = outline(source, container.format.name)
+        if about.parts > 1:
             raise VideoError(
-                f"{parts} videos were joined byte by byte, of which the first alone is played; join them with a "
+                f"{about.parts} videos were joined byte by byte, of which the first alone is played; join them with a "
                 "program that writes a new file"
             )
         stream = video_stream(container)
-        codec, name = str(stream.codec_context.codec.canonical_name), str(container.format.name)
-        look = unread(codec) if hollow and places else None
-        if hollow and look:
-            hollow.packets = places
-        with complaints(container) as errors:
-            packets = _read(container, stream, look or look_for(codec, stream.codec_context.extradata))
-        if look:
-            # FFmpeg's parsers look for key frames in the bytes.
-            packets.keys, packets.plain = [], False
-        _check_length(container, stream, packets, fragmented)
-        for _, part, text in errors:
-            # A little may be missing at the end.
-            if part.startswith("matroska") and "prematurely" not in text:
-                raise VideoError(f"the file is damaged ({text.strip()})")
+        packets = _packets_of(container, stream, about, hollow)
+        _check_length(container, stream, packets, about.fragmented)
         rate, stated_s = float(rate_of(stream)), (container.duration or 0) / 1e6
+        codec, name = str(stream.codec_context.codec.canonical_name), str(container.format.name)
         place, streams = stream.index, len(films(container))
     with closing(PyAVReader(source, stream=place)) as reader:
         first, size, turn, time_base = reader.first, reader.display_size, reader.turn, reader.time_base
-        # AVI without B-frames has its frames in the order of its packets.
-        decoded = not reader.seekable or packets.untimed > 0 or packets.jumps_back
-        ticks_N = np.array(list(reader.places()) if decoded else packets.times, np.int64)
-        lost = 0 if reader.counted else packets.untimed
-    if lost > UNSHOWN_SHARE * len(ticks_N):
-        raise VideoError(f"{lost} frames have no time in the file; have a program write it with new times")
-    if not decoded:
-        # Frames before the first decodable one, as in a recording that starts in mid-stream, do not count.
-        ticks_N = np.sort(ticks_N[ticks_N >= first]) - first
+        ticks_N, decoded = _ticks(reader, packets)
     starts_N = ticks_N.astype(np.float64) * time_base
     if len(starts_N) == 0:
         raise VideoError("the times of its packets and of its frames contradict each other")
@@ -146,6 +131,50 @@ def scan(source: Source) -> Contents:
     keys = [(key - first) * time_base for key in packets.keys if key >= first]
     found = packets.open_groups, packets.reordered, packets.plain and not packets.untimed
     return Contents(codec, name, place, streams, size, turn, rate, starts_N, keys, decoded, *found)
+
+
+def _packets_of(container: av.container.InputContainer, stream: Any, about: Outline, hollow: Hollow | None) -> _Packets:
+    """Return what the packets say, without reading them where their size alone serves."""
+    codec, extradata = str(stream.codec_context.codec.canonical_name), stream.codec_context.extradata
+    look = unread(codec) if hollow and about.packets else None
+    if hollow and look:
+        hollow.packets = about.packets
+    with complaints(container) as errors:
+        packets = _read(container, stream, look or look_for(codec, extradata))
+    if look:
+        # FFmpeg's parsers look for key frames in the bytes.
+        packets.keys, packets.plain = [], False
+    for _, part, text in errors:
+        # A little may be missing at the end.
+        if part.startswith("matroska") and "prematurely" not in text:
+            raise VideoError(f"the file is damaged ({text.strip()})")
+    return packets
+
+
+def _ticks(reader: PyAVReader, packets: _Packets) -> tuple[IntArray, bool]:
+    """Return the times (N,) of frames in ticks after the first, and whether all frames were decoded for them."""
+    # AVI without B-frames has its frames in the order of its packets.
+    decoded = not reader.seekable or packets.untimed > 0 or packets.jumps_back
+    places = reader.places()
+    shown = list(islice(places, PAIRED_FRAMES)) if reader.paired and not decoded else []
+    decoded = decoded or _in_pairs(packets, reader.first, shown)
+    ticks_N = np.array([*shown, *places] if decoded else packets.times, np.int64)
+    # Of two fields, the second one needs no time.
+    lost = 0 if reader.counted or reader.paired else packets.untimed
+    if lost > UNSHOWN_SHARE * len(ticks_N):
+        raise VideoError(f"{lost} frames have no time in the file; have a program write it with new times")
+    if not decoded:
+        # Frames before the first decodable one, as in a recording that starts in mid-stream, do not count.
+        ticks_N = np.sort(ticks_N[ticks_N >= reader.first]) - reader.first
+    return ticks_N, decoded
+
+
+def _in_pairs(packets: _Packets, first: int, shown: list[int]) -> bool:
+    """Return whether packets have a field each, and two a frame, in what is shown at first."""
+    if not shown:
+        return False
+    timed = sum(first <= time <= first + shown[-1] for time in packets.times)
+    return timed > (1 + PAIRED_SHARE) * len(shown)
 
 
 def _read(container: av.container.InputContainer, stream: Any, look: Look) -> _Packets:
