@@ -50,8 +50,9 @@ class Costs:
     """Batches that are kept ready for a worker."""
     clips_per_task: int = 8
     """Pairs of a decode task."""
-    task_s: float = 0.02
-    """Seconds of the thread that runs a Ray Data execution, for each decode task."""
+    task_s: float = 0.085
+    """Seconds of the thread that runs a Ray Data execution, for each decode task: at most what Ray took of the CPU time
+    in all its processes."""
     shared_execution: bool = False
     """Whether one execution serves all workers; else each has its own."""
     key_bytes: float = 2 * 256 * 4
