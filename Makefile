@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make setup` fills with the versions that constraints.txt pins.
 .DEFAULT_GOAL := help
-.PHONY: help setup test drills check quickstart clean
+.PHONY: help setup test drills check quickstart simulate clean
 
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
@@ -70,6 +70,9 @@ endif
 
 bench-%: $(READY)  ## A benchmark: bench-NAME runs tests/bench/NAME.py, ARGS="--its options"
 	$(PYTHON) -m tests.bench.$* $(ARGS)
+
+simulate: $(READY)  ## What 8 to 1,024 workers would reach, by tests/bench/simulate.py, beside 1 to 8 processes here (3 min)
+	$(PYTHON) -m tests.bench.simulate $(ARGS)
 
 clean:  ## Remove what quickstart and the tools made; your runs and .venv stay
 	rm -rf out/quickstart out/videos .mypy_cache .ruff_cache .pytest_cache *.egg-info

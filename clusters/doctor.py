@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 from clusters import connection
 from clusters.findings import GIB, Finding, findings
 from clusters.jobs import FAILED, SUCCEEDED, Parser
-from clusters.submit import stage_code
+from clusters.shipping import entrypoint, stage_code
+from clusters.submit import handed_on
 from pipelines import storage, tracking
 from pipelines.errors import UserError
 from pipelines.running import node_checks
@@ -33,10 +34,14 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 # The versions come first: they say why the rest does not run.
-ENTRYPOINT = (
-    """python -c 'import platform, ray; print("Python", platform.python_version(), "Ray", ray.__version__)'"""
-    " && python -m pipelines.running.cluster_report"
+ENTRYPOINT = " && ".join(
+    (
+        entrypoint("""-c 'import platform, ray; print("Python", platform.python_version(), "Ray", ray.__version__)'"""),
+        entrypoint("-m pipelines.running.cluster_report"),
+    )
 )
+WITHOUT_UV = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+"""Where the head was started by `uv run`, Ray would start each worker by it too, as `pipelines.__main__` says."""
 JOB_S = 1200.0
 """Seconds that the job may take; on a sound cluster it takes half a minute."""
 
@@ -119,9 +124,8 @@ def read_log(log: str) -> list[NodeReport]:
                     f"{here['ray']} on Python {here['python']}: give both the same"
                 )
     raise UserError(
-        f"the job that asks the nodes fails ({lines[-1] if lines else 'it prints nothing'}): the `python` of the "
-        "cluster's jobs needs the packages of constraints.txt: start the head with their environment's bin folder in "
-        "PATH"
+        f"the job that asks the nodes fails ({lines[-1] if lines else 'it prints nothing'}): the Python that runs "
+        "Ray there needs the packages of constraints.txt: install them in its environment on all nodes"
     )
 
 
@@ -226,12 +230,10 @@ def run(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     asked = asked_by(options)
     check_places(asked)
-    for name in options.env:
-        if name not in os.environ:
-            raise UserError(f"--env is {name!r}: there is no such environment variable here; export it or leave it out")
+    variables = handed_on(options.env)
     client = connection.connect(options.address)
     try:
-        reports = ask(client, asked, {name: os.environ[name] for name in options.env})
+        reports = ask(client, asked, variables | WITHOUT_UV)
     except connection.failures() as error:
         raise UserError(f"the nodes were not asked: {connection.sentence(client, error)}") from None
     found = findings(reports, asked, here := provenance.versions())

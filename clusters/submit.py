@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Sequence
@@ -21,21 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clusters import connection, jobs
-from pipelines import storage
+from clusters.shipping import entrypoint, stage_code
+from pipelines import storage, tracking
 from pipelines.command_line import parse
-from pipelines.config import RUN, StageConfig, to_json
+from pipelines.config import RUN, StageConfig, SweepConfig, to_json
 from pipelines.errors import UserError
-from pipelines.preflight import check_credentials, used_paths
+from pipelines.preflight import check_credentials, check_space, used_paths
 from pipelines.storage import provenance
+from pipelines.tuning import ready_spaces
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-ROOT = Path(__file__).parent.parent
-CODE = ("s5", "pipelines", "clusters")
-SUFFIXES = (".py", ".html")
-"""Of files of the code: those of pages are what `report` fills in."""
 PASSED_ON = ("MLFLOW_TRACKING_URI",)
+OF_THE_CLUSTER = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS")
+"""Variables that the nodes have themselves."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,10 @@ def check_tracking(config: StageConfig) -> None:
     """Refuse a tracking database that a job would make in a folder of its own.
 
     Raises:
-        UserError: `tracking.uri` is a relative name.
+        UserError: `tracking.uri`, or the variable that stands in for it, is a relative name or none that MLflow takes.
     """
-    uri = config.tracking.uri
+    option = "--tracking.uri" if config.tracking.uri else tracking.VARIABLE
+    uri = config.tracking.uri or os.environ.get(tracking.VARIABLE, "")
     name = uri.removeprefix("sqlite:///")
     if (
         uri not in ("", "off")
@@ -96,43 +96,55 @@ def check_tracking(config: StageConfig) -> None:
         and (uri.startswith("sqlite:///") or not storage.is_uri(uri))
     ):
         raise UserError(
-            f"--tracking.uri is {uri!r}: a job runs in another folder; give an address, or sqlite:////an/absolute/path"
+            f"{option} is {uri!r}: a job runs in another folder; give an address, or sqlite:////an/absolute/path"
         )
+    if uri:
+        tracking.resolve_uri(config.tracking, config.out)
+
+
+def handed_on(names: Sequence[str]) -> dict[str, str]:
+    """Return the environment variables that --env names; their values are never printed.
+
+    Raises:
+        UserError: one is not set here, or is one of the cluster's own.
+    """
+    for name in names:
+        if name in OF_THE_CLUSTER:
+            raise UserError(
+                f"--env is {name!r}: the nodes have their own, and jobs are no place for tokens; leave it out"
+            )
+        if name not in os.environ:
+            raise UserError(f"--env is {name!r}: there is no such environment variable here; export it or leave it out")
+    return {name: os.environ[name] for name in names}
 
 
 def environment(submission: Submission) -> dict[str, str]:
-    """Return the job's environment variables; values of `--env` are never printed.
+    """Return the job's environment variables.
 
     Raises:
-        UserError: a variable named with --env is not set here.
+        UserError: as `handed_on`.
     """
-    for name in submission.env:
-        if name not in os.environ:
-            raise UserError(f"--env is {name!r}: there is no such environment variable here; export it or leave it out")
-    names = [name for name in (*PASSED_ON, *submission.env) if name in os.environ]
-    return {name: os.environ[name] for name in names} | {
-        provenance.COMMIT_VARIABLE: provenance.commit(),
-        # Ray reads it beside the driver: how long a stopped job may take before it is killed.
-        "RAY_JOB_STOP_WAIT_TIME_S": str(submission.stop_wait_s),
-    }
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return (
+        passed_on
+        | handed_on(submission.env)
+        | {
+            provenance.COMMIT_VARIABLE: provenance.commit(),
+            # Ray reads it beside the driver: how long a stopped job may take before it is killed.
+            "RAY_JOB_STOP_WAIT_TIME_S": str(submission.stop_wait_s),
+        }
+    )
 
 
 # --- what is shipped ------------------------------------------------------------------------------------------------
 
 
-def stage_code(folder: Path) -> None:
-    """Copy the files of the code, and pyproject.toml, into a folder."""
-    for package in CODE:
-        for source in sorted(path for path in (ROOT / package).rglob("*") if path.suffix in SUFFIXES):
-            target = folder / source.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-    if (ROOT / "pyproject.toml").is_file():
-        shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
-
-
 def stage_package(submission: Submission, folder: Path) -> None:
-    """Copy what the job needs into a folder: the code and run.json."""
+    """Copy what the job needs into a folder: the code and run.json.
+
+    Raises:
+        UserError: it is too much.
+    """
     stage_code(folder)
     storage.write_json(str(folder / RUN), to_json(submission.stage, submission.config))
 
@@ -171,7 +183,7 @@ def _ship(client: JobSubmissionClient, submission: Submission, run: str, job_id:
     with tempfile.TemporaryDirectory(prefix="s5-job-") as folder:
         stage_package(submission, Path(folder))
         client.submit_job(
-            entrypoint=f"python -m pipelines {submission.stage} --config {RUN}",
+            entrypoint=entrypoint(f"-m pipelines {submission.stage} --config {RUN}"),
             submission_id=job_id,
             runtime_env={"working_dir": folder, "env_vars": variables},
             metadata=metadata | {"commit": variables[provenance.COMMIT_VARIABLE]},
@@ -233,6 +245,10 @@ def run(argv: Sequence[str]) -> int:
     if options.run_id is not None:
         jobs.check_run_id(options.run_id)
     name, config = parse(options.stage)
+    if isinstance(config, SweepConfig):
+        # A file of a space is read here: the job gets what it says.
+        config = ready_spaces.resolved(config)
+        check_space(config)
     check_credentials(config)
     check_paths(config)
     check_tracking(config)

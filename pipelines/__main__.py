@@ -39,10 +39,9 @@ def main() -> int:
         found = ".".join(map(str, sys.version_info[:3]))
         print(f"error: Python is {found}: give 3.11 or later, as in .venv after `make setup`", file=sys.stderr)
         return 2
-    if not os.environ.get("RAY_ADDRESS"):
-        # Below `uv run`, Ray would start each worker by uv too, in a copy of this folder. On this machine the workers
-        # have this environment anyway. Ray reads it when it is imported.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Below `uv run`, or in a job on a head that was started by it, Ray would start each worker by uv too, in a copy of
+    # this folder. The nodes have the environment anyway. Ray reads it when it is imported.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         from pipelines import command_line
     except ModuleNotFoundError as error:

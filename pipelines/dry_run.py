@@ -29,7 +29,6 @@ from pipelines.recipes.costs import (
     Cost,
     Work,
     evaluate_cost,
-    facts_of,
     features_cost,
     finetune_cost,
     model_of,
@@ -37,7 +36,9 @@ from pipelines.recipes.costs import (
 )
 from pipelines.recipes.counts import listing_of_manifest
 from pipelines.recipes.dry_run import rates_used, table, total
+from pipelines.recipes.facts import facts_of
 from pipelines.recipes.rates import NODES, Node
+from pipelines.recipes.roles import roles
 from pipelines.storage.weights import local_checkpoint
 from pipelines.tuning import search_space
 from pipelines.tuning.draws import Values, check_size, settings_of
@@ -61,6 +62,8 @@ def plan_of(stage: str, config: StageConfig, node: str = "cpu-2") -> str:
         raise UserError(f"--node is {node!r}: rates were measured on {' and '.join(NODES)}; give one of them")
     costs = list(costs_of(config, NODES[node]))
     plan = [*_head(config), *table([*costs, *([total("all", costs)] if len(costs) > 1 else [])])]
+    if isinstance(config, PretrainConfig | FinetuneConfig):
+        plan += ["", *roles(config, costs[0], NODES[node])]
     plan += ["", "Nothing was written.", *(rates_used(NODES[node]) if any(cost.seconds for cost in costs) else [])]
     title = f"dry run of {stage} on node {node}: {NODES[node].description}"
     return "\n".join([*in_yaml(stage, config), *_comments([title, "", *plan])])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines import storage, tracking
-from pipelines.config import REGISTERED, PredictConfig, RecipeConfig, StageConfig, SweepConfig, flatten, paths
+from pipelines.config import REGISTERED, PredictConfig, RecipeConfig, StageConfig, SweepConfig, flatten, paths, paths_in
 from pipelines.config.recipes import GROUPS, LINKS
 from pipelines.errors import UserError
 from pipelines.recipes import steps as recipes
@@ -28,8 +28,11 @@ ROOM_BYTES = 1 << 20
 def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
     """Return the files and folders, under dotted keys, that a stage reads or writes.
 
-    A sweep's trials have an --out of their own, and where they pretrain they fine-tune from that; a recipe connects its
-    stages itself.
+    A sweep's trials have an --out of their own, and where they pretrain they fine-tune from that; what its space names
+    is under `space KEY`. A recipe connects its stages itself.
+
+    Raises:
+        UserError: a sweep's space cannot be read.
     """
     found = paths(config)
     if isinstance(config, RecipeConfig):
@@ -42,6 +45,20 @@ def used_paths(config: StageConfig) -> dict[str, tuple[str, PathRole]]:
         unused = {"pretrain.out", "finetune.out"} | ({"finetune.checkpoint"} if "pretrain" in stages else set())
         used = ("", *stages)
         found = {k: v for k, v in found.items() if k not in unused and k.rpartition(".")[0].partition(".")[0] in used}
+        found |= paths_in_space(config)
+    return found
+
+
+def paths_in_space(config: SweepConfig) -> dict[str, tuple[str, PathRole]]:
+    """Return the files and folders among the values of a sweep's space, as `paths` does, under `space KEY`.
+
+    Raises:
+        UserError: the space cannot be read.
+    """
+    found: dict[str, tuple[str, PathRole]] = {}
+    for key, (hint, values) in search_space.listed(ready_spaces.resolved(config)).items():
+        for number, value in enumerate(values):
+            found |= paths_in(f"space {key}[{number}]" if number else f"space {key}", hint, value)
     return found
 
 
@@ -86,9 +103,10 @@ def check_credentials(config: StageConfig) -> None:
     settings, and a job's record the variable.
 
     Raises:
-        UserError: one holds some; the message does not show them.
+        UserError: one holds some; the message does not show them. Or a sweep's space cannot be read.
     """
-    for value, _ in paths(config).values():
+    named = paths(config) | (paths_in_space(config) if isinstance(config, SweepConfig) else {})
+    for value, _ in named.values():
         storage.check_no_credentials(value)
     for key, value in flatten(config).items():
         if key == TRACKING_URI or key.endswith(f".{TRACKING_URI}"):

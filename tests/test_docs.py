@@ -149,8 +149,8 @@ def test_command_is_parsed(command: str, tmp_path: Path) -> None:
             check_module(module, rest, tmp_path)
         case ["ray", "job", "submit", *rest]:
             script = rest[rest.index("--") + 1 :]
-            assert script[:3] == ["python", "-m", "pipelines"]
-            check_stage(script[3:], tmp_path)
+            assert script[:4] == ["sh", "clusters/python.sh", "-m", "pipelines"]
+            check_stage(script[4:], tmp_path)
         case ["make", *_]:
             check_make(words)
         case ["export", *settings]:

@@ -6,6 +6,7 @@ from pipelines.config.dotted import flatten as flatten
 from pipelines.config.dotted import leaves_of as leaves_of
 from pipelines.config.dotted import override as override
 from pipelines.config.dotted import paths as paths
+from pipelines.config.dotted import paths_in as paths_in
 from pipelines.config.dotted import to_json as to_json
 from pipelines.config.dotted import unknown as unknown
 from pipelines.config.narration import NarrateConfig as NarrateConfig

@@ -94,13 +94,24 @@ def paths(config: Any) -> dict[str, tuple[str, PathRole]]:
     values = flatten(config)
     found: dict[str, tuple[str, PathRole]] = {}
     for key, hint in hints(config).items():
-        is_several = get_origin(hint) is tuple
-        given = values[key] if is_several else (values[key],)
-        one = get_args(hint)[0] if is_several else hint
-        for role in (role for role in get_args(one) if isinstance(role, PathRole)):
-            named = {f"{key}[{i}]" if i else key: (path, role) for i, path in enumerate(given)}
-            found |= {place: pair for place, pair in named.items() if pair[0] not in role.not_paths}
+        found |= paths_in(key, hint, values[key])
     return found
+
+
+def paths_in(key: str, hint: Any, value: Any) -> dict[str, tuple[str, PathRole]]:
+    """Return the files or folders that a value of a setting names, as `paths` does.
+
+    Args:
+        key: the setting.
+        hint: its type, with what it is annotated with.
+        value: a value of that type.
+    """
+    is_several = get_origin(hint) is tuple
+    given = value if is_several else (value,)
+    one = get_args(hint)[0] if is_several else hint
+    roles = [role for role in get_args(one) if isinstance(role, PathRole)]
+    named = {f"{key}[{i}]" if i else key: (path, role) for role in roles for i, path in enumerate(given)}
+    return {place: (path, role) for place, (path, role) in named.items() if role.is_path(path)}
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipelines.config.shared import ManifestPath, OutFolder, ScaleConfig, TextPath, TrackingConfig
+from pipelines.config.shared import EncoderName, ManifestPath, OutFolder, ScaleConfig, TextPath, TrackingConfig
 from s5.config import require
 
 
@@ -23,7 +23,7 @@ class NarrateConfig:
     """What is said: a .jsonl of captions (`video`, `start`, `end`, `text`), or HowTo100M's .json."""
     steps: TextPath = ""
     """Written steps: a .csv (`task`, `text`), or a .json as wikiHow's."""
-    encoder: str = "tfidf"
+    encoder: EncoderName = "tfidf"
     """What compares sentences: `tfidf` (scikit-learn's, fitted to the steps: words in common), or the name or folder of
     a model of sentence-transformers (extra `narration`), such as paraphrase-mpnet-base-v2."""
     top_k: int = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pipelines.config.shared import CheckpointPath, DecodeConfig, OutFolder, ScaleConfig, TrackingConfig
+from pipelines.config.shared import CheckpointPath, DecodeConfig, OutFolder, ScaleConfig, TrackingConfig, VideoNames
 from pipelines.config.stages import ProtocolSetting
 from s5.config import PathRole, require
 
@@ -21,7 +21,7 @@ class PredictConfig:
 
     Messages and bars go to stderr."""
 
-    videos: tuple[str, ...] = ()
+    videos: tuple[VideoNames, ...] = ()
     """Files, URIs, folders with videos at any depth, or patterns such as 'a/*.mp4'; --videos may be left out."""
     checkpoint: CheckpointPath = "out/finetune"
     """Checkpoint: its folder or the --out of `finetune`, or a registered model of MLflow, `models:/NAME@champion`."""

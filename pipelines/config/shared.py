@@ -16,6 +16,8 @@ FeaturesFiles = Annotated[str, PathRole("input", "folder")]
 FeaturesPath = Annotated[str, PathRole("input", "features")]
 TextPath = Annotated[str, PathRole("input", "file")]
 LabelsPath = Annotated[str, PathRole("input", "file or folder")]
+EncoderName = Annotated[str, PathRole("input", "folder", ("", "tfidf"), or_name=True)]
+VideoNames = Annotated[str, PathRole("scope", "file or folder")]
 RunsFolder = Annotated[str, PathRole("scope", "folder")]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import DataConfig, EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RecipeConfig
 from pipelines.data.features.cache import with_imported
@@ -19,14 +18,14 @@ from pipelines.recipes.counts import (
     mean_span_s,
     training_order,
 )
-from pipelines.recipes.rates import Node
+from pipelines.recipes.facts import Facts
+from pipelines.recipes.rates import DECODED_S_A_CORE, Node
 from s5.config import BackboneConfig, ClipConfig, EvaluationProtocol, LSMCLConfig, ModelConfig
-from s5.models.backbone import Backbone
 from s5.models.video_model import VideoModel
 from s5.tasks.lsmcl import LSMCL
 
-STORED_BYTES, OPTIMIZER_BYTES = 2, 8
-"""Of a cached number (fp16), and of AdamW's moments of a weight (fp32)."""
+OPTIMIZER_BYTES = 8
+"""Of AdamW's moments of a weight (fp32)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,40 +46,10 @@ class Cost:
     """Bytes below --out."""
     seconds: float | None = 0.0
     """None where the node's rates do not say."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a backbone makes of a frame, and what that costs."""
-
-    tokens: int
-    width: int
-    flops: float
-    parameters: int
-
-    def stored_bytes(self, frames: int) -> int:
-        """Return the size of so many frames in the feature cache (fp16)."""
-        return STORED_BYTES * frames * self.tokens * self.width
-
-
-def facts_of(config: BackboneConfig) -> Facts:
-    """Return the facts of a backbone, from a model without memory; imported features cost no FLOPs.
-
-    Raises:
-        UserError: there is no such backbone.
-    """
-    if config.tokens:
-        return Facts(config.tokens, config.width, 0.0, 0)
-    try:
-        with torch.device("meta"):
-            backbone = Backbone(replace(config, weights=""))
-            frames = torch.zeros(1, config.tubelet, config.frame_size, config.frame_size, 3, dtype=torch.uint8)
-            with FlopCounterMode(display=False) as counter:
-                backbone(frames)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    parameters = sum(weight.numel() for weight in backbone.parameters())
-    return Facts(backbone.tokens, backbone.width, counter.get_total_flops() / config.tubelet, parameters)
+    device_s: float | None = 0.0
+    """Of them, those of the models; None where the node's rates do not say."""
+    decode_s: float = 0.0
+    """Seconds of one core that reads the videos."""
 
 
 def model_of(settings: PretrainConfig | FinetuneConfig, features: str) -> ModelConfig:
@@ -141,6 +110,16 @@ class Work:
         decoding_s = video_s / self.node.decoded_s
         model_s = frames * passes * self.facts.flops / self.node.encoder_flops
         return decoding_s + model_s if self.node.shared_cores else max(decoding_s, model_s)
+
+    def device_s(self, frames: int, passes: float, *model_s: float | None) -> float | None:
+        """Return the seconds of a backbone that sees frames so often, unless they are cached, and of other models."""
+        known = [each for each in model_s if each is not None]
+        encoding_s = 0 if self.cached else frames * passes * self.facts.flops / self.node.encoder_flops
+        return encoding_s + sum(known) if len(known) == len(model_s) else None
+
+    def decode_s(self, video_s: float) -> float:
+        """Return the seconds in which one core reads so much video, unless it is cached."""
+        return 0.0 if self.cached else video_s / DECODED_S_A_CORE
 
     def clips_s(self, frames: int, video_s: float, passes: float) -> float:
         """Return the seconds until the frames of clips are tokens."""
@@ -224,7 +203,8 @@ def pretrain_cost(settings: PretrainConfig, listing: Listing, work: Work) -> Cos
     strides = settings.clips.long_stride, settings.clips.short_stride
     video_s = order.total_steps * order.batch_size * mean_span_s("uniform", settings.clips, train, *strides)
     video_s += probed * mean_span_s("uniform", settings.clips, [*train, *val], settings.clips.long_stride)
-    reading_s = work.clips_s((clips + probed) * settings.clips.frames, video_s, passes)
+    frames = (clips + probed) * settings.clips.frames
+    reading_s = work.clips_s(frames, video_s, passes)
     trained, checkpoint = weights_of(model_of(settings, settings.features), settings.lsmcl)
     batch = 2 * order.batch_size
     return Cost(
@@ -239,6 +219,8 @@ def pretrain_cost(settings: PretrainConfig, listing: Listing, work: Work) -> Cos
         host=work.waiting(batch, settings.clips.frames, settings.data),
         disk=settings.loop.keep_checkpoints * checkpoint,
         seconds=work.together(reading_s, model_s, probes_s),
+        device_s=work.device_s(frames, passes, model_s, probes_s),
+        decode_s=work.decode_s(video_s),
     )
 
 
@@ -256,7 +238,8 @@ def finetune_cost(settings: FinetuneConfig, listing: Listing, work: Work, seeds:
     video_s = clips * mean_span_s(protocol, settings.clips, train, settings.clips.long_stride)
     video_s += validations * validated_s
     passes = 1 if settings.model.backbone.frozen else 3
-    reading_s = work.clips_s(seeds * (clips + validated) * settings.clips.frames, seeds * video_s, passes)
+    frames = seeds * (clips + validated) * settings.clips.frames
+    reading_s = work.clips_s(frames, seeds * video_s, passes)
     trained, checkpoint = weights_of(model_of(settings, settings.features), 1)
     return Cost(
         stage="finetune",
@@ -269,6 +252,8 @@ def finetune_cost(settings: FinetuneConfig, listing: Listing, work: Work, seeds:
         # The best checkpoint beside the last ones.
         disk=seeds * (settings.loop.keep_checkpoints + 1) * checkpoint,
         seconds=work.together(reading_s, model_s),
+        device_s=work.device_s(frames, passes, model_s),
+        decode_s=work.decode_s(seeds * video_s),
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from pipelines.config import EvaluateConfig, FeaturesConfig, FinetuneConfig, PretrainConfig, RecipeConfig
 from pipelines.recipes import steps
-from pipelines.recipes.costs import Cost, Work, backbone_of, costs_of, facts_of
+from pipelines.recipes.costs import Cost, Work, backbone_of, costs_of
 from pipelines.recipes.counts import Listing, listing_of
+from pipelines.recipes.facts import facts_of
 from pipelines.recipes.rates import NODES, Node
 
 GIB = 2**30

@@ -32,6 +32,8 @@ class Node:
     """A machine whose rates were measured."""
 
     description: str
+    cores: int
+    """CPU cores."""
     encoder_flops: float
     """FLOP/s of a frozen backbone's forward pass."""
     decoded_s: float
@@ -78,6 +80,7 @@ FEATURES = "4.8 GB/s from the page cache on 2 CPU cores (Decoding, 2026-11-23, b
 NODES = {
     "h200": Node(
         description="one NVIDIA H200 and 16 CPU cores, bf16",
+        cores=16,
         encoder_flops=0.31 * 989e12,
         decoded_s=14 * DECODED_S_A_CORE,
         shared_cores=False,
@@ -100,6 +103,7 @@ NODES = {
     ),
     "cpu-2": Node(
         description="2 CPU cores, fp32",
+        cores=2,
         encoder_flops=64 * 9.2e9 / 2.73,
         decoded_s=2 * DECODED_S_A_CORE,
         shared_cores=True,

@@ -73,6 +73,16 @@ def parse(config: SweepConfig) -> dict[str, Dimension]:
     return dimensions
 
 
+def listed(config: SweepConfig) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the type and the values, in order, of each setting whose values a sweep's space lists.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    known, dimensions = _known(config), parse(config)
+    return {key: (known[key], found.values) for key, found in dimensions.items() if isinstance(found, Choice)}
+
+
 def stages(config: SweepConfig) -> list[str]:
     """Return the stages that a trial runs, in order."""
     return config.stages.split("+")

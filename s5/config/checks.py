@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -15,11 +16,19 @@ class PathRole:
     """Marks a setting that names a file or folder, in `typing.Annotated`."""
 
     kind: Literal["input", "output", "scope"]
-    """`input`: it has to exist; `output`: it is written; `scope`: what lies below it is meant."""
+    """`input`: it has to exist; `output`: it is written; `scope`: what lies below it or is like it is meant."""
     what: Literal["file", "folder", "file or folder", "manifest", "checkpoint", "features", "weights"]
     """What is named."""
     not_paths: tuple[str, ...] = ("",)
     """Values that name nothing."""
+    or_name: bool = False
+    """Whether it may be a plain name instead, such as that of a model on a hub."""
+
+    def is_path(self, value: str) -> bool:
+        """Return whether a value names a file or folder; one that may be a plain name does so if it exists."""
+        if value in self.not_paths or not self.or_name:
+            return value not in self.not_paths
+        return value.startswith(("/", ".", "~")) or "://" in value or os.path.exists(value)
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:

@@ -33,13 +33,18 @@ DRAIN_SECONDS = 60
 
 @dataclass
 class LocalCluster:
-    """A running cluster; `address` is the job server's, `environment` what a client needs besides it."""
+    """A running cluster; `address` is the job server's, `environment` what a client needs besides it.
+
+    `python` is in the PATH of no node, as on a head that was started as `VENV/bin/ray start`.
+    """
 
     folder: Path
     address: str
     gcs_address: str
     environment: dict[str, str]
     mark: str
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the nodes, such as credentials."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def add_node(self, cpus: float = 1) -> subprocess.Popen[bytes]:
@@ -81,11 +86,15 @@ class LocalCluster:
         raise TimeoutError(f"{nodes} nodes did not come up ({last}); logs are below {self.folder}")
 
     def get(self, path: str) -> dict[str, dict[str, dict[str, list[dict[str, str]]]]]:
+        """Return the dashboard's answer to a GET request, which is JSON."""
+        return dict(json.loads(self.read(path)))
+
+    def read(self, path: str) -> bytes:
         """Return the dashboard's answer to a GET request."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
-            return dict(json.load(answer))
+            return bytes(answer.read())
 
     def leftovers(self) -> set[int]:
         """Return the processes of this cluster that still run."""
@@ -118,7 +127,7 @@ class LocalCluster:
             node = subprocess.Popen(
                 command,
                 cwd=place / "cwd",
-                env=_clean(os.environ) | self.environment | {MARK: self.mark},
+                env=_clean(os.environ) | self.environment | self.variables | {MARK: self.mark, "PATH": os.defpath},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -130,8 +139,17 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(workers: int = 2, worker_cpus: float = 1, head_cpus: float = 0) -> Iterator[LocalCluster]:
-    """Run a head and worker nodes: all are alive when the body starts, and none is left after it."""
+def local_cluster(
+    workers: int = 2, worker_cpus: float = 1, head_cpus: float = 0, **variables: str
+) -> Iterator[LocalCluster]:
+    """Run a head and worker nodes: all are alive when the body starts, and none is left after it.
+
+    Args:
+        workers: nodes beside the head.
+        worker_cpus: CPUs of each of them.
+        head_cpus: CPUs of the head.
+        variables: environment variables of all nodes.
+    """
     # Ray's sockets lie below the folder and their names may have 107 characters: pytest's folders are too deep.
     folder = Path(tempfile.mkdtemp(prefix="s5ray"))
     token = folder / "token"
@@ -139,7 +157,8 @@ def local_cluster(workers: int = 2, worker_cpus: float = 1, head_cpus: float = 0
     token.chmod(0o600)
     gcs, dashboard = free_port(), free_port()
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    cluster = LocalCluster(folder, f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment, folder.name)
+    addresses = (f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}")
+    cluster = LocalCluster(folder, *addresses, environment, folder.name, variables)
     try:
         cluster._start(
             ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"],

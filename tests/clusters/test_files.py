@@ -118,7 +118,7 @@ def test_ray_accepts_the_launchers_file(name: str) -> None:
 
 def test_every_file_is_tested_here() -> None:
     kuberay = {f"kuberay/{name}.yaml" for name in ("cluster", "job", "mlflow", "namespace")}
-    assert set(FILES) == {"Dockerfile", "compose.yaml", "grafana.json", "slurm.sh", *LAUNCHERS, *kuberay}
+    assert set(FILES) == {"Dockerfile", "compose.yaml", "grafana.json", "python.sh", "slurm.sh", *LAUNCHERS, *kuberay}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +17,22 @@ from typing import Any
 import pytest
 
 from clusters import connection, jobs, submit
-from pipelines.config import FinetuneConfig, PretrainConfig, SweepConfig, override
+from pipelines.config import (
+    FinetuneConfig,
+    IndexConfig,
+    NarrateConfig,
+    PredictConfig,
+    PretrainConfig,
+    RecipeConfig,
+    ReportConfig,
+    SweepConfig,
+    override,
+)
 from pipelines.errors import UserError
 from pipelines.storage import provenance
 from s5.checkpoints import checkpoint
 from tests.clusters.local_cluster import LocalCluster, client_environment, local_cluster
+from tests.clusters.test_shipping import plant
 
 ROOT = Path(__file__).parent.parent.parent
 SUBMIT = [sys.executable, "-m", "clusters.submit"]
@@ -53,6 +64,8 @@ def refusal(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--address", "http://127.0.0.1:9", "--stop-wait", "0", "sample"], "--stop-wait is 0"),
         (["--address", "http://127.0.0.1:9", "sample"], "--out is 'out/sample': a job runs in another folder"),
         (["--address", "http://127.0.0.1:9", "--env", "S5_NOT_SET", "sample", "--out", "/x"], "--env is 'S5_NOT_SET'"),
+        (["--address", "http://127.0.0.1:9", "-e", "RAY_AUTH_TOKEN", "sample", "--out", "/x"], "jobs are no place for"),
+        (["--address", "http://127.0.0.1:9", "sweep", "--out", "/o", "--space", "lrr=1"], "space is 'lrr=1': unknown"),
         (["--address", "head:8265", "sample", "--out", "/x"], "--address is 'head:8265': give the URL"),
         (["--address", "http://127.0.0.1:9", "sample", "--out", "/x"], "no Ray dashboard answers there"),
     ],
@@ -62,6 +75,14 @@ def test_a_mistake_is_told_before_anything_is_shipped(arguments: list[str], told
         submit.run(arguments)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+NARRATED = {"out": "/o", "manifest": "/m", "narration": "/n.jsonl", "steps": "/s.csv"}
+
+
+def sweep_of(*space: str) -> SweepConfig:
+    """Return a sweep whose own paths all nodes see."""
+    return override(SweepConfig(), {"out": "/o", "pretrain.manifest": "/m", "finetune.manifest": "/m", "space": space})
 
 
 @pytest.mark.parametrize(
@@ -75,6 +96,18 @@ def test_a_mistake_is_told_before_anything_is_shipped(arguments: list[str], told
         (FinetuneConfig(), {"out": "/o", "manifest": "/m", "checkpoint": "out/pretrain"}, "--checkpoint is"),
         (SweepConfig(), {"out": "/o", "pretrain.manifest": "/m"}, "--finetune.manifest is"),
         (SweepConfig(), {"out": "/o", "pretrain.manifest": "/m", "stages": "pretrain"}, None),
+        (sweep_of("optim.lr=1,2", "features=/f,out/g"), {}, "--space features\\[1\\] is 'out/g'"),
+        (sweep_of("model.backbone.weights=timm,w.pt"), {}, "--space model.backbone.weights\\[1\\] is 'w.pt'"),
+        (sweep_of("pretrain.features=choice(/f:1,s3://b/f:2)", "model.backbone.weights=timm"), {}, None),
+        (PredictConfig(), {"checkpoint": "/c", "videos": ("/v", "a/*.mp4")}, "--videos\\[1\\] is 'a/\\*.mp4'"),
+        (PredictConfig(), {"checkpoint": "models:/m@champion", "videos": ("s3://b/*.mp4",)}, None),
+        (NarrateConfig(), NARRATED | {"encoder": "clusters"}, "--encoder is 'clusters'"),
+        (NarrateConfig(), NARRATED | {"encoder": "./mpnet"}, "--encoder is './mpnet'"),
+        (NarrateConfig(), NARRATED | {"encoder": "sentence-transformers/paraphrase-mpnet-base-v2"}, None),
+        (RecipeConfig(), {"out": "/o", "videos": "lvu", "annotations": "/a"}, "--videos is 'lvu'"),
+        (RecipeConfig(), {"out": "/o", "features": "f", "manifest": "/m"}, "--features is 'f'"),
+        (ReportConfig(), {"out": "/o", "runs": ("/a", "out/b")}, "--runs\\[1\\] is 'out/b'"),
+        (IndexConfig(), {"out": "/o", "videos": "/v", "annotations": "a.csv"}, "--annotations is 'a.csv'"),
     ],
 )
 def test_paths_must_mean_something_on_the_cluster(config: Any, changes: dict[str, Any], told: str | None) -> None:
@@ -82,9 +115,28 @@ def test_paths_must_mean_something_on_the_cluster(config: Any, changes: dict[str
     if told is None:
         submit.check_paths(config)
         return
-    with pytest.raises(UserError, match="a job runs in another folder") as refused:
+    with pytest.raises(UserError, match=f"{told}.*: a job runs in another folder"):
         submit.check_paths(config)
-    assert told in str(refused.value)
+
+
+def test_a_file_of_a_space_is_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "space.yaml").write_text("features: [s3://b/f, out/g]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(connection, "connect", lambda address: pytest.fail("it is sent"))
+    submitted = ["--address", "http://h", "sweep", "--out", "/o", "--tracking.uri", "off", "--space", "space.yaml"]
+    submitted += ["--pretrain.manifest", "/m", "--finetune.manifest", "/m"]
+    with pytest.raises(UserError, match=r"--space features\[1\] is 'out/g': a job runs in another folder"):
+        submit.run(submitted)
+    (tmp_path / "space.yaml").write_text("optim.lr: [1e-3, 1e-4]\n")
+    sent: list[Any] = []
+    monkeypatch.setattr(connection, "connect", lambda address: None)
+    monkeypatch.setattr(submit, "submit", lambda client, submission: (sent.append(submission.config), ("j", True))[1])
+    assert submit.run(["--no-wait", *submitted]) == 0
+    assert sent[0].space == ("optim.lr=1e-3,1e-4",)
+    (tmp_path / "space.yaml").write_text("features: s3://key:hush@b/f\n")
+    with pytest.raises(UserError, match="holds credentials") as refused:
+        submit.run(submitted)
+    assert "hush" not in str(refused.value)
 
 
 def test_another_ray_there_is_refused() -> None:
@@ -114,35 +166,6 @@ def test_token_file_without_token_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 # --- what is shipped ------------------------------------------------------------------------------------------------
-
-
-def plant(tree: Path) -> None:
-    """Make a checkout with things that must not leave it."""
-    for package in submit.CODE:
-        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", ".rayignore", ".gitignore"):
-        shutil.copy(ROOT / name, tree)
-    for name in (".env", "secret.txt", "s5/.env", ".git/config", "out/run/model.pt", "v.mp4"):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_text("secret")
-
-
-def test_only_code_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(tmp_path / "tree")
-    (tmp_path / "tree/clusters/values-with-password.yaml").write_text("secret")
-    monkeypatch.setattr(submit, "ROOT", tmp_path / "tree")
-    config = PretrainConfig(out="/o", manifest="/m")
-    submit.stage_package(submit.Submission("pretrain", config, (), 0, 60), tmp_path / "package")
-    shipped = {path.relative_to(tmp_path / "package") for path in (tmp_path / "package").rglob("*") if path.is_file()}
-    assert {str(path) for path in shipped if path.suffix != ".py"} == {
-        "pyproject.toml",
-        "run.json",
-        "pipelines/reporting/page.html",
-    }
-    assert {path.parts[0] for path in shipped if path.suffix == ".py"} == set(submit.CODE)
-    run = json.loads((tmp_path / "package/run.json").read_text())
-    assert run["stage"] == "pretrain"
-    assert run["manifest"] == "/m"
 
 
 def test_environment_holds_what_is_named_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,15 +251,20 @@ def test_a_cluster_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
 # --- the real thing -------------------------------------------------------------------------------------------------
 
 
+OF_NODES = {"MLFLOW_TRACKING_PASSWORD": "planted-there-1", "AWS_SECRET_ACCESS_KEY": "planted-there-2"}
+OF_THE_CLIENT = {"MLFLOW_TRACKING_PASSWORD": "planted-here-1", "AWS_SECRET_ACCESS_KEY": "planted-here-2"}
+"""Credentials as the nodes have them, and as the one has them who submits."""
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with local_cluster(workers=2, worker_cpus=2, head_cpus=0) as running:
+    with local_cluster(workers=2, worker_cpus=2, head_cpus=0, **OF_NODES) as running:
         yield running
 
 
 def submitted(cluster: LocalCluster, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     command = [*SUBMIT, "--address", cluster.address, *arguments]
-    environment = client_environment(cluster)
+    environment = client_environment(cluster) | OF_THE_CLIENT
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -348,14 +376,14 @@ def test_ray_job_submit_of_a_checkout_ships_code_alone(cluster: LocalCluster, tm
     run = {"stage": "sample", "out": str(out), "videos": 4, "seconds": 10, "tracking": {"uri": "off"}}
     (tree / "run.json").write_text(json.dumps(run))
     command = ["ray", "job", "submit", "--address", cluster.address, "--working-dir", str(tree), "--"]
-    command += ["sh", "-c", "ls -A . s5 && python -m pipelines sample --config run.json"]
+    command += ["sh", "-c", "ls -A . s5 && sh clusters/python.sh -m pipelines sample --config run.json"]
     environment = client_environment(cluster)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (out / "result.json").is_file()
     listed = {line.strip() for line in done.stdout.splitlines()}
     assert {"s5", "pipelines", "clusters", "pyproject.toml", "run.json", "errors.py"} <= listed
-    assert not listed & {".env", "secret.txt", ".git", "out", "v.mp4"}
+    assert not listed & {".env", "secret.txt", ".git", "out", "v.mp4", "weights.pt"}
 
 
 @pytest.mark.slow
@@ -397,6 +425,25 @@ def test_pretraining_on_two_nodes(cluster: LocalCluster, tmp_path: Path) -> None
     model, meta = checkpoint.read_model(Path(result["checkpoint"]))
     assert meta.step == result["counts"]["steps"]
     assert all(weight.isfinite().all() for weight in model.parameters())
+    no_secrets(cluster, tmp_path, done)
+
+
+def no_secrets(cluster: LocalCluster, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+    """Look for the token and the planted credentials in all that jobs have left: files, logs, records, processes."""
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"])
+    everything = {"printed": (done.stdout + done.stderr).encode(), "jobs": cluster.read("/api/jobs/")}
+    everything["actors"] = cluster.read("/api/v0/actors?detail=1&limit=1000")
+    for path in (*cluster.folder.rglob("*"), *folder.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path != token:
+            everything[str(path)] = path.read_bytes()
+    for process in cluster.leftovers():
+        with contextlib.suppress(OSError):
+            everything[f"process {process}"] = Path(f"/proc/{process}/cmdline").read_bytes()
+    assert b"pretrain-" in everything["jobs"]
+    assert any(name.endswith("mlflow.db") for name in everything)
+    assert any("runtime_env" in name and name.endswith(".log") for name in everything)
+    for secret in (token.read_text().strip(), *OF_NODES.values(), *OF_THE_CLIENT.values()):
+        assert not [name for name, content in everything.items() if secret.encode() in content]
 
 
 def nodes_of_workers(cluster: LocalCluster) -> set[str]:

@@ -21,6 +21,7 @@ from pipelines.dry_run import costs_of, plan_of
 from pipelines.errors import UserError
 from pipelines.recipes.costs import Cost
 from pipelines.recipes.rates import NODES
+from pipelines.recipes.roles import roles
 from s5.checkpoints.checkpoint import META, MODEL, Meta, meta_bytes
 from s5.config import SEGMENTS
 from tests.tiny import HEADS, TINY
@@ -232,3 +233,32 @@ def test_a_dry_run_takes_no_value(option: str) -> None:
 def test_a_recipe_stands_before_its_dry_run() -> None:
     with pytest.raises(UserError, match="--dry-run stands before recipe: write the stage first"):
         take_dry_run(["--dry-run", "recipe", "paper-coin"])
+
+
+def planned(config: PretrainConfig, node: str = "h200", **figures: Any) -> list[str]:
+    return list(roles(config, Cost(stage="pretrain", input="", **figures), NODES[node]))
+
+
+def test_roles_say_what_limits_a_run() -> None:
+    # A worker takes 10 clips/s, and a core reads 1: 10 tasks for each, of which the 16 cores hold 15 beside the worker.
+    config = override(PretrainConfig(), {"scale.num_workers": 4, "scale.gpus_per_worker": 1})
+    figures = {"clips": 1000, "device_s": 100.0, "decode_s": 1000.0}
+    first, second = planned(config, **figures)
+    assert first.startswith("4 workers, each on a node of its own with one NVIDIA H200")
+    assert first.endswith(": ~40.0 clips/s, limited by the model")
+    assert "needs ~40 tasks, 10.0 for each worker; the CPUs that workers leave hold 60" in second
+    fewer = override(config, {"data.decode_tasks": 20})
+    first, second, third = planned(fewer, **figures)
+    assert first.endswith(": ~20.0 clips/s, limited by decoding")
+    assert second.endswith("--data.decode-tasks allows 20")
+    assert third.startswith("it takes ~20 CPUs more")
+    # Where the model runs on the cores that decode, one waits for the other.
+    (line,) = planned(config, "cpu-2", clips=1000, device_s=100.0, decode_s=200.0)
+    assert line.endswith(": ~20.0 clips/s, 50% of the time for the model and the rest for decoding")
+    assert planned(config, clips=1000, device_s=100.0)[0].endswith("~40.0 clips/s by the model, from cached features")
+    assert planned(config, clips=1000, device_s=None, decode_s=1.0) == []
+
+
+def test_a_plan_names_roles(manifest: str) -> None:
+    config = training(PretrainConfig(), manifest, scale__num_workers=2)
+    assert "\n# 2 workers, each on a node of its own with one NVIDIA H200" in plan_of("pretrain", config, "h200")

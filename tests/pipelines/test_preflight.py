@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines import preflight
-from pipelines.config import FinetuneConfig, SweepConfig, override
+from pipelines.config import STAGES, FinetuneConfig, RunConfig, SweepConfig, override
+from pipelines.config.dotted import hints
+from pipelines.config.recipes import GROUPS
 from pipelines.data.manifest import SCHEMA
 from pipelines.errors import UserError
+from s5.config import PathRole
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "mlflow", "timm", "matplotlib", "tyro")
@@ -204,8 +209,30 @@ def test_a_sweep_reads_what_its_stages_read(manifest: str) -> None:
     sweep = override(SweepConfig(), {"pretrain.manifest": manifest, "finetune.checkpoint": "made/by/each/trial"})
     assert set(preflight.used_paths(sweep)) == {"out", "pretrain.manifest", "finetune.manifest"}
     assert set(preflight.used_paths(override(sweep, {"stages": "pretrain"}))) == {"out", "pretrain.manifest"}
-    alone = override(sweep, {"stages": "finetune"})
-    assert set(preflight.used_paths(alone)) == {"out", "finetune.manifest", "finetune.checkpoint"}
+    alone = override(sweep, {"stages": "finetune", "space": ("features=a,b", "optim.lr=1e-3,1e-4")})
+    named = {"out", "finetune.manifest", "finetune.checkpoint", "space features", "space features[1]"}
+    assert set(preflight.used_paths(alone)) == named
+
+
+WORDS = {
+    *("dataset", "backbone", "split", "register", "name", "metric", "space", "model.backbone.made_by"),
+    *("model.backbone.name", "tracking.experiment", "tracking.run_name"),
+}
+"""Settings that are texts and name no file or folder: timm refuses a folder as a model's name."""
+OWN_CHECKS = {"tracking.uri"}
+"""A database or a server: `tracking.resolve_uri` and `submit.check_tracking` look at it."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_that_is_a_text_says_whether_it_names_a_path(stage: str) -> None:
+    """A new one has to be given a `PathRole`, by which it is checked before anything is sent, or be listed here."""
+    for key, hint in hints(getattr(RunConfig(), stage)).items():
+        members = get_args(hint) if isinstance(hint, types.UnionType) or get_origin(hint) is tuple else (hint,)
+        if any(member is str for member in members):
+            names = {key.removeprefix(f"{group}.") for group in ("", "pretrain", "finetune", *GROUPS.values())}
+            assert names & (WORDS | OWN_CHECKS), f"{stage}: {key} is a text without a role"
+        elif any(get_origin(member) is Annotated for member in members):
+            assert all(isinstance(role, PathRole) for member in members for role in get_args(member)[1:])
 
 
 def test_paths_in_a_run_json_are_looked_at_too(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from pipelines.data.clip_order import ClipOrder
 from pipelines.data.features.cache import IMPORTED, FeatureMeta
 from pipelines.errors import UserError
 from pipelines.recipes import counts, dry_run
-from pipelines.recipes.costs import Cost, Facts, Work, backbone_of, costs_of, facts_of
+from pipelines.recipes.costs import Cost, Work, backbone_of, costs_of
+from pipelines.recipes.facts import Facts, facts_of
 from pipelines.recipes.rates import NODES
 from s5.config import BackboneConfig
 from s5.models.backbone import Backbone

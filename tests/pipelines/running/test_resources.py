@@ -131,10 +131,11 @@ def test_uv_run_from_another_folder_is_named(tmp_path: Path) -> None:
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize(("address", "hook"), [("", "0"), ("ray://host:10001", None)])
-def test_the_command_line_leaves_uv_out_on_this_machine(tmp_path: Path, address: str, hook: str | None) -> None:
+@pytest.mark.parametrize("given", [None, "1"])
+def test_the_command_line_leaves_uv_out_unless_told(tmp_path: Path, given: str | None) -> None:
     code = (
         "import os; from pipelines.__main__ import main; main(); print(os.environ.get('RAY_ENABLE_UV_RUN_RUNTIME_ENV'))"
     )
-    told = starting([sys.executable, "-c", code], tmp_path, RAY_ADDRESS=address)
-    assert told.splitlines()[-1] == str(hook)
+    chosen = {} if given is None else {resources.UV_HOOK: given}
+    told = starting([sys.executable, "-c", code], tmp_path, RAY_ADDRESS="host:6379", **chosen)
+    assert told.splitlines()[-1] == (given or "0")
