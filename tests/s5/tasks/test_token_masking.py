@@ -16,6 +16,7 @@ from s5.models.video_model import VideoModel
 from s5.tasks.augment import augment
 from s5.tasks.lsmcl import LSMCL
 from s5.training.optim import build_optimizer
+from tests.s5.tasks.test_lsmcl import slow_info_nce
 from tests.s5.toys import MODEL, TASK, batch
 
 FROZEN = replace(MODEL, backbone=replace(MODEL.backbone, frozen=True))
@@ -51,6 +52,37 @@ def test_masked_tokens_are_those_of_the_slow_loop(frozen: bool, decoder: Any, cl
     for encoder, found in ((task.encoder, task.encode(one)), (task.momentum_encoder, task.targets(one))):
         torch.testing.assert_close(found["features"], slow_features(task, encoder, one, 0.5), rtol=1e-4, atol=1e-5)
     assert task(one)["loss"].isfinite()
+
+
+def slow_loss(task: LSMCL, one: ClipBatch, pairs: tuple[tuple[int, int], ...]) -> Tensor:
+    """The whole loss: the query of each view (0 long, 1 short), of the online branch, against the keys of another."""
+    ratio, temperature = task.config.mask_ratio, task.config.temperature
+    online, momentum = (slow_features(task, branch, one, ratio) for branch in (task.encoder, task.momentum_encoder))
+    queries = [task.predictor(task.projector(online[:, view])) for view in (0, 1)]
+    keys = [task.momentum_projector(momentum[:, view]).detach() for view in (0, 1)]
+    return sum((slow_info_nce(queries[q], keys[k], temperature, 0) for q, k in pairs), torch.zeros(()))
+
+
+def test_the_loss_is_that_of_the_slow_loop() -> None:
+    """Short finds long and long finds short; the online branch makes queries, the other keys: values and gradients."""
+    torch.manual_seed(0)
+    task, one = LSMCL(MODEL, TOKENS, VIEWS), batch(0)
+    with torch.no_grad():
+        for weight in (*task.momentum_encoder.parameters(), *task.momentum_projector.parameters()):
+            weight += 0.1 * torch.randn_like(weight)
+    learning = [weight for weight in task.parameters() if weight.requires_grad]
+
+    def gradient(loss: Tensor) -> Tensor:
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, learning)])
+
+    fast, slow = task(one)["loss"], slow_loss(task, one, ((1, 0), (0, 1)))
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    expected = gradient(slow)
+    # Batch normalisation of four clips enlarges what rounding leaves.
+    assert (gradient(fast) - expected).norm() < 1e-3 * expected.norm()
+    for wrong in (((0, 0), (1, 1)), ((1, 0), (1, 0)), ((0, 1), (0, 1))):
+        assert (slow_loss(task, one, wrong) - fast).abs() > 1e-3
+        assert (gradient(slow_loss(task, one, wrong)) - expected).norm() > 0.1 * expected.norm()
 
 
 def test_a_mask_may_empty_a_frame() -> None:
