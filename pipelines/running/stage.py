@@ -60,6 +60,8 @@ class Stage:
     rejects: dict[Failure, None] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     ray_job: dict[str, str] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
+    """Of earlier starts, as far as this one goes on with what they did."""
 
     @property
     def out(self) -> str:
@@ -235,7 +237,7 @@ def _result(stage: Stage, config: StageConfig, seconds: float) -> dict[str, Any]
         "stage": stage.name,
         "metrics": stage.metrics,
         "counts": stage.counts,
-        "seconds": round(seconds, 2),
+        "seconds": round(stage.earlier_seconds + seconds, 2),
         **stage.details,
         "config": to_json(stage.name, config),
         "versions": provenance.versions(),

@@ -102,6 +102,7 @@ def run_training(
                 report=[printer(stage, bar), *filter(None, [on_row])],
             )
         stage.metrics |= outcome.fit.metrics
+        stage.earlier_seconds = outcome.fit.earlier_seconds
         if best is not None and outcome.best_score is not None:
             stage.metrics |= {f"best/{best[0]}": outcome.best_score}
         stage.counts |= {

@@ -35,8 +35,8 @@ class Record:
     status: Status = "running"
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
-    """Of its stages, a pretraining that it shares with other trials included; of a stage that was resumed, its last
-    start's alone."""
+    """Of its stages, a pretraining that it shares with other trials included; of a stage that was resumed, that of all
+    starts, but for what was lost after a checkpoint."""
     failure: str = ""
     checkpoint: str = ""
     """Of its last stage."""

@@ -92,9 +92,7 @@ def objective_of(config: SweepConfig) -> Objective:
     if metric.startswith("test/"):
         raise UserError(f"metric is {metric!r}: what is chosen by the test split cannot be tested on it; give {usual}")
     if metric not in names:
-        raise UserError(
-            f"metric is {metric!r}: {unknown('metric', metric, names)}; {config.stages} reports {', '.join(names)}"
-        )
+        raise UserError(f"{unknown('metric', metric, names)} (of --stages {config.stages})")
     followed = [each for each in known[last] if each.startswith(EVALUATED)]
     if config.early_stopping and metric not in followed:
         raise UserError(

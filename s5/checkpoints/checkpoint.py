@@ -81,11 +81,9 @@ class Meta:
 
 def contents(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """Return the tensors that each file of a checkpoint holds, as they are: on their device, not copied."""
-    moments = {
-        f"{index}.{name}": value.detach()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
+    # By name: the optimiser's own numbers depend on its groups, and so on the settings.
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in task.named_parameters()}
+    moments = {f"{name}.{key}": value.detach() for name, state in states.items() for key, value in state.items()}
     return {MODEL: {name: value.detach() for name, value in task.state_dict().items()}, OPTIMIZER: moments}
 
 
@@ -188,10 +186,12 @@ def restore(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> 
     """
     meta = read_meta(folder)
     _load(task, read_weights(folder, MODEL), folder)
-    state: dict[int, dict[str, Tensor]] = {}
+    names = {parameter: name for name, parameter in task.named_parameters()}
+    trained = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}  # an earlier version saved its keys, in place of names
     for key, value in read_weights(folder, OPTIMIZER).items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        name, _, moment = key.rpartition(".")
+        state.setdefault(int(name) if name.isdecimal() else trained.index(name), {})[moment] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from s5 import distributed
 from s5.checkpoints.backend import LocalBackend
 from s5.checkpoints.history import CheckpointHistory
 from s5.errors import Failure
@@ -50,6 +52,26 @@ class WorkerContext(Protocol):
 
     def beat(self, phase: str) -> None:
         """Record that this process is alive and what it does next, such as "step 7: waiting for data"."""
+
+
+class StopPoll:
+    """Finds out on all workers together whether any of them was asked to stop."""
+
+    def __init__(self, context: WorkerContext, log_every: int) -> None:
+        self._context = context
+        # On a GPU the answer waits for the device.
+        self._every = 1 if context.device.type == "cpu" else min(log_every, 10)
+        self._next = 0.0
+
+    def __call__(self, step: int) -> bool:
+        """Return whether to stop after this step: the same on all workers, which have to call it at the same steps."""
+        if step % self._every:
+            return False
+        requested = False
+        if time.monotonic() >= self._next:
+            requested = self._context.stop_requested()
+            self._next = time.monotonic() + self._context.poll_seconds
+        return distributed.any_worker(requested, self._context.device)
 
 
 @dataclass

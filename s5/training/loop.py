@@ -20,7 +20,7 @@ from s5.config import LoopConfig, OptimConfig
 from s5.errors import NotFiniteError, SkippedStep, TrainingError
 from s5.tasks.task import Task
 from s5.training import optim
-from s5.training.context import WorkerContext
+from s5.training.context import StopPoll, WorkerContext
 from s5.training.step import Stepper, set_recompute_and_compile
 from s5.training.throughput import ThroughputWindow, Trace, model_flops, peak_flops
 
@@ -56,6 +56,8 @@ class TrainingResult:
     """Last value of every metric."""
     stopped: bool
     """Whether it ended early because it was asked to."""
+    earlier_seconds: float = 0.0
+    """Seconds that training took up to the step that this call resumed from."""
 
 
 @dataclass
@@ -72,26 +74,6 @@ class TrainingState:
     def total(self, metric: str) -> float:
         """Return a metric that counts over the whole run, 0 before its first value."""
         return self.metrics.get(metric, 0)
-
-
-class StopPoll:
-    """Finds out on all workers together whether any of them was asked to stop."""
-
-    def __init__(self, context: WorkerContext, log_every: int) -> None:
-        self._context = context
-        # On a GPU the answer waits for the device.
-        self._every = 1 if context.device.type == "cpu" else min(log_every, 10)
-        self._next = 0.0
-
-    def __call__(self, step: int) -> bool:
-        """Return whether to stop after this step: the same on all workers, which have to call it at the same steps."""
-        if step % self._every:
-            return False
-        requested = False
-        if time.monotonic() >= self._next:
-            requested = self._context.stop_requested()
-            self._next = time.monotonic() + self._context.poll_seconds
-        return distributed.any_worker(requested, self._context.device)
 
 
 class TrainingLoop:
@@ -111,6 +93,7 @@ class TrainingLoop:
         self.optimizer = optim.build_optimizer(self.task, peak)
         self.stepper = Stepper(self._task, self.optimizer, inputs.optim.clip_norm, inputs.loop, context.device)
         self._stop_poll = StopPoll(context, inputs.loop.log_every)
+        self._began = time.monotonic()
 
     def run(self) -> TrainingResult:
         """Train from the latest checkpoint to the end, or until a stop is requested; a stop leaves a checkpoint.
@@ -127,13 +110,15 @@ class TrainingLoop:
         torch.manual_seed(self.inputs.loop.seed)
         self._resume()
         start, stopped = self.state.step, False
+        earlier = self.state.total("train/seconds")
+        self._began = time.monotonic() - earlier
         if start < self.inputs.steps:
             with self._writer() as writer:
                 stopped = self._train(writer)
             # A worker that ends before the last checkpoint is written may have the others torn down.
             distributed.any_worker(False, self.context.device)
             self.state.metrics |= writer.row if writer else {}
-        return TrainingResult(self.state.step, start, self.state.metrics, stopped)
+        return TrainingResult(self.state.step, start, self.state.metrics, stopped, earlier)
 
     @property
     def _task(self) -> Task:
@@ -254,7 +239,7 @@ class TrainingLoop:
         failures = int(state.total("data/failures_total")) + int(row["data/failures"])
         skipped = state.total("train/skipped_steps_total") + row["train/skipped_steps"]
         row |= {"data/failures_total": failures, "train/skipped_steps_total": skipped}
-        row |= {"train/epoch": state.step / inputs.steps_per_epoch}
+        row |= {"train/epoch": state.step / inputs.steps_per_epoch, "train/seconds": time.monotonic() - self._began}
         row |= {"train/clips_seen": state.step * inputs.loop.batch_size * clips_per_video}
         state.metrics |= row
         window.reset()

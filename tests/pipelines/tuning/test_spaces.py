@@ -143,7 +143,10 @@ def test_a_file_that_is_no_space_is_refused(content: str, message: str, tmp_path
         ({"space": ("optim.lr=choice(0.1:1,0.2:2)",)}, "give --search random"),
         ({"space": ("optim.lr=0.1,0.2",), "samples": 3}, "a grid of single values has nothing to draw"),
         ({"metric": "test/accuracy"}, "cannot be tested on it; give val/accuracy"),
-        ({"metric": "val/f1"}, "pretrain[+]finetune reports knn/top1, .*val/accuracy"),
+        (
+            {"metric": "f1"},
+            r"^unknown metric 'f1': there are knn/top1, .*val/accuracy[^:]* \(of --stages pretrain\+finetune\)$",
+        ),
     ],
 )
 def test_mistakes_are_named(changes: dict[str, Any], message: str) -> None:

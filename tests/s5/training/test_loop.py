@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from s5.batch import ClipBatch
-from s5.checkpoints.checkpoint import read_meta, read_weights
+from s5.checkpoints.checkpoint import read_meta, read_weights, restore
 from s5.errors import Failure, NotFiniteError, TrainingError
-from s5.training.context import SoloContext
-from s5.training.loop import StopPoll, TrainingLoop
+from s5.training.context import SoloContext, StopPoll
+from s5.training.loop import TrainingLoop
+from s5.training.optim import build_optimizer
 from s5.training.throughput import ThroughputWindow
 from tests.s5.toys import BATCH, STEPS, batch, batches, finetune_loop, losses, lsmcl_loop, saved, stopping
 
@@ -257,3 +258,28 @@ def test_too_many_unreadable_videos_stop_the_run() -> None:
     with pytest.raises(TrainingError, match=r"2 of 8 videos could not be decoded, more than data.max_failure_share"):
         loop.run()
     assert [failure.reason for failure in context.rejects] == ["truncated"] * 2
+
+
+def test_a_resumed_run_counts_the_seconds_of_all_its_starts(tmp_path: Path) -> None:
+    first = SoloContext(tmp_path)
+    lsmcl_loop(first, broken((), stop_at=3, context=first)).run()
+    name = sorted(path.name for path in tmp_path.glob("step_*"))[-1]
+    before = read_meta(tmp_path / name).metrics["train/seconds"]
+    result = lsmcl_loop(SoloContext(tmp_path)).run()
+    assert result.earlier_seconds == before > 0
+    assert result.metrics["train/seconds"] > before
+
+
+def test_moments_find_their_weights_where_other_settings_make_other_groups(tmp_path: Path) -> None:
+    first = lsmcl_loop(SoloContext(tmp_path))
+    first.run()
+    other = lsmcl_loop(SoloContext(tmp_path))
+    # Without decay, and below every rate that a weight hints at, there is a single group.
+    other.optimizer = build_optimizer(other.task, replace(other.inputs.optim, lr=1e-9, weight_decay=0.0))
+    assert len(other.optimizer.param_groups) < len(first.optimizer.param_groups)
+    restore(sorted(tmp_path.glob("step_*"))[-1], other.task, other.optimizer)
+    expected = {
+        name: first.optimizer.state[p] for name, p in first.task.named_parameters() if p in first.optimizer.state
+    }
+    found = {name: other.optimizer.state[p] for name, p in other.task.named_parameters() if p in other.optimizer.state}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
