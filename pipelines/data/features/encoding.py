@@ -45,11 +45,16 @@ def encode(backbone: FrameEncoder, frames_THWC: FrameArray, precision: str) -> E
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         tokens: Tensor = backbone((frames.pin_memory() if gpu else frames).to(device, non_blocking=True)).half()
         tokens = tokens.view(-1, backbone.tokens, backbone.width)
-        there = tokens, tokens.isfinite().all()
+        finite = tokens.isfinite().all()
         if not gpu:
-            return Encoded(*there, arrived=None)
-        here = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in there]
-        return Encoded(*here, arrived=torch.cuda.current_stream(device).record_event())
+            return Encoded(tokens, finite, arrived=None)
+        tokens, finite = _leaving(tokens), _leaving(finite)
+        return Encoded(tokens, finite, torch.cuda.current_stream(device).record_event())
+
+
+def _leaving(x: Tensor) -> Tensor:
+    """Return a tensor in pinned memory that a GPU will copy another one to."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def on_host(encoded: Encoded) -> TokenArray:
