@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pipelines.config import (
     EvaluateConfig,
     FeaturesConfig,
@@ -21,7 +24,9 @@ from pipelines.config import (
     override,
 )
 from pipelines.config.settings_files import in_yaml
+from pipelines.data.features.arrays import check_formats
 from pipelines.data.features.cache import with_imported
+from pipelines.data.features.importing import common_shape, list_files, plan
 from pipelines.data.manifest import read_manifest, splits
 from pipelines.data.protocols import clips_per_video
 from pipelines.errors import UserError
@@ -34,17 +39,17 @@ from pipelines.recipes.costs import (
     model_of,
     pretrain_cost,
 )
-from pipelines.recipes.counts import listing_of_manifest
+from pipelines.recipes.counts import Listing, cached_frames, listing_of_manifest
 from pipelines.recipes.dry_run import rates_used, table, total
-from pipelines.recipes.facts import facts_of
+from pipelines.recipes.facts import Facts, facts_of
 from pipelines.recipes.rates import NODES, Node
 from pipelines.recipes.roles import roles
-from pipelines.storage.weights import local_checkpoint
+from pipelines.storage.weights import local_checkpoint, segment_encoder, trained_backbone
 from pipelines.tuning import search_space
 from pipelines.tuning.draws import Values, check_size, settings_of
 from pipelines.tuning.ready_spaces import resolved
 from pipelines.tuning.trials import seeds_of, trial_of
-from s5.config import ModelConfig
+from s5.config import ClipConfig, ModelConfig
 from s5.config import from_json as config_from_json
 
 RECKONED_TRIALS = 16
@@ -137,10 +142,52 @@ def _index_cost(config: IndexConfig, node: Node) -> Cost:
 
 
 def _features_cost(config: FeaturesConfig, node: Node) -> Cost:
-    listing = listing_of_manifest(read_manifest(config.manifest))
+    manifest = read_manifest(config.manifest)
     if config.import_:
-        return Cost(stage="features", input=f"files of {len(listing.all_seconds):,} videos", seconds=None)
+        return _import_cost(config, manifest)
+    listing = listing_of_manifest(manifest)
+    if config.segment_s:
+        return _segments_cost(config, listing, node)
+    if config.checkpoint or config.model.backbone.weights:
+        trained_backbone(config.model.backbone, config.checkpoint)
     return features_cost(config, listing, Work(node, facts_of(config.model.backbone), cached=False))
+
+
+def _import_cost(config: FeaturesConfig, manifest: pa.Table) -> Cost:
+    files, others = list_files(config.import_, config.format)
+    check_formats({file.format for file in files})
+    rows, strangers = plan(manifest, files, config.import_, config.shard_gigabytes * 1e9)
+    tokens, width = common_shape(rows, config.import_)
+    found = rows.filter(pc.equal(rows["reason"], ""))
+    spans_s = pc.subtract(found["end_s"], found["start_s"]).to_pylist()
+    frames = cached_frames(spans_s, config.frames_per_second)
+    said = f"{len(found):,} of {len(rows):,} videos have a file, {len(strangers):,} files of no video"
+    return Cost(
+        stage="features",
+        input=said + (f", {others:,} others left out" if others else ""),
+        tokens=frames * tokens,
+        disk=Facts(tokens, width, 0.0, 0).stored_bytes(frames),
+        seconds=None,
+    )
+
+
+def _segments_cost(config: FeaturesConfig, listing: Listing, node: Node) -> Cost:
+    encoder = segment_encoder(config.checkpoint)
+    count = cached_frames(listing.all_seconds, 1 / config.segment_s)
+    model, facts = encoder.model.config, facts_of(encoder.config)
+    work = Work(node, facts, cached=False)
+    length = work.length(model, ClipConfig(frames=encoder.frames))
+    reading_s = work.encoding_s(count * encoder.frames, sum(listing.all_seconds), passes=1)
+    decoder_s = work.decoder_s(model.decoder.name, length, trained=0, forwarded=count)
+    return Cost(
+        stage="features",
+        input=f"{count:,} segments of {config.segment_s:g} s, {encoder.frames} frames each",
+        clips=count,
+        tokens=count * length,
+        memory=4 * sum(weight.numel() for weight in encoder.parameters()),
+        disk=Facts(encoder.tokens, encoder.width, 0.0, 0).stored_bytes(count),
+        seconds=work.together(reading_s, decoder_s),
+    )
 
 
 def _predict_cost(config: PredictConfig) -> Cost:

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.exceptions
-from torch import Tensor
 
 from pipelines import storage
 from pipelines.config import FeaturesConfig
@@ -37,7 +36,7 @@ from pipelines.data.features.cache import (
     shard_path,
     shard_writer,
 )
-from pipelines.data.features.encoding import FrameEncoder, encode, on_host, store
+from pipelines.data.features.encoding import Encoded, FrameEncoder, encode, on_host, store
 from pipelines.data.manifest import digest, read_manifest
 from pipelines.data.video_process import VideoProcess
 from pipelines.data.video_requests import ClipRequest
@@ -226,7 +225,7 @@ class Encoder:
         storage.write_table(shard_path(self.out, shard, "parquet"), index)
         return index
 
-    def _encoded(self, coming: Future[FrameArray], row: dict[str, Any]) -> Tensor | VideoError | None:
+    def _encoded(self, coming: Future[FrameArray], row: dict[str, Any]) -> Encoded | VideoError | None:
         """Tokens of a chunk, or why there are none; None of a video that has failed before."""
         try:
             frames = coming.result()

@@ -118,16 +118,33 @@ class Backbone(nn.Module):
             tokens = self._encode(rearrange(frames_BTHWC, "b (u t) h w c -> (b u) t c h w", u=steps), keep_BUK)
         return rearrange(tokens, "(b u) n d -> b (u n) d", u=steps)
 
+    def _colours(self, pixels: Tensor) -> Tensor:
+        """Normalised colours, whose dimension is the third last."""
+        return (pixels.to(self.mean.dtype) - self.mean) / self.std
+
+    def _embed_kept(self, tubelets: Tensor, keep_RK: Tensor) -> Tensor:
+        """What `_pos_embed(patch_embed(colours))` gives, of the patches that stay alone, for R = B x U time steps."""
+        embed = self.vit.patch_embed
+        rows, columns = embed.patch_size
+        cut = rearrange(tubelets, "r t c (h p) (w q) -> r h w t c p q", p=rows, q=columns)
+        across = embed.grid_size[1]
+        kept = cut[torch.arange(len(cut), device=cut.device)[:, None], keep_RK // across, keep_RK % across]
+        # The convolution does not overlap: it is a product with each patch.
+        weight = embed.proj.weight.flatten(1)
+        x_RKD = embed.norm(nn.functional.linear(self._colours(kept).flatten(2), weight, embed.proj.bias))
+        shape = embed.grid_size if self.vit.dynamic_img_size else (self.patches,)
+        positions = self.vit._pos_embed(x_RKD.new_zeros(1, *shape, x_RKD.shape[-1]))[0]
+        prefix_PD, positions_ND = positions.split([self.vit.num_prefix_tokens, self.patches])
+        return torch.cat([prefix_PD.expand(len(x_RKD), -1, -1), x_RKD + positions_ND[keep_RK]], dim=1)
+
     def _encode(self, tubelets: Tensor, keep_BUK: Tensor | None) -> Tensor:
-        colours = (tubelets.to(self.mean.dtype) - self.mean) / self.std
         if self.layout:
-            return self.layout.tokens(self.vit.forward_features(colours.flatten(1, 2)))
-        x = self.vit._pos_embed(self.vit.patch_embed(colours.flatten(1, 2)))
-        prefix = self.vit.num_prefix_tokens
-        if keep_BUK is not None:
-            index = rearrange(keep_BUK, "b u k -> (b u) k 1").expand(-1, -1, x.shape[-1])
-            x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, index)], dim=1)
-        x = self.vit.norm_pre(x)
+            return self.layout.tokens(self.vit.forward_features(self._colours(tubelets).flatten(1, 2)))
+        if keep_BUK is None:
+            x = self.vit._pos_embed(self.vit.patch_embed(self._colours(tubelets).flatten(1, 2)))
+        else:
+            x = self._embed_kept(tubelets, keep_BUK.flatten(0, 1))
+        x, prefix = self.vit.norm_pre(x), self.vit.num_prefix_tokens
         for block in self.vit.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         x = self.vit.norm(x)

@@ -39,16 +39,29 @@ def info_nce(query_BD: Tensor, key_GD: Tensor, temperature: float, first: int = 
     return loss, similarity_BG
 
 
-def head(widths: list[int], last_affine: bool) -> nn.Sequential:
-    """Return MoCo v3's MLP: linear layers with batch normalisation, ReLU between them, none after the last."""
-    layers: list[nn.Module] = []
-    for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        last = i == len(widths) - 2
-        layers.append(nn.Linear(width_in, width_out, bias=False))
-        layers.append(distributed.BatchNorm(width_out, affine=not last or last_affine))
-        if not last:
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+class Head(nn.Sequential):
+    """MoCo v3's MLP: linear layers with batch normalisation, ReLU between them, none after the last.
+
+    Long and short clips are normalised each on their own, but share the products: with a small batch most of the time
+    goes into reading the weights.
+    """
+
+    def __init__(self, widths: list[int], last_affine: bool) -> None:
+        layers: list[nn.Module] = []
+        for i, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
+            last = i == len(widths) - 2
+            layers.append(nn.Linear(width_in, width_out, bias=False))
+            layers.append(distributed.BatchNorm(width_out, affine=not last or last_affine))
+            if not last:
+                layers.append(nn.ReLU())
+        super().__init__(*layers)
+
+    def forward(self, x_VBD: Tensor) -> Tensor:
+        """(V, B, D) -> (V, B, D'), for V kinds of clips."""
+        for layer in self:
+            alone = isinstance(layer, distributed.BatchNorm)
+            x_VBD = torch.stack([layer(x_BD) for x_BD in x_VBD]) if alone else layer(x_VBD)
+        return x_VBD
 
 
 def embedding_spread(x_BD: Tensor) -> Tensor:
@@ -96,8 +109,8 @@ class LSMCL(nn.Module):
         if config.freeze_patches and not model.backbone.frozen:
             self.encoder.backbone.vit.patch_embed.requires_grad_(False)
         width = self.encoder.decoder.out_width
-        self.projector = head([width, config.hidden, config.hidden, config.dim], last_affine=False)
-        self.predictor = head([config.dim, config.hidden, config.dim], last_affine=True)
+        self.projector = Head([width, config.hidden, config.hidden, config.dim], last_affine=False)
+        self.predictor = Head([config.dim, config.hidden, config.dim], last_affine=True)
         self.momentum_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.momentum = config.momentum
@@ -132,11 +145,11 @@ class LSMCL(nn.Module):
         self, encoded: Mapping[str, Tensor], targets: Mapping[str, Tensor], batch: ClipBatch
     ) -> dict[str, Tensor]:
         """Return the scalars of a whole batch, whose pairs are one another's negatives, from what encodes each pair."""
-        queries = [self.predictor(self.projector(x)) for x in encoded["features"].unbind(1)]
+        queries_VBD = self.predictor(self.projector(encoded["features"].transpose(0, 1)))
         with torch.no_grad():
-            projected = [self.momentum_projector(x).float() for x in targets["features"].unbind(1)]
-            keys = [distributed.gather(x, batch.total) for x in projected]
-        return self._losses(queries, keys)
+            projected_VBD = self.momentum_projector(targets["features"].transpose(0, 1)).float()
+            keys = [distributed.gather(x_BD, batch.total) for x_BD in projected_VBD]
+        return self._losses(list(queries_VBD), keys)
 
     def _views(self, batch: ClipBatch) -> Views:
         assert batch.short is not None, "LSMCL needs pairs of clips"

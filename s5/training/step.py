@@ -114,9 +114,13 @@ class Stepper:
         """Return the scalars of a batch, and whether its step was taken: the same on all workers."""
         scalars = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.limit)
+        norm = nn.utils.get_total_norm([weight.grad for weight in self.trained if weight.grad is not None])
+        length = float(norm)
         # The gradient is that of all workers, so they agree.
-        taken = math.isfinite(float(norm))
+        taken = math.isfinite(length)
+        # A gradient that is short enough would be read and written to be scaled by 1.
+        if taken and length > self.limit:
+            nn.utils.clip_grads_with_norm_(self.trained, self.limit, norm)
         if taken:
             self.scaler.step(self.optimizer)
         self.scaler.update()

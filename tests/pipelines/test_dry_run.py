@@ -7,9 +7,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipelines import command_line, storage
 from pipelines.command_line import parse, take_dry_run
@@ -24,6 +26,7 @@ from pipelines.recipes.rates import NODES
 from pipelines.recipes.roles import roles
 from s5.checkpoints.checkpoint import META, MODEL, Meta, meta_bytes
 from s5.config import SEGMENTS
+from s5.models.video_model import VideoModel
 from tests.tiny import HEADS, TINY
 
 LENGTHS = {"train": [20.0] * 12, "val": [30.0] * 3, "test": [70.0, 20.0]}
@@ -81,10 +84,12 @@ def test_clips_and_steps_are_counted(manifest: str) -> None:
     assert (found.stage, found.input) == ("finetune", "4 trials")
 
 
-def checkpoint(folder: Path, config: FinetuneConfig, kind: Any, **model: Any) -> str:
-    """Write a checkpoint without weights, of a model whose frame encoder has other settings than that of a config."""
+def checkpoint(
+    folder: Path, config: FinetuneConfig, kind: Any, weights: dict[str, Tensor] | None = None, **model: Any
+) -> str:
+    """Write a checkpoint, of a model whose frame encoder has other settings than that of a config."""
     folder.mkdir()
-    save_file({}, folder / MODEL)
+    save_file({f"model.{key}": value for key, value in (weights or {}).items()}, folder / MODEL)
     settings = {"clips": dataclasses.asdict(config.clips), "protocol": "multi-clip"}
     there = dataclasses.asdict(config.model)
     meta = Meta(
@@ -115,6 +120,43 @@ def features_of(folder: Path, manifest: str, name: str) -> str:
     )
     storage.write_json(str(folder / FEATURES), dataclasses.asdict(meta))
     return str(folder)
+
+
+def test_segments_are_counted_in_place_of_frames(manifest: str, tmp_path: Path) -> None:
+    config = training(FinetuneConfig(), manifest)
+    model = VideoModel(config.model, 2)
+    there = checkpoint(tmp_path / "there", config, "class", model.state_dict())
+    found = cost(FeaturesConfig(manifest=manifest, checkpoint=there, segment_s=9.0))
+    # The last segment of a video is shorter: 3 of 20 s, 4 of 30 s, 8 of 70 s.
+    segments = 12 * 3 + 3 * 4 + 8 + 3
+    assert found.input == f"{segments} segments of 9 s, 4 frames each"
+    assert (found.clips, found.tokens) == (segments, segments * 4 * 16)
+    # One embedding each, in fp16.
+    assert found.disk == segments * model.decoder.out_width * 2
+    with pytest.raises(UserError, match=r"checkpoint is .*nowhere': there is no such folder"):
+        cost(FeaturesConfig(manifest=manifest, checkpoint=str(tmp_path / "nowhere"), segment_s=9.0))
+
+
+def test_an_import_counts_the_files_of_its_videos(manifest: str, tmp_path: Path) -> None:
+    for name in ("train0", "train1", "test0", "stranger"):
+        np.save(tmp_path / f"{name}.npy", np.zeros((20, 4, 16), np.float16))
+    (tmp_path / "notes.txt").touch()
+    config = FeaturesConfig(manifest=manifest, import_=str(tmp_path), backbone="mine")
+    found = cost(config)
+    assert found.input == "3 of 17 videos have a file, 1 files of no video, 1 others left out"
+    assert (found.tokens, found.disk) == ((20 + 20 + 70) * 4, (20 + 20 + 70) * 4 * 16 * 2)
+    with pytest.raises(UserError, match="no file below it ends in"):
+        cost(dataclasses.replace(config, format="pt"))
+
+
+def test_frames_are_encoded_by_the_backbone_of_the_checkpoint(manifest: str, tmp_path: Path) -> None:
+    config = training(FinetuneConfig(), manifest)
+    there = checkpoint(tmp_path / "there", config, "class", VideoModel(config.model, 2).state_dict())
+    backbone = {key: value for key, value in TINY.items() if key.startswith("model.backbone")}
+    features = override(FeaturesConfig(), backbone | {"manifest": manifest, "checkpoint": there})
+    assert cost(features).input == "420 frames"
+    with pytest.raises(UserError, match="depth"):
+        cost(override(features, {"model.backbone.depth": 2}))
 
 
 @pytest.mark.parametrize(("kind", "splits"), [("class", ["test"]), ("lsmcl", ["test", "train"])])

@@ -5,6 +5,7 @@ Shapes: T frames, U segments, N tokens of a frame, D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,30 +22,56 @@ FrameEncoder = Backbone | SegmentEncoder
 """What makes tokens of frames, or of segments of several frames."""
 
 
-def encode(backbone: FrameEncoder, frames_THWC: FrameArray, precision: str) -> Tensor:
-    """Return the tokens (T, N, D) of frames, or (U, 1, D) of segments, fp16, on the backbone's device.
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens on their way to host memory: a GPU may still be computing or copying them."""
 
-    It may still be computing them.
+    tokens: Tensor
+    """(T, N, D), or (U, 1, D) of segments, fp16, on the host."""
+    finite: Tensor
+    """Whether all of them are; on the host."""
+    arrived: torch.cuda.Event | None
+    """When both are there; None where they are already."""
+
+
+def encode(backbone: FrameEncoder, frames_THWC: FrameArray, precision: str) -> Encoded:
+    """Return the tokens of frames, or of segments.
+
+    On a GPU nothing is waited for, so that it always has a next chunk to work on: pinned memory lets it copy by itself.
     """
     device = backbone.mean.device
+    gpu = device.type == "cuda"
+    frames = torch.from_numpy(frames_THWC)[None]
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        tokens: Tensor = backbone(torch.from_numpy(frames_THWC)[None].to(device)).half()
-    return tokens.view(-1, backbone.tokens, backbone.width)
+        tokens: Tensor = backbone((frames.pin_memory() if gpu else frames).to(device, non_blocking=True)).half()
+        tokens = tokens.view(-1, backbone.tokens, backbone.width)
+        finite = tokens.isfinite().all()
+        if not gpu:
+            return Encoded(tokens, finite, arrived=None)
+        tokens, finite = _leaving(tokens), _leaving(finite)
+        return Encoded(tokens, finite, torch.cuda.current_stream(device).record_event())
 
 
-def on_host(tokens: Tensor) -> TokenArray:
-    """Return encoded tokens in host memory.
+def _leaving(x: Tensor) -> Tensor:
+    """Return a tensor in pinned memory that a GPU will copy another one to."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def on_host(encoded: Encoded) -> TokenArray:
+    """Return encoded tokens once they are in host memory.
 
     Raises:
         VideoError: they are not finite, or too large for fp16.
     """
-    if not bool(torch.isfinite(tokens).all()):
+    if encoded.arrived is not None:
+        encoded.arrived.synchronize()
+    if not bool(encoded.finite):
         raise VideoError("tokens are not finite in fp16")
-    array: TokenArray = tokens.cpu().numpy()
+    array: TokenArray = encoded.tokens.numpy()
     return array
 
 
-def store(writer: ShardWriter, row: dict[str, Any], times_T: FloatArray, tokens: Tensor | VideoError | None) -> None:
+def store(writer: ShardWriter, row: dict[str, Any], times_T: FloatArray, tokens: Encoded | VideoError | None) -> None:
     """Append a chunk of a video to a shard, and note in its row of the index where it is, or why it cannot be."""
     if row["reason"] or tokens is None:
         return

@@ -153,6 +153,23 @@ def test_the_patches_that_stay_keep_their_positions(name: str) -> None:
     torch.testing.assert_close(backbone(frames, keep), expected.flatten(1, 2))
 
 
+@pytest.mark.parametrize("tubelet", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kept_patches_have_the_gradient_of_picking_among_all(name: str, tubelet: int) -> None:
+    backbone = without_blocks(moved(Backbone(replace(TINY, name=name, tubelet=tubelet)))).double()
+    steps = 3 // tubelet
+    keep = random_masking(torch.arange(4), "mask", steps, backbone.patches, 5)
+    assert keep is not None
+    every = rearrange(backbone(batch(0).long), "b (u n) d -> b u n d", u=steps)
+    picked = every.gather(2, keep[..., None].expand(-1, -1, -1, 16)).flatten(1, 2)
+    weights = [weight for weight in backbone.parameters() if weight.requires_grad]
+    found = [
+        torch.autograd.grad(tokens.sin().sum(), weights, allow_unused=True, materialize_grads=True)
+        for tokens in (backbone(batch(0).long, keep), picked)
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_random_masking_draws_without_replacement_by_seed_alone() -> None:
     seeds = torch.arange(6)
     keep = random_masking(seeds, "mask", 3, 16, 8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from s5.config import LSMCLConfig, OptimConfig, ViewsConfig
 from s5.models.backbone import Backbone
-from s5.tasks.lsmcl import LSMCL, embedding_spread, info_nce
+from s5.tasks.lsmcl import LSMCL, Head, embedding_spread, info_nce
 from s5.training.optim import build_optimizer
 from tests.s5.toys import MODEL, TASK, batch
 
@@ -38,6 +38,22 @@ def test_info_nce_equals_the_slow_loop(first: int) -> None:
 def test_info_nce_of_identical_keys_is_chance() -> None:
     loss, _ = info_nce(torch.randn(4, 8), torch.ones(4, 8), 1.0)
     assert float(loss) == pytest.approx(2 * math.log(4))
+
+
+def test_a_head_normalises_each_view_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    heads = [Head([8, 16, 16, 4], last_affine=True).double() for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    x_VBD = torch.randn(2, 5, 8, dtype=torch.double) * torch.tensor([1.0, 3.0]).double()[:, None, None]
+    together = heads[0](x_VBD)
+    alone = torch.stack([heads[1](x_BD[None])[0] for x_BD in x_VBD])
+    torch.testing.assert_close(together, alone)
+    gradients = [
+        torch.autograd.grad(y.sin().sum(), list(head.parameters()))
+        for y, head in zip((together, alone), heads, strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(heads[0].state_dict(), heads[1].state_dict())
 
 
 def test_embedding_spread_tells_collapse_from_random_directions() -> None:
