@@ -58,8 +58,8 @@ def slow_loss(task: LSMCL, one: ClipBatch, pairs: tuple[tuple[int, int], ...]) -
     """The whole loss: the query of each view (0 long, 1 short), of the online branch, against the keys of another."""
     ratio, temperature = task.config.mask_ratio, task.config.temperature
     online, momentum = (slow_features(task, branch, one, ratio) for branch in (task.encoder, task.momentum_encoder))
-    queries = [task.predictor(task.projector(online[:, view])) for view in (0, 1)]
-    keys = [task.momentum_projector(momentum[:, view]).detach() for view in (0, 1)]
+    queries = [task.predictor(task.projector(online[None, :, view]))[0] for view in (0, 1)]
+    keys = [task.momentum_projector(momentum[None, :, view])[0].detach() for view in (0, 1)]
     return sum((slow_info_nce(queries[q], keys[k], temperature, 0) for q, k in pairs), torch.zeros(()))
 
 
