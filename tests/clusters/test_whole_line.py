@@ -30,7 +30,7 @@ from tests.tiny import HEADS, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.drill]
 
-WORKERS, STEPS, CHECKPOINT_EVERY, LOST_AFTER = 3, 200, 20, 30
+WORKERS, STEPS, CHECKPOINT_EVERY, LOST_AFTER = 3, 48, 10, 25
 PRETRAIN = (
     TINY
     | HEADS
