@@ -110,9 +110,9 @@ def workers(node: subprocess.Popen[bytes]) -> set[int]:
 
 
 def test_jobs_on_nodes_that_come_and_go(bucket: str, nodes: LocalCluster, tracking_server: str, tmp_path: Path) -> None:
-    shares = {"val_share": 1 / 6, "test_share": 1 / 6}
+    shares = {"val_share": 1 / 3, "test_share": 1 / 3}
     for video in sample.draw_videos(
-        SampleConfig(videos=18, classes="order-only", seconds=10, fps=4, size=32, **shares)
+        SampleConfig(videos=36, classes="order-only", seconds=10, fps=4, size=32, **shares)
     ):
         storage.write_bytes(f"{bucket}/videos/{video.path}", sample.render_video(video))
     manifest, pretrained = f"{bucket}/index", f"{bucket}/pretrain"
