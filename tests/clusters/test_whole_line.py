@@ -159,8 +159,9 @@ def test_jobs_on_nodes_that_come_and_go(bucket: str, nodes: LocalCluster, tracki
     assert all(run.status == "FINISHED" for run in ended.values())
     hand, sweep = ended[f"{bucket}/finetune"], ended[f"{bucket}/sweep"]
     found = [run for run in ended.values() if run.parent_run == sweep.run_id]
-    assert [float(run.params["optim.lr"]) for run in sorted(found, key=lambda run: run.out)] == sorted(RATES)
-    (same,) = (run for run in found if float(run.params["optim.lr"]) == RATES[0])
+    trials_by_rate = {float(run.params["trial.optim.lr"]): run for run in found}
+    assert sorted(trials_by_rate) == sorted(RATES)
+    same = trials_by_rate[RATES[0]]
     assert same.metrics["train/loss"] == pytest.approx(hand.metrics["train/loss"], abs=1e-3)
     # The nodes keep nothing of their own.
     left = [path for path in nodes.folder.rglob("*") if path.suffix in (".mp4", ".safetensors", ".parquet")]
