@@ -22,11 +22,13 @@ class SweepConfig:
     `key=choice(value:weight,value:weight)`; the name of a ready space, such as mask-ratio; or a YAML or JSON file of
     keys with a list of values or one of these texts. A key of both stages, such as clips.frames, is set in both;
     `pretrain.KEY` in one."""
-    search: Literal["grid", "random", "tpe"] = "grid"
+    search: Literal["grid", "random", "tpe", "pbt"] = "grid"
     """`grid`: every combination, of ranges `samples` draws for each; `random`: `samples` different settings, drawn;
-    `tpe`: `samples` settings that Optuna's TPE proposes from what the earlier ones reached (extra `optuna`)."""
+    `tpe`: `samples` settings that Optuna's TPE proposes from what the earlier ones reached (extra `optuna`);
+    `pbt`: population-based training of `samples` members in one stage: at each evaluation the worst quarter takes over
+    the weights of the best, and goes on with values that are changed a little or drawn anew."""
     samples: int = 1
-    """Draws: see `search`."""
+    """Draws, or members of a population: see `search`."""
     seeds: int = 1
     """Seeds that each setting is trained with, from `loop.seed` on: settings are compared by their mean."""
     stages: Literal["pretrain", "finetune", "pretrain+finetune"] = "pretrain+finetune"
@@ -65,3 +67,21 @@ class SweepConfig:
         require(not (self.early_stopping and self.against_seconds), "against_seconds", True, remedy)
         remedy = "early_stopping leaves the lucky seeds of each setting, whose mean says little; leave one of them out"
         require(not self.early_stopping or self.seeds == 1, "seeds", self.seeds, remedy)
+        if self.search == "pbt":
+            self._require_population()
+
+    def _require_population(self) -> None:
+        remedy = "members of a population take over each other's weights; give 1, or another --search"
+        require(self.seeds == 1, "seeds", self.seeds, remedy)
+        remedy = "a population replaces its worst members instead; leave it out, or give another --search"
+        require(not self.early_stopping, "early_stopping", True, remedy)
+        remedy = "a population compares one metric; leave it out, or give --search tpe"
+        require(not self.against_seconds, "against_seconds", True, remedy)
+        remedy = "a population trains in one stage; give --stages pretrain or finetune"
+        require("+" not in self.stages, "stages", self.stages, remedy)
+        loop = (self.pretrain if self.stages == "pretrain" else self.finetune).loop
+        remedy = "a population is compared after epochs; give loop.epochs in its place"
+        require(loop.steps == 0, f"{self.stages}.loop.steps", loop.steps, remedy)
+        remedy = f"a population is compared before epoch {loop.epochs}, its last; give a smaller number, of at least 1"
+        name = f"{self.stages}.loop.evaluate_every"
+        require(0 < loop.evaluate_every < loop.epochs, name, loop.evaluate_every, remedy)

@@ -24,7 +24,8 @@ PRETRAINED = "pretrained"
 FREE_SETTINGS = (
     *("scale.", "tracking.", "data."),
     *("loop.keep_checkpoints", "loop.log_every", "loop.micro_batch", "loop.recompute", "loop.compile"),
-    *("loop.max_skipped", "loop.profile_steps", "optim.fused", "concurrent_trials", "measured_videos"),
+    *("loop.max_skipped", "loop.profile_steps", "loop.stop_after_epoch", "optim.fused", "concurrent_trials"),
+    "measured_videos",
     *("node", "chunk_segments", "batch_size"),
 )
 # What a stage compares for itself, since more of it extends an earlier run.
@@ -34,6 +35,8 @@ EXTENDED = {
         *("finetune.loop.epochs", "finetune.loop.steps"),
     )
 }
+LATER = "loop.stop_after_epoch"
+"""Setting of which another value goes on with a finished run."""
 # Of stages whose settings another stage holds: a sweep, a recipe.
 STAGE_GROUPS = ("", *(f"{group}." for group in GROUPS.values()))
 
@@ -106,7 +109,13 @@ class RunFolder:
         done = self.exists(RESULT)
         if done or any(self.exists(folder) for folder in (CHECKPOINTS, TRIALS, VIDEOS, SHARDS)):
             self._check_same(earlier)
-        return dict(storage.read_json(self.path(RESULT))) if done else None
+        result = dict(storage.read_json(self.path(RESULT))) if done else None
+        return None if result is not None and self._goes_on(result) else result
+
+    def _goes_on(self, result: Mapping[str, Any]) -> bool:
+        """Return whether an earlier result is of a part of what this run trains, or of more."""
+        was, now = leaves_of(result.get("config", {})), leaves_of(to_json(self.stage, self.config))
+        return bool(was.get(LATER, 0) != now.get(LATER, 0))
 
     def _settings(self) -> dict[str, Any]:
         return to_json(self.stage, self.config) | {INPUTS: dict(self.inputs)}

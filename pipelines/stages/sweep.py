@@ -15,6 +15,7 @@ from pipelines.stages import finetune, pretrain
 from pipelines.tuning import results
 from pipelines.tuning.placement import fit_cluster
 from pipelines.tuning.plans import examples, finished, plan_of
+from pipelines.tuning.population import line_of
 from pipelines.tuning.ready_spaces import resolved
 from pipelines.tuning.search_space import parse
 from pipelines.tuning.trial_process import RunStage
@@ -25,6 +26,8 @@ from pipelines.tuning.tuner import run_trials
 RUNNERS: dict[str, RunStage] = {"pretrain": pretrain.run, "finetune": finetune.run}
 BEST = "best"
 """Folder below --out with the settings of each stage that were best: `--config` takes them."""
+SCHEDULE = f"{BEST}/schedule.json"
+"""Values of a population's best member in the course of its training."""
 SHOWN = 12
 """Settings that are printed at the end."""
 
@@ -96,7 +99,8 @@ def check_stage(settings: PretrainConfig | FinetuneConfig, metric: str, makes_ch
 
 
 def conclude(stage: Stage, plan: Plan) -> None:
-    """Write sweep.parquet, the settings with their means, and the best ones as files that `--config` takes.
+    """Write sweep.parquet, the settings with their means, and the best ones as files that `--config` takes; of a
+    population the schedule of the best member.
 
     Raises:
         StageError: no trial finished.
@@ -106,11 +110,14 @@ def conclude(stage: Stage, plan: Plan) -> None:
     stage.tracker.artifact(stage.folder.write_table(results.TABLE, results.table(list(dimensions), plan.records)))
     failures = [record.failure for record in found if record.failure]
     stage.counts |= {"trials": len(found), "failed": len(failures)}
-    rows = results.settings_table(dimensions, plan.records, plan.objective)
+    # Members of a population are compared at their end.
+    end = max((record.epoch for record in found), default=0)
+    compared = {out: record for out, record in plan.records.items() if record.epoch == end}
+    rows = results.settings_table(dimensions, compared, plan.objective)
     if not rows:
         reason = failures[0] if failures else "none finished"
         raise StageError(f"every one of {len(found)} trials failed, as: {reason}")
-    best = results.best_trial(plan.records, rows[0]["setting"], plan.objective)
+    best = results.best_trial(compared, rows[0]["setting"], plan.objective)
     stage.metrics[metric] = rows[0][metric]["mean"]
     stage.details |= {"settings": rows, "best": rows[0]["setting"], "checkpoint": best.checkpoint}
     if rows[0]["seeds"] > 1:
@@ -119,6 +126,12 @@ def conclude(stage: Stage, plan: Plan) -> None:
         stage.info(results.in_words(row, metric))
     if len(rows) > SHOWN:
         stage.info(f"and {len(rows) - SHOWN} more settings in {results.TABLE}")
+    if plan.population is not None:
+        schedule = results.schedule(line_of(best, plan.records), plan.objective)
+        stage.details["schedule"] = schedule
+        stage.info(f"schedule of the best: {stage.folder.write_json(SCHEDULE, schedule)}")
+        stage.info(f"best: {rows[0]['setting']} with {metric} {rows[0][metric]['mean']:.3f}, in {best.checkpoint}")
+        return
     pretrained = trial_of(config, best.values, best.seed).pretrained
     for name, settings in best_settings(config, best.values, pretrained).items():
         path = stage.folder.write_json(f"{BEST}/{name}.json", to_json(name, settings))

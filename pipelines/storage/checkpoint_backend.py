@@ -13,6 +13,9 @@ from pyarrow import fs
 from pipelines import storage
 from s5.checkpoints.backend import CheckpointBackend, LocalBackend
 from s5.checkpoints.checkpoint import META
+from s5.checkpoints.history import CheckpointHistory
+
+BLOCK_BYTES = 1 << 24
 
 
 def checkpoint_backend(path: str) -> CheckpointBackend:
@@ -23,6 +26,31 @@ def checkpoint_backend(path: str) -> CheckpointBackend:
     """
     path = storage.absolute(path)
     return ObjectStoreBackend(path) if storage.is_uri(path) else LocalBackend(Path(path))
+
+
+def copy_latest(source: str, target: str) -> bool:
+    """Copy the latest checkpoint below a path or URI to another one, unless that has one; return whether it has now.
+
+    Raises:
+        OSError: one of the two places fails.
+    """
+    here, there = checkpoint_backend(source), checkpoint_backend(target)
+    if CheckpointHistory(there).metas():
+        return True
+    names = list(CheckpointHistory(here).metas())
+    if not names:
+        return False
+    with here.local(names[-1]) as folder:
+        # The meta data last: with it, the copy is complete.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == META):
+            there.put(names[-1], path.name, _blocks(path))
+    return True
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield memoryview(block)
 
 
 class ObjectStoreBackend:

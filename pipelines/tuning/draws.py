@@ -17,6 +17,8 @@ Values = dict[str, Any]
 """A setting: a value for each key of the space."""
 DRAWN_DIGITS = 4
 """Digits that drawn values have, counted from the largest that varies in their range."""
+DRAWN = ("random", "pbt")
+"""Searches that draw `samples` settings."""
 MOST = 1000
 """Settings that a grid may have."""
 DRAWS_A_SAMPLE = 100
@@ -45,7 +47,7 @@ def check_size(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> None
             f"the space has {count} combinations, and a grid runs each of them, up to {MOST}: give --search random "
             "--samples N for N of them at random, or fewer values"
         )
-    if config.search != "random" and any(choice.weights for choice in choices):
+    if config.search not in DRAWN and any(choice.weights for choice in choices):
         raise UserError(f"search is {config.search!r}: weights say how often a value is drawn; give --search random")
     if config.search == "grid" and config.samples > 1 and len(choices) == len(dimensions):
         raise UserError(
@@ -63,7 +65,7 @@ def settings_of(config: SweepConfig, dimensions: Mapping[str, Dimension], known:
         known: settings in that space that an earlier start has begun; they come first, and count as samples.
     """
     found = {name_of(values): values for values in known}
-    if config.search == "random":
+    if config.search in DRAWN:
         draw = random.Random(config.seed)
         tries = 0
         while len(found) < config.samples and tries < DRAWS_A_SAMPLE * config.samples:

@@ -10,6 +10,7 @@ from pipelines.errors import UserError
 from pipelines.running.run_folder import EXTENDED, RunFolder
 from pipelines.tuning import records
 from pipelines.tuning.draws import as_setting, check_size, settings_of
+from pipelines.tuning.population import Population
 from pipelines.tuning.proposals import Proposals
 from pipelines.tuning.search_space import Choice, Dimension, Range, holds, parse, text_of
 from pipelines.tuning.trial_queue import Plan
@@ -53,6 +54,14 @@ def _check_extension(config: SweepConfig, before: Mapping[str, Any]) -> None:
             raise UserError(f"{out} of {earlier} {name}, more than {getattr(config, name)}: give another --out")
     now, remedy = parse(config), "give another --out, or a space that has all that is there"
     was = parse(override(config, {"space": before["space"]}))
+    if "pbt" in (config.search, before.get("search")):
+        for name, earlier, here in (
+            ("search", before.get("search", "grid"), config.search),
+            ("samples", before.get("samples", 1), config.samples),
+            ("space", was, now),
+        ):
+            if earlier != here:
+                raise UserError(f"{out} with another {name}, and a population cannot be extended: give another --out")
     for key, old in was.items():
         if key not in now:
             raise UserError(f"{out} over {key}, which this space does not have: {remedy}")
@@ -78,6 +87,8 @@ def plan_of(config: SweepConfig, check_stage: CheckStage) -> Plan:
     dimensions = parse(config)
     check_size(config, dimensions)
     objective = objective_of(config)
+    if config.search == "pbt":
+        return _plan_of_population(config, dimensions, objective, check_stage)
     proposals = Proposals(config, dimensions, objective) if config.search == "tpe" else None
     known = list(records.earlier(config, dimensions))
     begun = {trial.setting: trial.values for trial, _ in known}
@@ -88,16 +99,33 @@ def plan_of(config: SweepConfig, check_stage: CheckStage) -> Plan:
         for values in settings:
             proposals.begun(values)
     trials = [trial_of(config, values, seed) for seed in seeds_of(config) for values in settings]
-    digests = check_trials(examples(config, dimensions), objective, check_stage)
+    inputs = _inputs_of(check_trials(examples(config, dimensions), objective, check_stage))
     found = {trial.out: record for trial, record in known if record.status in records.ENDED}
     waiting = [trial for trial in trials if trial.out not in found]
-
-    def inputs(trial: TrialSettings) -> dict[str, str]:
-        return {name: digests[name, path] for name, path in _inputs(trial) if (name, path) in digests}
-
     for trial, record in known:
         records.check_inputs(config, record, inputs(trial))
     return Plan(config, objective, waiting, found, inputs, proposals)
+
+
+def _plan_of_population(
+    config: SweepConfig, dimensions: Mapping[str, Dimension], objective: Objective, check_stage: CheckStage
+) -> Plan:
+    population = Population(config, dimensions, objective)
+    inputs = _inputs_of(check_trials(examples(config, dimensions), objective, check_stage))
+    found = population.resume()
+    here = inputs(population.trials[0])
+    for record in found.values():
+        records.check_inputs(config, record, here)
+    ended = {out: record for out, record in found.items() if record.status in records.ENDED}
+    waiting = [trial for trial in population.trials if trial.out not in ended]
+    again = {trial.out for trial in waiting}
+    known = {out: record for out, record in found.items() if out not in again}
+    return Plan(config, objective, waiting, known, inputs, population=population)
+
+
+def _inputs_of(digests: Digests) -> Callable[[TrialSettings], dict[str, str]]:
+    """Return what gives the digests of what a trial reads."""
+    return lambda trial: {name: digests[name, path] for name, path in _inputs(trial) if (name, path) in digests}
 
 
 def examples(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[TrialSettings]:

@@ -44,6 +44,10 @@ class Record:
     """Its run in MLflow."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Digests of what it reads, by the path."""
+    epoch: int = 0
+    """Of a member of a population: the epoch after which it ends."""
+    start: str = ""
+    """Of one that goes on: folder of the trial whose weights it begins with."""
 
 
 def path_of(trial: TrialSettings) -> str:
@@ -53,7 +57,8 @@ def path_of(trial: TrialSettings) -> str:
 
 def started(trial: TrialSettings, inputs: Mapping[str, str]) -> Record:
     """Return the record of a trial that starts."""
-    return Record(trial.setting, trial.seed, trial.values, inputs=dict(inputs))
+    about = (trial.setting, trial.seed, trial.values)
+    return Record(*about, inputs=dict(inputs), epoch=trial.epoch, start=trial.start)
 
 
 def write(trial: TrialSettings, record: Record) -> Record:

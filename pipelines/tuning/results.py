@@ -25,9 +25,11 @@ def table(keys: Sequence[str], records: Mapping[str, Record]) -> pa.Table:
 
     Args:
         keys: the swept keys.
-        records: of all trials, by their folders.
+        records: of all trials, by their folders; those of a population have two columns more, the `epoch` after which
+            they end, and the trial whose weights they `start` from.
     """
     rows = list(records.values())
+    members = any(row.epoch for row in rows)
     columns: dict[str, pa.Array] = {
         "trial": pa.array([folder.rpartition("/")[2] for folder in records], pa.string()),
         "setting": pa.array([row.setting for row in rows], pa.string()),
@@ -37,6 +39,9 @@ def table(keys: Sequence[str], records: Mapping[str, Record]) -> pa.Table:
     for metric in sorted({name for row in rows for name in row.metrics}):
         columns[metric] = pa.array([row.metrics.get(metric) for row in rows], pa.float64())
     columns[SECONDS] = pa.array([row.seconds for row in rows], pa.float64())
+    if members:
+        columns["epoch"] = pa.array([row.epoch for row in rows], pa.int64())
+        columns["start"] = pa.array([row.start.rpartition("/")[2] for row in rows], pa.string())
     for name in ("status", "failure"):
         columns[name] = pa.array([getattr(row, name) for row in rows], pa.string())
     # A swept setting may be called `checkpoint` too.
@@ -118,6 +123,21 @@ def _difference(
             differences = {name: _summary([_value(a, name) - _value(b, name) for a, b in pairs]) for name in names}
             return {"from": pairs[0][1].setting, "seeds": len(pairs)} | differences
     return None
+
+
+def schedule(line: Sequence[Record], objective: Objective) -> list[dict[str, Any]]:
+    """Return the values of a member of a population in the course of its training, and what it reached with them.
+
+    Args:
+        line: the records of the parts that made its weights, the first one first.
+        objective: what members are compared by.
+    """
+    starts = [0, *(record.epoch for record in line[:-1])]
+    return [
+        {"from_epoch": start, "to_epoch": record.epoch, "member": record.setting, "values": record.values}
+        | {objective.metric: record.metrics[objective.metric]}
+        for start, record in zip(starts, line, strict=True)
+    ]
 
 
 def in_words(row: Mapping[str, Any], metric: str) -> str:

@@ -18,7 +18,7 @@ from pipelines import tracking
 from pipelines.config import SweepConfig
 from pipelines.errors import StageError, UserError
 from pipelines.training.launcher import name_cluster
-from pipelines.tuning import records
+from pipelines.tuning import population, records
 from pipelines.tuning.records import Record
 from pipelines.tuning.search_space import text_of
 from pipelines.tuning.trial_queue import FAILED_IN, FAILURE, PRETRAINED, SECONDS, TRIAL
@@ -47,7 +47,8 @@ def run_trial(
         stage="trial",
         out=trial.out,
         params={f"trial.{key}": text_of(value) for key, value in trial.values.items()}
-        | {"seed": trial.seed, "length": trial.length},
+        | {"seed": trial.seed, "length": trial.length}
+        | ({"member": trial.setting, "start": trial.start} if trial.epoch else {}),
         parent_run=parent,
     )
     record = replace(records.read(records.path_of(trial)), run_id=tracker.run_id or "")
@@ -101,12 +102,13 @@ class StagesOfTrial:
         """Return the record with what the stages gave, or why one failed: Tune would start it again, as it does after
         the loss of a process."""
         try:
+            population.begin(self._trial)
             for stage, settings in self._trial.stages.items():
                 self.stage = stage
                 is_last = stage == list(self._trial.stages)[-1]
                 on_row = self._report if is_last and self._followed else None
                 result = runners[stage](settings, parent_run=record.run_id, on_row=on_row)
-                metrics = record.metrics | metrics_of(result)
+                metrics = record.metrics | metrics_of(result, settings.loop.stop_after_epoch > 0)
                 seconds = (record.seconds or 0.0) + result["seconds"]
                 record = replace(record, metrics=metrics, seconds=seconds, checkpoint=result["checkpoint"])
                 if not is_last:
@@ -130,8 +132,18 @@ class StagesOfTrial:
             tune.report({self._followed: row[self._followed], "epoch": round(self._epoch / loop.evaluate_every)})
 
 
-def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Return a stage's metrics; the best checkpoint's value, where there is one, stands for that of the last epoch."""
+def metrics_of(result: Mapping[str, Any], goes_on: bool) -> dict[str, float]:
+    """Return a stage's metrics.
+
+    Args:
+        result: the stage's.
+        goes_on: it ended in mid-run. Otherwise the best checkpoint's value, where there is one, stands for that of the
+            last epoch.
+    """
     metrics = result["metrics"]
-    best = {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
+    best = (
+        {}
+        if goes_on
+        else {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
+    )
     return {key: value for key, value in metrics.items() if not key.startswith("best/")} | best

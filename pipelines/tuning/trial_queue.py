@@ -17,6 +17,7 @@ from pipelines.running.run_folder import RESULT, TRIALS
 from pipelines.tuning import records
 from pipelines.tuning.draws import Values
 from pipelines.tuning.placement import Placement
+from pipelines.tuning.population import Population
 from pipelines.tuning.proposals import Proposals
 from pipelines.tuning.records import Record
 from pipelines.tuning.search_space import name_of
@@ -42,10 +43,14 @@ class Plan:
     """Gives the digests of what a trial reads."""
     proposals: Proposals | None = None
     """Where settings come from once none is waiting."""
+    population: Population | None = None
+    """Where the next generation comes from once the present one has ended."""
 
     @property
     def total(self) -> int:
         """Trials in all, those included that are yet to be proposed."""
+        if self.population is not None:
+            return self.population.total
         proposed = self.config.samples * self.config.seeds if self.proposals else 0
         return max(len(self.waiting) + len(self.records), proposed)
 
@@ -54,7 +59,8 @@ class TrialQueue(Searcher):
     """Gives Tune the trials of a plan one after another.
 
     Of trials that start from the same pretraining, one runs until that is done; the others have their turn then. Where
-    it failed, they fail as well, without a start.
+    it failed, they fail as well, without a start. The next generation of a population has its turn once the present one
+    has ended.
     """
 
     def __init__(self, plan: Plan, placement: Placement) -> None:
@@ -75,7 +81,7 @@ class TrialQueue(Searcher):
         """Save nothing: a sweep resumes from its records."""
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial, None while all those left wait for a pretraining, or FINISHED where there is none."""
+        """Return the next trial, None while those left wait for others to end, or FINISHED where there is none."""
         while (trial := self._next()) is not None:
             try:
                 placed = self._placement.placed(trial)
@@ -89,13 +95,16 @@ class TrialQueue(Searcher):
             self._plan.records[trial.out] = records.write(trial, record)
             self._running[trial_id] = trial
             return {TRIAL: placed}
-        return None if self._plan.waiting else Searcher.FINISHED
+        waits = self._plan.waiting or (self._plan.population is not None and self._running)
+        return None if waits else Searcher.FINISHED
 
     def _next(self) -> TrialSettings | None:
         """Take the first trial that can start."""
         waiting = self._plan.waiting
         if not waiting:
             self._propose()
+        if not waiting and not self._running and self._plan.population is not None:
+            waiting += self._plan.population.advance(self._plan.records)
         for trial in list(waiting):
             if reason := self._failed.get(trial.pretrained):
                 waiting.remove(trial)

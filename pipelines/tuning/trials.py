@@ -50,6 +50,10 @@ class TrialSettings:
     seed: int
     """`loop.seed` of its last stage."""
     stages: dict[str, Settings]
+    epoch: int = 0
+    """Of a member of a population: the epoch after which it ends."""
+    start: str = ""
+    """Of one that goes on: folder of the trial whose last checkpoint it begins from."""
 
     @property
     def length(self) -> str:
@@ -94,10 +98,9 @@ def objective_of(config: SweepConfig) -> Objective:
     if metric not in names:
         raise UserError(f"{unknown('metric', metric, names)} (of --stages {config.stages})")
     followed = [each for each in known[last] if each.startswith(EVALUATED)]
-    if config.early_stopping and metric not in followed:
-        raise UserError(
-            f"metric is {metric!r}: early_stopping compares evaluations of {last}; give {' or '.join(followed)}"
-        )
+    rule = "early_stopping" if config.early_stopping else "search pbt" if config.search == "pbt" else ""
+    if rule and metric not in followed:
+        raise UserError(f"metric is {metric!r}: {rule} compares evaluations of {last}; give {' or '.join(followed)}")
     loop = getattr(config, last).loop
     if config.early_stopping and not loop.steps and not 0 < loop.evaluate_every < loop.epochs:
         raise UserError(
@@ -138,7 +141,9 @@ def trial_of(config: SweepConfig, values: Mapping[str, Any], seed: int) -> Trial
 
 
 def _length(settings: Settings) -> str:
-    return f"{settings.loop.steps}steps" if settings.loop.steps else f"{settings.loop.epochs}epochs"
+    loop = settings.loop
+    part = f"{loop.stop_after_epoch}of" if loop.stop_after_epoch else ""
+    return f"{part}{loop.steps}steps" if loop.steps else f"{part}{loop.epochs}epochs"
 
 
 def stage_config(config: SweepConfig, stage: str, values: Mapping[str, Any], number: int = 0) -> Settings:

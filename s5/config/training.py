@@ -180,6 +180,9 @@ class LoopConfig:
     """Checkpoints kept: the last ones, and the best where there is a validation metric."""
     evaluate_every: int = 1
     """Epochs between two evaluations on the validation split (in pretraining: kNN probes); 0 for only the last."""
+    stop_after_epoch: int = 0
+    """Epoch after which to end, evaluated and with a checkpoint, while all schedules are those of the whole length; a
+    later one, or 0 for the whole length, goes on in the same --out."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "log_every", "keep_checkpoints"):
@@ -187,5 +190,5 @@ class LoopConfig:
         remedy = "give fp32, bf16 or fp16"
         require(self.precision in ("fp32", "bf16", "fp16"), "loop.precision", self.precision, remedy)
         counts = ("steps", "batch_size", "checkpoint_every", "evaluate_every", "micro_batch", "max_skipped")
-        for name in (*counts, "profile_steps"):
+        for name in (*counts, "profile_steps", "stop_after_epoch"):
             require(getattr(self, name) >= 0, f"loop.{name}", getattr(self, name), "give 0 or more")

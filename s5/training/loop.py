@@ -112,7 +112,7 @@ class TrainingLoop:
         start, stopped = self.state.step, False
         earlier = self.state.total("train/seconds")
         self._began = time.monotonic() - earlier
-        if start < self.inputs.steps:
+        if start < self._last_step:
             with self._writer() as writer:
                 stopped = self._train(writer)
             # A worker that ends before the last checkpoint is written may have the others torn down.
@@ -123,6 +123,12 @@ class TrainingLoop:
     @property
     def _task(self) -> Task:
         return cast(Task, self.task)
+
+    @property
+    def _last_step(self) -> int:
+        """The step that this call trains to."""
+        epoch = self.inputs.loop.stop_after_epoch
+        return min(self.inputs.steps, epoch * self.inputs.steps_per_epoch) if epoch else self.inputs.steps
 
     def _resume(self) -> None:
         """Load the latest sound checkpoint, the same on all workers, where there is one."""
@@ -160,9 +166,9 @@ class TrainingLoop:
         trace = Trace(self.context, state.step + 4, inputs.loop.profile_steps)
         window, batches = self._start_window(batches)
         first = state.step + 1
-        for step in range(first, inputs.steps + 1):
+        for step in range(first, self._last_step + 1):
             batch = self._timed_step(batches, step, window, trace)
-            stops = step < inputs.steps and self._stop_poll(step)
+            stops = step < self._last_step and self._stop_poll(step)
             saves = stops or self._is_checkpoint_due(step)
             # Before each checkpoint too, so that it includes all failures so far.
             if saves or step % inputs.loop.log_every == 0 or step == first:
@@ -254,13 +260,13 @@ class TrainingLoop:
 
     def _is_checkpoint_due(self, step: int) -> bool:
         every = self.inputs.loop.checkpoint_every or self.inputs.steps_per_epoch
-        return step % every == 0 or step == self.inputs.steps or self._is_evaluation_due(step)
+        return step % every == 0 or step == self._last_step or self._is_evaluation_due(step)
 
     def _is_evaluation_due(self, step: int) -> bool:
         if self.inputs.evaluate is None:
             return False
         every = self.inputs.loop.evaluate_every * self.inputs.steps_per_epoch
-        return step == self.inputs.steps or (every > 0 and step % every == 0)
+        return step in (self._last_step, self.inputs.steps) or (every > 0 and step % every == 0)
 
     def _checkpoint(self, writer: CheckpointWriter | None, evaluates: bool) -> None:
         """Evaluate where asked to, then save; all workers take part."""

@@ -32,7 +32,7 @@ from pipelines.config import (
 from pipelines.errors import StoppedError, UserError
 from pipelines.running import resources
 from pipelines.running.run_folder import CHECKPOINTS
-from pipelines.stages import index, sample, sweep
+from pipelines.stages import index, pretrain, sample, sweep
 from pipelines.tracking.history import Run, read_runs
 from pipelines.tuning import draws, placement, search_space, trials
 from tests.tiny import HEADS, TINY
@@ -333,6 +333,32 @@ def test_a_sweep_compares_its_trials(manifest: str, tmp_path: Path) -> None:
     best = command_line.parse(["pretrain", "--config", str(tmp_path / "sweep" / "best" / "pretrain.json")])[1]
     assert isinstance(best, PretrainConfig)
     assert (best.lsmcl.mask_ratio, best.out) == (more["settings"][0]["values"]["lsmcl.mask_ratio"], "out/pretrain")
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("ray_local")
+def test_a_member_that_only_goes_on_is_a_run_by_hand(manifest: str, tmp_path: Path) -> None:
+    changes = {"search": "pbt", "samples": 2, "space": ("optim.lr=loguniform(1e-4,1e-2)",)}
+    length = {"pretrain__loop__epochs": 2, "pretrain__loop__evaluate_every": 1}
+    config = of_pretraining(manifest, tmp_path, **changes, **length)
+    result = sweep.run(config)
+    assert result["counts"] == {"trials": 4, "failed": 0}
+    rows = storage.read_table(str(tmp_path / "sweep" / "sweep.parquet")).to_pylist()
+    (source,) = {row["start"] for row in rows if row["epoch"] == 2}
+    better, other = sorted((row for row in rows if row["epoch"] == 2), key=lambda row: row["setting"] not in source)
+    assert better["optim.lr"] == next(row["optim.lr"] for row in rows if row["trial"] == source) != other["optim.lr"]
+    for row in (better, other):
+        part = storage.read_json(f"{tmp_path}/sweep/trials/{row['trial']}/pretrain/result.json")
+        assert 2 * part["counts"]["resumed_at"] == part["counts"]["steps"]
+
+    settings = override(config.pretrain, {"optim.lr": better["optim.lr"], "out": str(tmp_path / "hand")})
+    assert pretrain.run(override(settings, {"loop.stop_after_epoch": 1}))["counts"]["resumed_at"] == 0
+    by_hand = pretrain.run(settings)["metrics"]
+    for metric in ("train/loss", "knn/top1"):
+        assert by_hand[metric] == better[metric]
+    assert sweep.run(config) == result
+    assert result["schedule"] == storage.read_json(str(tmp_path / "sweep" / "best" / "schedule.json"))
 
 
 @pytest.mark.slow

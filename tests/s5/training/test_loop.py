@@ -260,6 +260,19 @@ def test_too_many_unreadable_videos_stop_the_run() -> None:
     assert [failure.reason for failure in context.rejects] == ["truncated"] * 2
 
 
+@pytest.mark.parametrize("make", [lsmcl_loop, finetune_loop])
+def test_a_run_in_two_parts_equals_one_in_one(tmp_path: Path, make: Callable[..., TrainingLoop]) -> None:
+    straight, parts = SoloContext(), SoloContext(tmp_path)
+    make(straight, evaluate_every=0).run()
+    loop = make(parts, evaluate_every=0, stop_after_epoch=1)
+    half = loop.run()
+    assert (half.step, half.stopped) == (loop.inputs.steps_per_epoch, False)
+    assert make(parts, evaluate_every=0, stop_after_epoch=1).run().step == half.step
+    assert make(parts, evaluate_every=0).run().step == STEPS
+    trained = [row["train/loss"] for _, row in parts.rows if "train/loss" in row]
+    assert trained == losses(straight)
+
+
 def test_a_resumed_run_counts_the_seconds_of_all_its_starts(tmp_path: Path) -> None:
     first = SoloContext(tmp_path)
     lsmcl_loop(first, broken((), stop_at=3, context=first)).run()
