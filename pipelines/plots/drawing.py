@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; yellow is too pale for lines.
 INK = "#010203"
@@ -31,6 +34,8 @@ STYLE: dict[Any, Any] = {
 SIZE = (4.4, 2.9)
 """Inches: at the width of a phone, texts keep the size of those around the figure."""
 DPI = 200
+LOG_FROM = 30
+"""Ratio of the largest to the smallest value from which an axis is logarithmic."""
 NAME_CHARACTERS = 44
 """Of a name in a legend."""
 NAMES = {
@@ -64,6 +69,17 @@ def finished(figure: Figure) -> Drawing:
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
     # Several figures of a page would have the same ones.
     return Drawing(png.getvalue(), re.sub(r'<g id="[^"]*"', "<g", element).strip())
+
+
+def set_scale(axes: Axes, along: Literal["x", "y"], values: Sequence[float]) -> None:
+    """Make an axis logarithmic where the values on it are far apart."""
+    if min(values) <= 0 or max(values) / min(values) < LOG_FROM:
+        return
+    axes.set(**{f"{along}scale": "log"})
+    axis = axes.xaxis if along == "x" else axes.yaxis
+    # matplotlib writes powers as formulas, which the style shows as they are.
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def number(text: str) -> float | None:

@@ -12,7 +12,19 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pipelines.plots.drawing import COLOURS, INK, NAMES, SIZE, STYLE, Drawing, finished, number, ordered, short
+from pipelines.plots.drawing import (
+    COLOURS,
+    INK,
+    NAMES,
+    SIZE,
+    STYLE,
+    Drawing,
+    finished,
+    number,
+    ordered,
+    set_scale,
+    short,
+)
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,8 @@ def _line(key: str, trials: Sequence[Trial], metric: str) -> Figure:
     if len(trials) > len(values):
         x, y = [place[trial.values[0]] for trial in trials], [trial.result for trial in trials]
         axes.plot(x, np.array(y, dtype=float), ".", color=INK, alpha=0.5, markersize=4)
-    if is_numeric and min(places) > 0 and max(places) / min(places) >= 30:
-        axes.set_xscale("log")
+    if is_numeric:
+        set_scale(axes, "x", places)
     if len(values) <= 8:
         axes.set_xticks(places, values)
         axes.minorticks_off()
@@ -170,7 +182,7 @@ def _scatter(keys: tuple[str, ...], trials: Sequence[Trial], metric: str, is_low
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
     places: list[list[float]] = []
-    for i, set_scale, set_ticks in ((0, axes.set_yscale, axes.set_yticks), (1, axes.set_xscale, axes.set_xticks)):
+    for i, set_ticks in ((0, axes.set_yticks), (1, axes.set_xticks)):
         values = ordered({trial.values[i] for trial in trials})
         sizes = [number(value) for value in values]
         numbers = [size for size in sizes if size is not None]
@@ -178,8 +190,7 @@ def _scatter(keys: tuple[str, ...], trials: Sequence[Trial], metric: str, is_low
             set_ticks(range(len(values)), values)
             places.append([float(values.index(trial.values[i])) for trial in trials])
             continue
-        if min(numbers) > 0 and max(numbers) / min(numbers) >= 30:
-            set_scale("log")
+        set_scale(axes, "y" if i == 0 else "x", numbers)
         places.append([float(trial.values[i]) for trial in trials])
     results = [trial.result for trial in trials if trial.result is not None]
     cmap = "cividis_r" if is_lowest_best else "cividis"

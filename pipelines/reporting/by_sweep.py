@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pipelines.plots import sweeps
 from pipelines.plots.drawing import NAMES, ordered, size_order
+from pipelines.reporting.by_population import schedule_table
 from pipelines.reporting.seeds import SEED, Mean, is_seed, mean_of
 from pipelines.reporting.table import NONE, Figure, Table, file_name, interval_text, labels, time_text, value_text
 from pipelines.tracking.history import Run
@@ -34,6 +35,8 @@ class Sweep:
     """The settings that vary, seeds too."""
     objective: Objective
     trials: tuple[Run, ...]
+    parts: tuple[Run, ...] = ()
+    """Of a population: the parts of all members; those that ended last are its trials."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -68,6 +71,11 @@ def sweep_tables(runs: Sequence[Run]) -> list[Table]:
     """Return the tables of each sweep, the latest of each --out, with figures over one or two keys."""
     tables = []
     for sweep in sweeps_of(runs):
+        if sweep.parts:
+            keys = sweep.settings
+            values = {part.run_id: {key: _value(part, key) for key in keys} for part in sweep.parts}
+            tables += [_trials(sweep), *schedule_table(sweep.title, keys, sweep.objective, sweep.parts, values)]
+            continue
         tables += [_trials(sweep), *_over_seeds(sweep), *_gains(sweep)]
     return tables
 
@@ -83,7 +91,8 @@ def sweeps_of(runs: Sequence[Run]) -> list[Sweep]:
         trials = tuple(trial for trial in ours if trial.params.get(LENGTH) == ours[-1].params.get(LENGTH))
         keys = swept_keys(trials, run.params.get("space", ""))
         title = label if label.startswith("sweep") else f"sweep {label}"
-        found.append(Sweep(title, keys, objective(run, trials), trials))
+        whole = run.params.get("search") == "pbt"
+        found.append(Sweep(title, keys, objective(run, trials), trials, tuple(ours) if whole else ()))
     return found
 
 
@@ -130,7 +139,8 @@ def _trials(sweep: Sweep) -> Table:
     points = [
         sweeps.Trial(tuple(_value(trial, key) for key in sweep.settings), sweep.result(trial)) for trial in sweep.trials
     ]
-    drawing = sweeps.sweep_map(sweep.settings, points, metric, sweep.sign < 0)
+    # What a member of a population reached is not of its last values alone.
+    drawing = None if sweep.parts else sweeps.sweep_map(sweep.settings, points, metric, sweep.sign < 0)
     figures = (Figure(file_name(sweep.title), sweep.title, drawing),) if drawing else ()
     return Table(sweep.title, (*sweep.keys, metric, "time", "status"), rows, figures)
 

@@ -48,7 +48,7 @@ def run_trial(
         out=trial.out,
         params={f"trial.{key}": text_of(value) for key, value in trial.values.items()}
         | {"seed": trial.seed, "length": trial.length}
-        | ({"member": trial.setting, "start": trial.start} if trial.epoch else {}),
+        | ({"member": trial.setting, "epoch": trial.epoch, "start": trial.start} if trial.epoch else {}),
         parent_run=parent,
     )
     record = replace(records.read(records.path_of(trial)), run_id=tracker.run_id or "")

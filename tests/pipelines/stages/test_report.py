@@ -208,6 +208,9 @@ def test_labels_tell_runs_apart() -> None:
         (("a",), [("s5",), ("vis4mer",)]),
         (("a",), [("1",)]),
         (("lr", "b"), [("0.001", "x"), ("0.01", "y"), ("0.1", "x"), ("0.3", "z")]),
+        # So many, and so far apart, that the axes are logarithmic and choose their marks.
+        (("lr",), [(f"{10 ** (-i / 3):.3g}",) for i in range(12)]),
+        (("lr", "b"), [(f"{10 ** (-i / 3):.3g}", f"{2**i}") for i in range(12)]),
     ],
 )
 def test_sweep_maps_of_all_kinds(keys: tuple[str, ...], values: list[tuple[str, ...]]) -> None:
@@ -216,6 +219,7 @@ def test_sweep_maps_of_all_kinds(keys: tuple[str, ...], values: list[tuple[str, 
     assert content is not None
     assert content.png.startswith(PNG)
     assert content.svg.startswith("<svg")
+    assert "mathdefault" not in content.svg
 
 
 def test_no_map_over_three_keys_or_without_results() -> None:

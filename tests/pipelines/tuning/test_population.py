@@ -174,7 +174,7 @@ def test_a_member_goes_on_from_a_copy_of_the_latest_checkpoint(tmp_path: Path) -
     trial = Trainer(plan_of(config)).run(most=8).plan.population
     assert trial is not None
     member = trial.advance({})[0]
-    with pytest.raises(StageError, match="there is no checkpoint in .*/finetune/checkpoints"):
+    with pytest.raises(StageError, match=r"there is no checkpoint in .*/finetune/checkpoints"):
         population.begin(member)
     source = made_checkpoint(Path(storage.join(member.start, "finetune", "checkpoints")))
     target = Path(storage.join(member.stages["finetune"].out, "checkpoints"))
