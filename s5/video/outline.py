@@ -35,8 +35,8 @@ def outline(source: Source, container: str) -> Outline:
     """Return the outline of a file, by FFmpeg's name of its format."""
     if container != "asf" and not container.startswith("mov"):
         return Outline()
-    with _file(source) as file:
-        found = list(_parts(file, _asf if container == "asf" else _iso))
+    with opened_file(source) as file:
+        found = list(parts_of(file, asf_object if container == "asf" else _iso))
     kinds = Counter(kind for kind, _, _ in found)
     if container == "asf":
         return Outline(max(1, kinds[ASF_HEADER]))
@@ -48,8 +48,8 @@ def outline(source: Source, container: str) -> Outline:
 
 def has_index(file: IO[bytes]) -> bool:
     """Return whether an open file is an mp4 or mov file without fragments, of which little need be read to probe it."""
-    with _file(file):
-        kinds = {kind for kind, _, _ in _parts(file, _iso)}
+    with opened_file(file):
+        kinds = {kind for kind, _, _ in parts_of(file, _iso)}
     return {b"moov", b"mdat"} <= kinds and b"moof" not in kinds
 
 
@@ -75,7 +75,7 @@ class Hollow:
 
 
 @contextmanager
-def _file(source: Source) -> Iterator[IO[bytes]]:
+def opened_file(source: Source) -> Iterator[IO[bytes]]:
     """Open a path; leave an open file, which FFmpeg is reading, where it stands."""
     if isinstance(source, str):
         with open(source, "rb") as file:
@@ -86,7 +86,7 @@ def _file(source: Source) -> Iterator[IO[bytes]]:
     source.seek(place)
 
 
-def _parts(file: IO[bytes], read: Callable[[bytes], tuple[bytes, int]]) -> Iterator[tuple[bytes, int, int]]:
+def parts_of(file: IO[bytes], read: Callable[[bytes], tuple[bytes, int]]) -> Iterator[tuple[bytes, int, int]]:
     """Yield kind, begin and end of each top-level box or object, up to one that has no length of its own."""
     end, place = file.seek(0, os.SEEK_END), 0
     while place < end:
@@ -104,7 +104,7 @@ def _iso(header: bytes) -> tuple[bytes, int]:
     return header[4:8], int.from_bytes(header[8:16], "big") if size == 1 else size
 
 
-def _asf(header: bytes) -> tuple[bytes, int]:
+def asf_object(header: bytes) -> tuple[bytes, int]:
     """GUID and size of an object (ASF specification, 2.1); a live recording does not state the size of its data."""
     guid, size = header[:16], int.from_bytes(header[16:24], "little")
     return guid, 0 if guid == ASF_DATA and size <= ASF_DATA_HEADER_BYTES else size

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from s5.errors import VideoError
+from s5.video.asf import lost_objects, missing_share
 from s5.video.frames import RESYNC_S
 from s5.video.opening import av_error, complaints, films, opened, packets_of, rate_of, short_reason, video_stream
 from s5.video.outline import Hollow, Outline, outline
@@ -117,6 +118,8 @@ def scan(source: Source) -> Contents:
             )
         stream = video_stream(container)
         packets = _packets_of(container, stream, about, hollow)
+        if container.format.name == "asf":
+            _check_asf(source, stream.id)
         _check_length(container, stream, packets, about.fragmented)
         rate, stated_s = float(rate_of(stream)), (container.duration or 0) / 1e6
         codec, name = str(stream.codec_context.codec.canonical_name), str(container.format.name)
@@ -270,6 +273,14 @@ def _check_length(container: av.container.InputContainer, stream: Any, packets: 
         raise VideoError(f"the file is damaged ({packets.hole_bytes} bytes in its middle cannot be read)")
     if stated_s - found_s > max(MISSING_S, MISSING_SHARE * stated_s):
         raise VideoError(f"truncated: {found_s:.1f} of the {stated_s:.1f} s that the file states are there")
+
+
+def _check_asf(source: Source, stream: int) -> None:
+    """Raise `VideoError` if a wmv file lacks data in its middle or at its end, which FFmpeg passes over."""
+    if lost := lost_objects(source, stream):
+        raise VideoError(f"the file is damaged ({lost} frames in its middle are lost or incomplete)")
+    if (missing := missing_share(source)) > MISSING_SHARE:
+        raise VideoError(f"truncated: {1 - missing:.0%} of the data that the file states are there")
 
 
 def _check_clock(starts_N: FloatArray, container: str, stated_s: float) -> None:

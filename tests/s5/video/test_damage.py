@@ -67,6 +67,23 @@ def test_lost_packets_of_flv(tmp_path: Path, end: int) -> None:
         probe(damage(whole, 40, end, 0))
 
 
+@pytest.mark.parametrize("codec", ["wmv2", "msmpeg4", "mpeg4"])
+@pytest.mark.parametrize("sound_s", [0.0, 6.0])
+def test_lost_packets_of_wmv(tmp_path: Path, codec: str, sound_s: float) -> None:
+    whole = write_coded(tmp_path / "a.wmv", codec, frames=600, noise=30, sound_s=sound_s)
+    assert probe(whole).num_frames == 600
+    stated = Path(whole).read_bytes()
+    for end in (41, 60):
+        Path(whole).write_bytes(stated)
+        with pytest.raises(
+            VideoError, match=r"the file is damaged \(\d+ frames in its middle are lost or incomplete\)"
+        ):
+            probe(damage(whole, 40, end, 255))
+    Path(whole).write_bytes(stated[: len(stated) * 3 // 4])
+    with pytest.raises(VideoError, match=r"truncated: 7\d% of the data that the file states are there"):
+        probe(whole)
+
+
 def test_a_damaged_frame_is_not_transcoded(tmp_path: Path) -> None:
     path = damage(write_coded(tmp_path / "a.mp4", "mpeg2video", 150), 40, 60, 255)
     with pytest.raises(VideoError, match=r"the frame at 1\.60 s"):
