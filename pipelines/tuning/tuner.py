@@ -6,7 +6,7 @@ A tracking database in a file keeps the processes of trials on the node of the s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +16,11 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 
-from pipelines import tracking
-from pipelines.config import SweepConfig
+from pipelines import storage, tracking
+from pipelines.config import SweepConfig, paths
 from pipelines.errors import StoppedError
 from pipelines.running import progress
-from pipelines.running.resources import own_node
+from pipelines.running.resources import nodes, own_node
 from pipelines.running.stage import Stage, in_thread, signals_received
 from pipelines.tuning import records
 from pipelines.tuning.placement import Placement
@@ -31,6 +31,8 @@ from pipelines.tuning.trials import Objective, TrialSettings
 
 # For a place on a node, without what it has to give.
 NEXT_TO_NOTHING = 0.001
+DRIVER_BYTES = 1 << 30
+"""Memory of a trial's process that drives workers."""
 POLL_SECONDS = 0.5
 # A stopped sweep waits this long for Tune to end the trials' processes; those left end with this one.
 STOP_SECONDS = 15.0
@@ -69,7 +71,7 @@ def run_trials(
     lines = TrialLines(stage.name, plan, stopper)
     scales = [getattr(config, name).scale for name in stages(config)]
     tuner = tune.Tuner(
-        tune.with_resources(trainable, lambda chosen: _resources(chosen[TRIAL])),
+        tune.with_resources(trainable, lambda chosen: tune.PlacementGroupFactory([held(chosen[TRIAL], nodes())])),
         tune_config=tune.TuneConfig(
             search_alg=TrialQueue(plan, placement),
             # Until the queue has no more.
@@ -115,17 +117,34 @@ class MedianRule(MedianStoppingRule):
         return str(TrialScheduler.CONTINUE)
 
 
-def _resources(trial: TrialSettings) -> tune.PlacementGroupFactory:
-    """Return what the process of a trial holds."""
+def held(trial: TrialSettings, has: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the resources that the process of a trial holds.
+
+    One that only drives workers holds memory, by which Ray spreads such processes over the nodes. It stays on this node
+    where it reads or writes what may be seen here alone.
+
+    Args:
+        trial: the trial, placed.
+        has: resources of each node.
+    """
     bundle: dict[str, float] = {}
     if trial.here:
         bundle = {"CPU": trial.held.cpus_per_worker}
         if gpus := trial.held.gpus_per_worker:
             bundle["GPU"] = gpus
-    uri = next(iter(trial.stages.values())).tracking.uri
-    if not trial.here or tracking.database(uri):
+    is_database = bool(tracking.database(next(iter(trial.stages.values())).tracking.uri))
+    has_room = any(node.get("memory", 0) >= DRIVER_BYTES for node in has)
+    if is_database or (not trial.here and not (has_room and _is_seen_everywhere(trial))):
         bundle[own_node()] = NEXT_TO_NOTHING
-    return tune.PlacementGroupFactory([bundle])
+    elif not trial.here:
+        bundle["memory"] = DRIVER_BYTES
+    return bundle
+
+
+def _is_seen_everywhere(trial: TrialSettings) -> bool:
+    """Return whether all that a trial reads and writes lies in object stores."""
+    named = (path for settings in trial.stages.values() for path, _ in paths(settings).values())
+    return all(map(storage.is_uri, named))
 
 
 def _trial_name(trial: Trial) -> str:

@@ -34,7 +34,7 @@ from pipelines.running import resources
 from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.stages import index, pretrain, sample, sweep
 from pipelines.tracking.history import Run, read_runs
-from pipelines.tuning import draws, placement, search_space, trials
+from pipelines.tuning import draws, placement, search_space, trials, tuner
 from tests.tiny import HEADS, TINY
 
 SMALL = TINY | {"loop.epochs": 1, "loop.evaluate_every": 0}
@@ -215,6 +215,31 @@ def test_a_database_in_a_file_does_not_keep_trials_from_other_nodes(monkeypatch:
     assert (workers_of(found), concurrent) == ({(0, 1)}, 3)
     with pytest.raises(UserError, match=r"scale.num_workers is 0: .* does not fit the node of the sweep; give 1"):
         fitted(monkeypatch, *cluster, pretrain__scale__num_workers=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory", "spread"),
+    [
+        ({}, 8e9, True),
+        ({}, 5e8, False),
+        ({"out": "out/sweep"}, 8e9, False),
+        ({"finetune.manifest": "out/index"}, 8e9, False),
+        ({"finetune.model.backbone.weights": "weights.pt"}, 8e9, False),
+        ({"finetune.tracking.uri": "sqlite:////tmp/mlflow.db"}, 8e9, False),
+    ],
+)
+def test_drivers_of_workers_spread_where_all_nodes_see_the_same(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], memory: float, spread: bool
+) -> None:
+    monkeypatch.setattr(tuner, "own_node", lambda: "node:here")
+    base = {"out": "s3://bucket/sweep", "finetune.manifest": "s3://bucket/index", "stages": "finetune"}
+    base |= {"space": ("optim.lr=0.1,0.2",), "finetune.scale.num_workers": 2, "tracking.uri": "http://mlflow:5000"}
+    trial = trials_of(override(SweepConfig(), base | {key: v for key, v in changes.items() if "tracking" not in key}))[
+        0
+    ]
+    tracked = {key.removeprefix("finetune."): value for key, value in changes.items() if "tracking" in key}
+    trial = dataclasses.replace(trial, stages={"finetune": override(trial.stages["finetune"], tracked)})
+    assert tuner.held(trial, [{"memory": memory}]) == ({"memory": 2**30} if spread else {"node:here": 0.001})
 
 
 def test_a_process_holds_what_the_neediest_of_its_stages_needs(monkeypatch: pytest.MonkeyPatch) -> None:
