@@ -47,6 +47,7 @@ from pipelines.recipes.roles import roles
 from pipelines.storage.weights import local_checkpoint, segment_encoder, trained_backbone
 from pipelines.tuning import search_space
 from pipelines.tuning.draws import Values, check_size, settings_of
+from pipelines.tuning.population import first_settings
 from pipelines.tuning.ready_spaces import resolved
 from pipelines.tuning.trials import seeds_of, trial_of
 from s5.config import ClipConfig, ModelConfig
@@ -242,6 +243,8 @@ def foreseen(config: SweepConfig) -> list[Values]:
     config = resolved(config)
     dimensions = search_space.parse(config)
     check_size(config, dimensions)
+    if config.search == "pbt":
+        return first_settings(config, dimensions)
     return settings_of(dataclasses.replace(config, search="random") if config.search == "tpe" else config, dimensions)
 
 

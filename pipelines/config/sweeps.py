@@ -67,6 +67,9 @@ class SweepConfig:
         require(not (self.early_stopping and self.against_seconds), "against_seconds", True, remedy)
         remedy = "early_stopping leaves the lucky seeds of each setting, whose mean says little; leave one of them out"
         require(not self.early_stopping or self.seeds == 1, "seeds", self.seeds, remedy)
+        for stage, settings in (("pretrain", self.pretrain), ("finetune", self.finetune)):
+            stop, remedy = settings.loop.stop_after_epoch, "trials train to their end, for comparison; give 0"
+            require(stop == 0, f"{stage}.loop.stop_after_epoch", stop, remedy)
         if self.search == "pbt":
             self._require_population()
 

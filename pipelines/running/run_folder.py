@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,6 @@ EXTENDED = {
         *("finetune.loop.epochs", "finetune.loop.steps"),
     )
 }
-LATER = "loop.stop_after_epoch"
-"""Setting of which another value goes on with a finished run."""
 # Of stages whose settings another stage holds: a sweep, a recipe.
 STAGE_GROUPS = ("", *(f"{group}." for group in GROUPS.values()))
 
@@ -113,9 +112,9 @@ class RunFolder:
         return None if result is not None and self._goes_on(result) else result
 
     def _goes_on(self, result: Mapping[str, Any]) -> bool:
-        """Return whether an earlier result is of a part of what this run trains, or of more."""
-        was, now = leaves_of(result.get("config", {})), leaves_of(to_json(self.stage, self.config))
-        return bool(was.get(LATER, 0) != now.get(LATER, 0))
+        """Return whether an earlier result is of a part of what this run trains."""
+        was, now = (_ends(leaves_of(each)) for each in (result.get("config", {}), to_json(self.stage, self.config)))
+        return any(end > was.get(loop, end) for loop, end in now.items())
 
     def _settings(self) -> dict[str, Any]:
         return to_json(self.stage, self.config) | {INPUTS: dict(self.inputs)}
@@ -162,6 +161,13 @@ class RunFolder:
                 f"--out {out!r} holds a run with {key} {before.get(key)!r}, not {now.get(key)!r}: "
                 "give another --out, or the same settings to resume"
             )
+
+
+def _ends(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """Return the epoch after which each loop among the settings of a stage ends."""
+    name = "loop.stop_after_epoch"
+    loops = {key.removesuffix(name): value for key, value in leaves.items() if key.endswith(name)}
+    return {loop: min(stop or math.inf, leaves[f"{loop}loop.epochs"]) for loop, stop in loops.items()}
 
 
 def _fixed(leaves: dict[str, Any]) -> dict[str, Any]:

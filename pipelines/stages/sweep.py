@@ -50,7 +50,7 @@ def run(config: SweepConfig) -> dict[str, Any]:
     placement = None
     if plan.waiting or plan.proposals:
         ensure_ray()
-        placement = fit_cluster(config, examples(config, parse(config)), plan.total)
+        placement = fit_cluster(config, examples(config, parse(config)), plan.most_at_once)
     with stage_run("sweep", config, params=chosen) as stage:
         if (few := plan.total // config.seeds) < config.samples and config.search == "random":
             stage.info(f"the space has about {few} settings only, fewer than {config.samples} samples")
@@ -108,15 +108,17 @@ def conclude(stage: Stage, plan: Plan) -> None:
     config, metric = plan.config, plan.objective.metric
     dimensions, found = parse(config), list(plan.records.values())
     stage.tracker.artifact(stage.folder.write_table(results.TABLE, results.table(list(dimensions), plan.records)))
+    # Members of a population are compared at their end; one that failed before took over another.
+    end = plan.population.ends[-1] if plan.population else 0
     failures = [record.failure for record in found if record.failure]
-    stage.counts |= {"trials": len(found), "failed": len(failures)}
-    # Members of a population are compared at their end.
-    end = max((record.epoch for record in found), default=0)
+    failed = [record for record in found if record.failure and record.epoch == end]
+    stage.counts |= {"trials": len(found), "failed": len(failed)}
     compared = {out: record for out, record in plan.records.items() if record.epoch == end}
     rows = results.settings_table(dimensions, compared, plan.objective)
     if not rows:
         reason = failures[0] if failures else "none finished"
-        raise StageError(f"every one of {len(found)} trials failed, as: {reason}")
+        what = "no member is left of the population" if plan.population else f"every one of {len(found)} trials failed"
+        raise StageError(f"{what}, as: {reason}")
     best = results.best_trial(compared, rows[0]["setting"], plan.objective)
     stage.metrics[metric] = rows[0][metric]["mean"]
     stage.details |= {"settings": rows, "best": rows[0]["setting"], "checkpoint": best.checkpoint}

@@ -12,8 +12,9 @@ from pyarrow import fs
 
 from pipelines import storage
 from s5.checkpoints.backend import CheckpointBackend, LocalBackend
-from s5.checkpoints.checkpoint import META
+from s5.checkpoints.checkpoint import META, verify
 from s5.checkpoints.history import CheckpointHistory
+from s5.errors import DamagedError
 
 BLOCK_BYTES = 1 << 24
 
@@ -29,7 +30,9 @@ def checkpoint_backend(path: str) -> CheckpointBackend:
 
 
 def copy_latest(source: str, target: str) -> bool:
-    """Copy the latest checkpoint below a path or URI to another one, unless that has one; return whether it has now.
+    """Copy the latest sound checkpoint below a path or URI to another one, and return whether that has one now.
+
+    One that is there already is left alone.
 
     Raises:
         OSError: one of the two places fails.
@@ -37,14 +40,17 @@ def copy_latest(source: str, target: str) -> bool:
     here, there = checkpoint_backend(source), checkpoint_backend(target)
     if CheckpointHistory(there).metas():
         return True
-    names = list(CheckpointHistory(here).metas())
-    if not names:
-        return False
-    with here.local(names[-1]) as folder:
-        # The meta data last: with it, the copy is complete.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == META):
-            there.put(names[-1], path.name, _blocks(path))
-    return True
+    for name in reversed(CheckpointHistory(here).metas()):
+        with here.local(name) as folder:
+            try:
+                verify(folder)
+            except DamagedError:
+                continue
+            # The meta data last: with it, the copy is complete.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == META):
+                there.put(name, path.name, _blocks(path))
+            return True
+    return False
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:

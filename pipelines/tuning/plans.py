@@ -12,7 +12,7 @@ from pipelines.tuning import records
 from pipelines.tuning.draws import as_setting, check_size, settings_of
 from pipelines.tuning.population import Population
 from pipelines.tuning.proposals import Proposals
-from pipelines.tuning.search_space import Choice, Dimension, Range, holds, parse, text_of
+from pipelines.tuning.search_space import Choice, Dimension, Range, holds, parse, stages, text_of
 from pipelines.tuning.trial_queue import Plan
 from pipelines.tuning.trials import Objective, Settings, TrialSettings, objective_of, seeds_of, trial_of
 
@@ -55,10 +55,13 @@ def _check_extension(config: SweepConfig, before: Mapping[str, Any]) -> None:
     now, remedy = parse(config), "give another --out, or a space that has all that is there"
     was = parse(override(config, {"space": before["space"]}))
     if "pbt" in (config.search, before.get("search")):
+        stage = stages(config)[-1]
+        length, epochs = f"{stage}.loop.epochs", getattr(config, stage).loop.epochs
         for name, earlier, here in (
             ("search", before.get("search", "grid"), config.search),
             ("samples", before.get("samples", 1), config.samples),
             ("space", was, now),
+            (length, before.get(length, epochs), epochs),
         ):
             if earlier != here:
                 raise UserError(f"{out} with another {name}, and a population cannot be extended: give another --out")
@@ -116,11 +119,11 @@ def _plan_of_population(
     here = inputs(population.trials[0])
     for record in found.values():
         records.check_inputs(config, record, here)
-    ended = {out: record for out, record in found.items() if record.status in records.ENDED}
+    ended = {out for out, record in found.items() if record.status in records.ENDED}
     waiting = [trial for trial in population.trials if trial.out not in ended]
-    again = {trial.out for trial in waiting}
-    known = {out: record for out, record in found.items() if out not in again}
-    return Plan(config, objective, waiting, known, inputs, population=population)
+    for trial in waiting:
+        found.pop(trial.out, None)
+    return Plan(config, objective, waiting, found, inputs, population=population)
 
 
 def _inputs_of(digests: Digests) -> Callable[[TrialSettings], dict[str, str]]:

@@ -2,7 +2,8 @@
 
 A member trains in parts, from one evaluation to the next. Each part is a trial like any other, in a folder of its own,
 so that its settings are those that it was trained with; it begins from a copy of a checkpoint. What follows from a
-generation depends on its records and the seed alone: a sweep that was ended decides the same again.
+generation depends on its records and the seed alone: a sweep that was ended decides the same again, unless a member
+that failed succeeds when it is tried again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipelines.tuning.trials import Objective, TrialSettings, seeds_of, trial_of
 
 ADJUSTABLE = (
     *("optim.lr", "optim.weight_decay", "optim.clip_norm"),
-    *("lsmcl.mask_ratio", "lsmcl.temperature", "lsmcl.momentum"),
+    *("lsmcl.mask_ratio", "lsmcl.temperature"),
     *("views.flip", "views.jitter", "views.jitter_share", "views.grey"),
 )
 """Settings that may change in mid-run: neither the weights' shapes nor the order of clips depend on them."""
@@ -36,6 +37,27 @@ QUANTILE = 0.25
 REDRAWN = 0.25
 """Share of taken-over values that are drawn anew; the others go up or down by `FACTOR`, or to a neighbouring choice."""
 FACTOR = 1.2
+
+
+def first_settings(config: SweepConfig, dimensions: Mapping[str, Dimension]) -> list[Values]:
+    """Return the values that members begin with.
+
+    Raises:
+        UserError: the space has a setting that cannot change in mid-run, or fewer settings than members.
+    """
+    for key in dimensions:
+        if key.removeprefix(f"{config.stages}.") not in ADJUSTABLE:
+            raise UserError(
+                f"space has {key}: search pbt changes settings in mid-run, which this one does not allow; give some of "
+                f"{', '.join(ADJUSTABLE)}, or another --search"
+            )
+    found = settings_of(config, dimensions)
+    if len(found) < config.samples:
+        raise UserError(
+            f"samples is {config.samples}: the space has about {len(found)} settings only, and each member begins with "
+            "another one; give fewer samples or more values"
+        )
+    return found
 
 
 class Population:
@@ -47,26 +69,15 @@ class Population:
         objective: what members are compared by.
 
     Raises:
-        UserError: the space has a setting that cannot change in mid-run, or fewer settings than members.
+        UserError: as `first_settings`.
     """
 
     def __init__(self, config: SweepConfig, dimensions: Mapping[str, Dimension], objective: Objective) -> None:
         self._config, self._dimensions, self._objective = config, dimensions, objective
-        for key in dimensions:
-            if key.removeprefix(f"{config.stages}.") not in ADJUSTABLE:
-                raise UserError(
-                    f"space has {key}: search pbt changes settings in mid-run, which this one does not allow; give "
-                    f"some of {', '.join(ADJUSTABLE)}, or another --search"
-                )
         loop = getattr(config, config.stages).loop
         self.ends = [*range(loop.evaluate_every, loop.epochs, loop.evaluate_every), loop.epochs]
         """Epochs after which generations end."""
-        first = settings_of(config, dimensions)
-        if len(first) < config.samples:
-            raise UserError(
-                f"samples is {config.samples}: the space has about {len(first)} settings only, and each member begins "
-                "with another one; give fewer samples or more values"
-            )
+        first = first_settings(config, dimensions)
         self.trials = [self._part(number, values, self.ends[0]) for number, values in enumerate(first)]
         """Those of the present generation, by member."""
         self._past: list[list[TrialSettings]] = []

@@ -109,6 +109,8 @@ def _check_free(config: SweepConfig, entry: str, key: str) -> None:
     own = re.sub(r"^(pretrain|finetune)\.", "", key)
     if own == "loop.seed":
         raise UserError(f"space is {entry!r}: seeds are an axis of their own; give --seeds N, from loop.seed on")
+    if own == "loop.stop_after_epoch":
+        raise UserError(f"space is {entry!r}: trials train to their end, for comparison; leave it out")
     if own == "checkpoint" and len(stages(config)) > 1:
         raise UserError(f"space is {entry!r}: trials fine-tune what they pretrain; give --stages finetune")
     if own == "out" or own.startswith("tracking."):

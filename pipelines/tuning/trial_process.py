@@ -14,15 +14,17 @@ from typing import Any
 
 from ray import tune
 
-from pipelines import tracking
+from pipelines import storage, tracking
 from pipelines.config import SweepConfig
 from pipelines.errors import StageError, UserError
+from pipelines.running.run_folder import CHECKPOINTS
 from pipelines.training.launcher import name_cluster
 from pipelines.tuning import population, records
 from pipelines.tuning.records import Record
 from pipelines.tuning.search_space import text_of
 from pipelines.tuning.trial_queue import FAILED_IN, FAILURE, PRETRAINED, SECONDS, TRIAL
 from pipelines.tuning.trials import Objective, TrialSettings
+from s5.checkpoints.history import checkpoint_name
 
 RunStage = Callable[..., dict[str, Any]]
 """A stage's `run`: called with its settings, `parent_run` and `on_row`, it returns its result."""
@@ -108,9 +110,12 @@ class StagesOfTrial:
                 is_last = stage == list(self._trial.stages)[-1]
                 on_row = self._report if is_last and self._followed else None
                 result = runners[stage](settings, parent_run=record.run_id, on_row=on_row)
-                metrics = record.metrics | metrics_of(result, settings.loop.stop_after_epoch > 0)
+                # The best checkpoint of a member's part may be the one that it began from.
+                is_part = self._trial.epoch > 0
+                checkpoint = last_checkpoint(settings.out, result) if is_part else result["checkpoint"]
+                metrics = record.metrics | metrics_of(result, best=not is_part)
                 seconds = (record.seconds or 0.0) + result["seconds"]
-                record = replace(record, metrics=metrics, seconds=seconds, checkpoint=result["checkpoint"])
+                record = replace(record, metrics=metrics, seconds=seconds, checkpoint=checkpoint)
                 if not is_last:
                     tune.report({PRETRAINED: True})
         except (UserError, StageError) as error:
@@ -132,18 +137,20 @@ class StagesOfTrial:
             tune.report({self._followed: row[self._followed], "epoch": round(self._epoch / loop.evaluate_every)})
 
 
-def metrics_of(result: Mapping[str, Any], goes_on: bool) -> dict[str, float]:
+def last_checkpoint(out: str, result: Mapping[str, Any]) -> str:
+    """Return the last checkpoint of a training stage's folder, from the stage's result."""
+    return storage.join(out, CHECKPOINTS, checkpoint_name(result["counts"]["steps"]))
+
+
+def metrics_of(result: Mapping[str, Any], *, best: bool) -> dict[str, float]:
     """Return a stage's metrics.
 
     Args:
         result: the stage's.
-        goes_on: it ended in mid-run. Otherwise the best checkpoint's value, where there is one, stands for that of the
-            last epoch.
+        best: the best checkpoint's value, where there is one, stands for that of the last epoch.
     """
     metrics = result["metrics"]
-    best = (
-        {}
-        if goes_on
-        else {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
-    )
-    return {key: value for key, value in metrics.items() if not key.startswith("best/")} | best
+    found = {key: value for key, value in metrics.items() if not key.startswith("best/")}
+    if best:
+        found |= {key.removeprefix("best/"): value for key, value in metrics.items() if key.startswith("best/")}
+    return found

@@ -54,6 +54,11 @@ class Plan:
         proposed = self.config.samples * self.config.seeds if self.proposals else 0
         return max(len(self.waiting) + len(self.records), proposed)
 
+    @property
+    def most_at_once(self) -> int:
+        """Trials of which none waits for another to end."""
+        return self.total if self.population is None else len(self.population.trials)
+
 
 class TrialQueue(Searcher):
     """Gives Tune the trials of a plan one after another.

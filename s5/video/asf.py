@@ -13,11 +13,13 @@ from s5.video.outline import ASF_DATA, ASF_DATA_HEADER_BYTES, ASF_HEADER, asf_ob
 from s5.video.reader import Source
 
 FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-PACKET_SIZE_PLACE, HEADER_OBJECT_BYTES, OBJECT_HEADER_BYTES = 92, 30, 24
+FLAGS_PLACE, PACKET_SIZE_PLACE, HEADER_OBJECT_BYTES, OBJECT_HEADER_BYTES = 88, 92, 30, 24
 NUMBERS = 256
 """Objects are numbered from 0 to 255, then from 0 again, where numbers have a byte, as in all files that are known."""
-COMPRESSED = 1
-"""Length of the replicated data of payloads that hold several small objects."""
+REPLICATED_BYTES = 8
+"""Least length of the data that states an object's size; payloads that hold several small objects have a byte."""
+BROADCAST = 1
+"""Flag of a recording whose header states no sizes."""
 
 
 class Payload(NamedTuple):
@@ -25,6 +27,8 @@ class Payload(NamedTuple):
 
     stream: int
     number: int
+    offset: int
+    """Where it begins in the object."""
     size: int
     """Bytes of this part."""
     object_size: int
@@ -33,9 +37,12 @@ class Payload(NamedTuple):
 
 def missing_share(source: Source) -> float:
     """Return the share of a wmv file's data that its header states and that is not there; 0 where it states nothing."""
+    about = _Properties(0, False)
     with opened_file(source) as file:
         for guid, start, end in parts_of(file, asf_object):
-            if guid == ASF_DATA:
+            if guid == ASF_HEADER:
+                about = _properties(file, start, end)
+            elif guid == ASF_DATA and about.states_sizes:
                 file.seek(start)
                 _, size = asf_object(file.read(OBJECT_HEADER_BYTES))
                 return 1 - (end - start) / size if size else 0.0
@@ -52,7 +59,8 @@ def lost_objects(source: Source, stream: int) -> int:
     lost, number, missing = 0, -1, 0
     with opened_file(source) as file:
         for payload in _payloads(file):
-            if payload.stream != stream:
+            # A recording may begin within an object.
+            if payload.stream != stream or (number < 0 and payload.offset):
                 continue
             if payload.number != number:
                 step = (payload.number - number) % NUMBERS if number >= 0 else 1
@@ -67,7 +75,7 @@ def _payloads(file: IO[bytes]) -> Iterator[Payload]:
     size = 0
     for guid, start, end in parts_of(file, asf_object):
         if guid == ASF_HEADER:
-            size = _packet_size(file, start, end)
+            size = _properties(file, start, end).packet_size
         elif guid == ASF_DATA and size:
             file.seek(start + ASF_DATA_HEADER_BYTES)
             for _ in range((end - start - ASF_DATA_HEADER_BYTES) // size):
@@ -80,20 +88,29 @@ def _payloads(file: IO[bytes]) -> Iterator[Payload]:
                 yield from found
 
 
-def _packet_size(file: IO[bytes], start: int, end: int) -> int:
-    """Return the size of all packets; 0 where the header does not say it."""
+class _Properties(NamedTuple):
+    """What the header of a file says."""
+
+    packet_size: int
+    """Bytes of all packets; 0 where it does not say it."""
+    states_sizes: bool
+    """Whether the sizes that it states are right."""
+
+
+def _properties(file: IO[bytes], start: int, end: int) -> _Properties:
     place = start + HEADER_OBJECT_BYTES
     while place + OBJECT_HEADER_BYTES <= end:
         file.seek(place)
         data = file.read(PACKET_SIZE_PLACE + 8)
         guid, size = asf_object(data)
-        if guid == FILE_PROPERTIES:
+        if guid == FILE_PROPERTIES and len(data) == PACKET_SIZE_PLACE + 8:
             least, most = data[PACKET_SIZE_PLACE : PACKET_SIZE_PLACE + 4], data[PACKET_SIZE_PLACE + 4 :]
-            return int.from_bytes(least, "little") if least == most else 0
+            states_sizes = not data[FLAGS_PLACE] & BROADCAST
+            return _Properties(int.from_bytes(least, "little") if least == most else 0, states_sizes)
         if size < OBJECT_HEADER_BYTES:
-            return 0
+            break
         place += size
-    return 0
+    return _Properties(0, False)
 
 
 class _Packet:
@@ -125,13 +142,13 @@ class _Packet:
     def _payload(self, properties: int, length_kind: int | None, end: int) -> Payload:
         stream = self._number(1) & 0x7F
         number = self._coded(properties >> 4)
-        self._coded(properties >> 2)
+        offset = self._coded(properties >> 2)
         replicated = self._coded(properties)
         object_size = int.from_bytes(self._data[self._place : self._place + 4], "little")
         self._skip(replicated)
         size = end - self._place if length_kind is None else self._coded(length_kind)
         self._skip(size)
-        return Payload(stream, number % NUMBERS, size, -1 if replicated == COMPRESSED else object_size)
+        return Payload(stream, number % NUMBERS, offset, size, -1 if replicated < REPLICATED_BYTES else object_size)
 
     def _coded(self, kind: int) -> int:
         """Return a number of 0, 1, 2 or 4 bytes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import deque
 from collections.abc import Generator
 from statistics import median
 from typing import Any
@@ -35,7 +36,7 @@ PAIRS = 4
 """Pairs of a worker's batch."""
 TASKS = 8
 """Decode tasks in all."""
-WARM, STEPS = 4, 24
+WARM, STEPS, AHEAD = 4, 24, 2
 CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.25)
 
 
@@ -110,10 +111,14 @@ def by_one(manifest: Any, workers: int) -> tuple[float, float, float]:
 
     def steps(first: int, last: int) -> None:
         # Two batches ahead, as workers prefetch.
-        ahead = [reader.shares.options(num_returns=workers).remote() for _ in range(first, last)]
-        for refs in ahead:
-            shares = refs if isinstance(refs, list) else [refs]
-            ray.get([each.take.remote(share) for each, share in zip(actors, shares, strict=True)])
+        ahead: deque[Any] = deque()
+        for step in range(first, last + AHEAD):
+            if step < last:
+                ahead.append(reader.shares.options(num_returns=workers).remote())
+            if step >= first + AHEAD:
+                refs = ahead.popleft()
+                shares = refs if isinstance(refs, list) else [refs]
+                ray.get([each.take.remote(share) for each, share in zip(actors, shares, strict=True)])
 
     steps(0, 1)
     started = time.perf_counter() - began
@@ -134,7 +139,7 @@ def timed(run: Any, actors: list[Any]) -> tuple[float, float]:
 def main() -> None:
     """Measure, print, and write out/bench/executions.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8], choices=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     start_ray(2)

@@ -20,6 +20,7 @@ from pipelines.storage.checkpoint_backend import copy_latest
 from pipelines.tuning import plans, population, records, results
 from pipelines.tuning.placement import Placement
 from pipelines.tuning.records import Record
+from pipelines.tuning.trial_process import StagesOfTrial
 from pipelines.tuning.trial_queue import TRIAL, Plan, TrialQueue
 from pipelines.tuning.trials import TrialSettings
 from s5.checkpoints.checkpoint import verify
@@ -163,6 +164,23 @@ def test_choices_go_to_a_neighbour_or_are_drawn_anew(tmp_path: Path) -> None:
     assert len(trainer.trained) == 80
 
 
+def test_the_last_part_is_judged_by_its_own_end(tmp_path: Path) -> None:
+    """Not by the checkpoint that it began from, which may be better."""
+    found = Trainer(plan_of(sweep_of(tmp_path))).run(most=8).plan.population
+    assert found is not None
+    trial = dataclasses.replace(found.advance({})[0], start="")
+
+    def finetune(settings: Any, parent_run: str, on_row: Any) -> dict[str, Any]:
+        metrics = {METRIC: 0.5, f"best/{METRIC}": 0.9}
+        return {"metrics": metrics, "seconds": 1.0, "checkpoint": "the first", "counts": {"steps": 12}}
+
+    record = StagesOfTrial(trial, "")(records.started(trial, {}), {"finetune": finetune})
+    assert record.metrics[METRIC] == 0.5
+    assert record.checkpoint == f"{trial.out}/finetune/checkpoints/step_00000012"
+    alone = dataclasses.replace(trial, epoch=0)
+    assert StagesOfTrial(alone, "")(records.started(alone, {}), {"finetune": finetune}).metrics[METRIC] == 0.9
+
+
 def made_checkpoint(folder: Path) -> str:
     """Train a toy for a few steps, and return its folder of checkpoints."""
     lsmcl_loop(SoloContext(folder)).run()
@@ -186,8 +204,11 @@ def test_a_member_goes_on_from_a_copy_of_the_latest_checkpoint(tmp_path: Path) -
     assert [path.name for path in target.iterdir()] == [latest]
     assert verify(target / latest) == verify(Path(source) / latest)
     # One of its own is left alone.
-    shutil.rmtree(source)
+    (target / latest / "optimizer.safetensors").write_bytes(b"damaged")
     population.begin(member)
+    assert (target / latest / "optimizer.safetensors").read_bytes() == b"damaged"
+    assert not copy_latest(str(target), str(tmp_path / "elsewhere"))
+    shutil.rmtree(source)
     assert not copy_latest(source, str(tmp_path / "elsewhere"))
 
 
@@ -219,6 +240,7 @@ def test_checkpoints_of_two_generations_are_kept(tmp_path: Path) -> None:
             "finetune.loop.steps is 9: a population is compared after epochs; give",
         ),
         ({"seeds": 2}, "seeds is 2: members of a population take over each other's weights"),
+        ({"finetune.loop.stop_after_epoch": 3}, "finetune.loop.stop_after_epoch is 3: trials train to their end"),
         ({"stages": "pretrain+finetune"}, "stages is 'pretrain[+]finetune': a population trains in one stage"),
         ({"early_stopping": True}, "early_stopping is True: a population replaces its worst members instead"),
         ({"against_seconds": True}, "against_seconds is True: a population compares one metric"),
@@ -231,7 +253,12 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: st
 
 @pytest.mark.parametrize(
     ("changes", "what"),
-    [({"samples": 9}, "samples"), ({"search": "random"}, "search"), ({"space": (f"{LR}=uniform(0.1,1)",)}, "space")],
+    [
+        ({"samples": 9}, "samples"),
+        ({"search": "random"}, "search"),
+        ({"space": (f"{LR}=uniform(0.1,1)",)}, "space"),
+        ({"finetune.loop.epochs": 9}, "finetune.loop.epochs"),
+    ],
 )
 def test_a_population_is_not_extended(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     config = sweep_of(tmp_path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from s5.errors import VideoError
+from s5.video import asf
 from s5.video.choice import choose
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reading import probe, read_clips
@@ -82,6 +83,21 @@ def test_lost_packets_of_wmv(tmp_path: Path, codec: str, sound_s: float) -> None
     Path(whole).write_bytes(stated[: len(stated) * 3 // 4])
     with pytest.raises(VideoError, match=r"truncated: 7\d% of the data that the file states are there"):
         probe(whole)
+
+
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_live_recordings_of_wmv_may_begin_anywhere_and_state_wrong_sizes(tmp_path: Path, first: int) -> None:
+    path = Path(write_coded(tmp_path / "a.wmv", "wmv2", frames=200, noise=30))
+    content = bytearray(path.read_bytes())
+    data, properties = content.index(asf.ASF_DATA), content.index(asf.FILE_PROPERTIES)
+    content[data + 16 : data + 24] = (1 << 62).to_bytes(8, "little")
+    content[properties + asf.FLAGS_PLACE] |= asf.BROADCAST
+    packets = data + asf.ASF_DATA_HEADER_BYTES
+    del content[packets : packets + 3200 * first]
+    path.write_bytes(content)
+    assert asf.lost_objects(str(path), 1) == 0
+    assert asf.missing_share(str(path)) == 0
+    assert probe(str(path)).num_frames > 100
 
 
 def test_a_damaged_frame_is_not_transcoded(tmp_path: Path) -> None:
