@@ -52,7 +52,7 @@ define step
 endef
 
 ifeq ($(VIDEOS),)
-quickstart: $(READY)  ## The whole line on rendered videos, about 7 minutes; VIDEOS=folder for your own
+quickstart: $(READY)  ## The whole line on rendered videos, 7 to 12 minutes; VIDEOS=folder for your own
 	$(call step,1/7 sample: render 240 videos of ten activities (10 s),sample --preset quickstart --out $(OUT)/videos)
 	$(call step,2/7 index: probe them into a manifest (15 s),index --preset quickstart --out $(OUT)/index --videos $(OUT)/videos)
 	$(call step,3/7 pretrain: LSMCL on 2 workers (2 min),pretrain --preset quickstart --out $(OUT)/pretrain --manifest $(OUT)/index)

@@ -13,7 +13,7 @@ import argparse
 import tempfile
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from statistics import median
 from typing import Any
 
@@ -74,7 +74,8 @@ class Worker:
 class Reader:
     """Reads batches for all workers by one execution."""
 
-    def __init__(self, manifest: pa.Table, workers: int) -> None:
+    def begin(self, manifest: pa.Table, workers: int) -> None:
+        """Start an execution; an earlier one ends."""
         self._batches, self._workers = batches(manifest, workers, 0, 1), workers
 
     def shares(self) -> Any:
@@ -89,51 +90,51 @@ class Reader:
         return found if self._workers > 1 else found[0]
 
 
-def by_own(manifest: Any, workers: int) -> tuple[float, float, float]:
-    """Return seconds to the first batches, and seconds and CPU seconds of the counted steps, by an execution each."""
-    actors = [Worker.remote() for _ in range(workers)]
-    began = time.perf_counter()
+class Case:
+    """Times steps of so many workers."""
 
-    def steps(first: int, last: int) -> None:
-        ray.get([each.read.remote(manifest, workers, rank, first, last) for rank, each in enumerate(actors)])
+    def __init__(self, manifest: Any, most: int) -> None:
+        self._manifest, self._reader = manifest, Reader.remote()
+        self._actors = [Worker.remote() for _ in range(most)]
 
+    def own(self, workers: int) -> tuple[float, float, float]:
+        """Return seconds to the first batches, and seconds and CPU seconds of the counted steps; an execution each."""
+        actors = list(enumerate(self._actors[:workers]))
+
+        def steps(first: int, last: int) -> None:
+            ray.get([each.read.remote(self._manifest, workers, rank, first, last) for rank, each in actors])
+
+        return timed(steps)
+
+    def one(self, workers: int) -> tuple[float, float, float]:
+        """Return the same by one execution for all."""
+        actors = self._actors[:workers]
+
+        def steps(first: int, last: int) -> None:
+            if first == 0:
+                self._reader.begin.remote(self._manifest, workers)
+            # Two batches ahead, as workers prefetch.
+            ahead: deque[Any] = deque()
+            for step in range(first, last + AHEAD):
+                if step < last:
+                    ahead.append(self._reader.shares.options(num_returns=workers).remote())
+                if step >= first + AHEAD:
+                    refs = ahead.popleft()
+                    shares = refs if isinstance(refs, list) else [refs]
+                    ray.get([each.take.remote(share) for each, share in zip(actors, shares, strict=True)])
+
+        return timed(steps)
+
+
+def timed(steps: Callable[[int, int], None]) -> tuple[float, float, float]:
+    """Return the seconds to the first batches, and the seconds and CPU seconds of the counted steps."""
+    begin = time.perf_counter()
     steps(0, 1)
-    started = time.perf_counter() - began
+    started = time.perf_counter() - begin
     steps(1, WARM)
-    return (started, *timed(lambda: steps(WARM, WARM + STEPS), actors))
-
-
-def by_one(manifest: Any, workers: int) -> tuple[float, float, float]:
-    """Return the same by one execution for all."""
-    reader = Reader.remote(manifest, workers)
-    actors = [Worker.remote() for _ in range(workers)]
-    began = time.perf_counter()
-
-    def steps(first: int, last: int) -> None:
-        # Two batches ahead, as workers prefetch.
-        ahead: deque[Any] = deque()
-        for step in range(first, last + AHEAD):
-            if step < last:
-                ahead.append(reader.shares.options(num_returns=workers).remote())
-            if step >= first + AHEAD:
-                refs = ahead.popleft()
-                shares = refs if isinstance(refs, list) else [refs]
-                ray.get([each.take.remote(share) for each, share in zip(actors, shares, strict=True)])
-
-    steps(0, 1)
-    started = time.perf_counter() - began
-    steps(1, WARM)
-    return (started, *timed(lambda: steps(WARM, WARM + STEPS), [reader, *actors]))
-
-
-def timed(run: Any, actors: list[Any]) -> tuple[float, float]:
-    """Return the seconds and CPU seconds of a call, and end the actors."""
     begin, used = time.perf_counter(), cpu_seconds()
-    run()
-    found = time.perf_counter() - begin, cpu_seconds_since(used)
-    for actor in actors:
-        ray.kill(actor)
-    return found
+    steps(WARM, WARM + STEPS)
+    return started, time.perf_counter() - begin, cpu_seconds_since(used)
 
 
 def main() -> None:
@@ -148,12 +149,14 @@ def main() -> None:
         sample.run(SampleConfig(out=f"{folder}/videos", videos=80, seconds=10, tracking=off, test_share=0, val_share=0))
         index.run(IndexConfig(videos=f"{folder}/videos", out=f"{folder}/index", tracking=off))
         manifest = ray.put(read_manifest(f"{folder}/index"))
-        cases = {"an execution each": by_own, "one for all": by_one}
+        case = Case(manifest, max(options.workers))
+        cases = {"an execution each": case.own, "one for all": case.one}
         found: dict[str, dict[int, list[tuple[float, float, float]]]] = {name: {} for name in cases}
         for _ in range(options.rounds):
             for workers in options.workers:
-                for name, case in cases.items():
-                    found[name].setdefault(workers, []).append(case(manifest, workers))
+                for name, measure in cases.items():
+                    found[name].setdefault(workers, []).append(measure(workers))
+                    print(f"{name}, {workers} workers: {found[name][workers][-1]}", flush=True)
     rows = []
     for name, by_workers in found.items():
         for workers, measured in by_workers.items():
