@@ -30,6 +30,8 @@ class SampleConfig:
     """`easy`: plain backgrounds and one colour a step; `hard`: photographs behind and free colours."""
     seconds: float = 64.0
     """Mean length of a video."""
+    empty_share: float = 0.3
+    """Mean share of a video that shows no step but distractors; that of each video is up to 0.1 more or less."""
     fps: int = 8
     """Frames a second."""
     size: int = 64
@@ -47,6 +49,8 @@ class SampleConfig:
         require(self.videos >= 1, "videos", self.videos, "give at least 1")
         require(self.fps >= 1, "fps", self.fps, "give at least 1")
         require(self.seconds >= 10, "seconds", self.seconds, "give at least 10")
+        remedy = "give a value in [0.1, 0.9]"
+        require(0.1 <= self.empty_share <= 0.9, "empty_share", self.empty_share, remedy)
         require(self.size >= 32 and self.size % 2 == 0, "size", self.size, "give an even number of at least 32")
         require(0 <= self.val_share < 1, "val_share", self.val_share, "give a value in [0, 1)")
         require(0 <= self.test_share < 1 - self.val_share, "test_share", self.test_share, "leave room for training")

@@ -127,11 +127,12 @@ def split_of(turn: int, val_share: float, test_share: float) -> Literal["train",
 def plan_stretches(config: SampleConfig, steps: tuple[int, ...], number: int) -> tuple[Stretch, ...]:
     """Draw the length of a video, 0.95 to 1.15 times `seconds`, and of its stretches.
 
-    Uninformative stretches take 20 to 40 % of it; they lie before, between and after the steps.
+    Uninformative stretches take `empty_share` of it, up to 0.1 more or less; they lie before, between and after the
+    steps.
     """
     rng = np.random.default_rng((config.seed, number, 0))
     frames = round(config.seconds * rng.uniform(0.95, 1.15) * config.fps)
-    share = rng.uniform(0.2, 0.4)
+    share = config.empty_share + rng.uniform(-0.1, 0.1)
     weights = np.empty(2 * len(steps) + 1)
     weights[0::2] = share * normalised(rng.uniform(0.3, 1.7, size=len(steps) + 1))
     weights[1::2] = (1 - share) * normalised(rng.uniform(0.5, 1.5, size=len(steps)))

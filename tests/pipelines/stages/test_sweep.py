@@ -391,8 +391,8 @@ def test_a_member_that_only_goes_on_is_a_run_by_hand(manifest: str, tmp_path: Pa
 @pytest.mark.usefixtures("ray_local", "another_cluster")
 def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path) -> None:
     # Long enough for a trial not to end by itself before it is stopped.
-    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=25)
-    folders = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio},seed=0,25epochs" for ratio in (0.25, 0.75))
+    config = of_pretraining(manifest, tmp_path, pretrain__loop__epochs=60)
+    folders = (tmp_path / "sweep" / "trials" / f"mask_ratio={ratio},seed=0,60epochs" for ratio in (0.25, 0.75))
     first, second = (folder / "pretrain" for folder in folders)
     sent: list[float] = []
 
