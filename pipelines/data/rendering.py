@@ -11,10 +11,11 @@ import dataclasses
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -206,17 +207,48 @@ class Scene:
         return np.ascontiguousarray(windows[self.y.at(times), self.x.at(times)].transpose(0, 2, 3, 1))
 
 
-def draw_stretch(plan: VideoPlan, scene: Scene, stretch: Stretch, rng: np.random.Generator) -> Frames:
-    """Return the frames of a stretch: the background with two or three moving digits, or with distractors."""
+class Moving(NamedTuple):
+    """An object of a stretch: what it covers, its colour, and where its corner is at each frame."""
+
+    mask: NDArray[np.float32]
+    """[S, S], 0 to 1."""
+    colour: NDArray[np.float32]
+    """RGB [3], 0 to 255."""
+    y: NDArray[np.int64]
+    x: NDArray[np.int64]
+
+
+def objects(plan: VideoPlan, stretch: Stretch, rng: np.random.Generator) -> Iterator[Moving]:
+    """Draw the two or three moving digits, or distractors, of a stretch."""
     times = np.arange(stretch.start, stretch.end)
-    frames = scene.view(times, plan.size)
     for _ in range(rng.integers(2, 4)):
         side = round(plan.size * rng.uniform(*OBJECT_SIDES[plan.difficulty]))
         mask = distractor(side, rng) if stretch.step is None else digit(stretch.step, plan.split, side, rng)
         speed = (0.04 * plan.size / plan.fps, 0.25 * plan.size / plan.fps)
         y, x = (Path1D.draw(plan.size - side, speed, rng).at(times) for _ in range(2))
-        paste(frames, mask, object_colour(plan.difficulty, stretch.step, rng), y, x)
+        yield Moving(mask, object_colour(plan.difficulty, stretch.step, rng), y, x)
+
+
+def draw_stretch(plan: VideoPlan, scene: Scene, stretch: Stretch, rng: np.random.Generator) -> Frames:
+    """Return the frames of a stretch: the background with its objects."""
+    frames = scene.view(np.arange(stretch.start, stretch.end), plan.size)
+    for moving in objects(plan, stretch, rng):
+        paste(frames, *moving)
     return frames
+
+
+def step_pixels(plan: VideoPlan) -> NDArray[np.bool_]:
+    """Return [T, H, W]: which pixels of a plan's video show an object of a step, more than the background behind it."""
+    rng = np.random.default_rng(plan.seed)
+    # What is drawn for the background comes first.
+    Scene.draw(plan, rng)
+    covered: Frames = np.zeros((plan.frames, plan.size, plan.size, 3), np.uint8)
+    white = np.full(3, 255, np.float32)
+    for stretch in plan.stretches:
+        for moving in objects(plan, stretch, rng):
+            if stretch.step is not None:
+                paste(covered[stretch.start : stretch.end], *moving._replace(colour=white))
+    return covered[..., 0] > 127
 
 
 def paste(

@@ -91,7 +91,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
             config, stage, meta, backbone, manifest, left, decoders
         )
         black = np.zeros((backbone.frames, *[backbone.config.frame_size] * 2, 3), np.uint8)
-        index = finish(stage.out, meta, shards, on_host(encode(backbone, black, config.precision))[0])
+        index = finish(stage.out, meta, manifest, shards, on_host(encode(backbone, black, config.precision))[0])
         summarise(stage, index, meta, kept=len(done), strangers=[])
     return stage.result
 

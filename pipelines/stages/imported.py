@@ -54,7 +54,7 @@ def run(config: FeaturesConfig) -> dict[str, Any]:
         left = [shard for shard in range(shards) if shard not in done]
         import_all(config, stage, meta, rows, left, tasks)
         # A clip that is longer than its video is filled with zeros, as in ViS4mer.
-        index = finish(stage.out, meta, shards, np.zeros((meta.tokens, meta.width), np.float16))
+        index = finish(stage.out, meta, manifest, shards, np.zeros((meta.tokens, meta.width), np.float16))
         summarise(stage, index, meta, kept=len(done), strangers=strangers)
     return stage.result
 

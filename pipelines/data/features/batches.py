@@ -26,7 +26,6 @@ from pipelines.data.clip_order import ClipOrder
 from pipelines.data.decode_tasks import NO_LABEL, ClipSpec
 from pipelines.data.features.cache import TokenArray, check_fresh, read_meta
 from pipelines.data.features.reader import FeatureReader
-from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.storage.weights import weights_digest
 from s5.batch import ClipBatch
@@ -127,7 +126,7 @@ def check_features(
         raise UserError(
             "features come from a trained backbone: give the checkpoint or model.backbone.weights that computed them"
         )
-    check_fresh(folder, meta, backbone, weights_digest(weights or {}), digest(manifest))
+    check_fresh(folder, meta, backbone, weights_digest(weights or {}), manifest)
     check_stride(meta.frames_per_second, clips, protocol, manifest["fps"].to_pylist(), pairs)
     return meta.digest
 

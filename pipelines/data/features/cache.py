@@ -2,6 +2,7 @@
 
 FEATURES/features.json         `FeatureMeta`; written last, so that features without it are known to be unfinished
 FEATURES/index.parquet         a row of INDEX per video of the manifest, in its order
+FEATURES/videos.parquet        the same videos as the manifest has them: id, file and stretch
 FEATURES/padding.npy           tokens (N, D) of a black frame, used beyond the end of a video
 FEATURES/shards/00012.arrow    frames of some videos: `time_s` and `tokens`; a record batch is a chunk of one video
 FEATURES/shards/00012.parquet  their rows of the index; written last, so that a shard without it is recomputed
@@ -29,6 +30,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipelines import storage
+from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from pipelines.running.run_folder import SHARDS
 from s5.config import SEGMENTS, BackboneConfig
@@ -38,7 +40,9 @@ TokenArray = npt.NDArray[np.float16]
 FloatArray = npt.NDArray[np.float64]
 
 FORMAT = 1
-META, INDEX_FILE, PADDING = "features.json", "index.parquet", "padding.npy"
+META, INDEX_FILE, PADDING, VIDEOS = "features.json", "index.parquet", "padding.npy", "videos.parquet"
+STRETCH = ("video_id", "uri", "start_s", "end_s")
+"""Columns of a manifest that features depend on."""
 INDEX = pa.schema(
     [
         ("video_id", pa.string()),
@@ -172,10 +176,11 @@ def shard_writer(folder: str, shard: int, meta: FeatureMeta) -> Iterator[ShardWr
             writer.close()
 
 
-def finish(folder: str, meta: FeatureMeta, shards: int, padding_ND: TokenArray) -> pa.Table:
+def finish(folder: str, meta: FeatureMeta, manifest: pa.Table, shards: int, padding_ND: TokenArray) -> pa.Table:
     """Write the files that complete the features, and return the index."""
     index = pa.concat_tables([storage.read_table(shard_path(folder, shard, "parquet")) for shard in range(shards)])
     storage.write_table(storage.join(folder, INDEX_FILE), index)
+    storage.write_table(storage.join(folder, VIDEOS), manifest.select(STRETCH))
     buffer = io.BytesIO()
     np.save(buffer, padding_ND)
     storage.write_bytes(storage.join(folder, PADDING), buffer.getvalue())
@@ -240,15 +245,17 @@ def with_imported(config: BackboneConfig, folder: str) -> BackboneConfig:
     return replace(config, tokens=meta.tokens, width=meta.width, weights="", made_by=made_by)
 
 
-def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weights: str, manifest: str) -> None:
-    """Check that features were produced by the backbone and manifest of this run.
+def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weights: str, manifest: pa.Table) -> None:
+    """Check that features were produced by the backbone of this run, from the videos of its manifest.
+
+    A manifest may have fewer videos than there are features of, or other labels and splits.
 
     Args:
         folder: the features.
         meta: what produced them.
         backbone: settings of the backbone.
         weights: digest of its weights.
-        manifest: digest of the manifest.
+        manifest: the manifest.
 
     Raises:
         UserError: they differ; names the difference.
@@ -260,8 +267,20 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
             f"{stale} with other weights of the backbone than this run's; recompute them, or give the checkpoint or "
             "model.backbone.weights that they were computed with"
         )
-    if meta.manifest != manifest:
-        raise UserError(f"{stale} from another manifest, or it has changed since; recompute or import them again")
+    if meta.manifest == digest(manifest):
+        return
+    again = "; recompute or import them again"
+    path = storage.join(storage.absolute(folder), VIDEOS)
+    if not storage.exists(path):
+        raise UserError(f"{stale} from another manifest, or it has changed since{again}")
+    videos = manifest.select(STRETCH)
+    strange = videos.join(storage.read_table(path), list(STRETCH), join_type="left anti")
+    if len(strange):
+        first = min(strange["video_id"].to_pylist())
+        raise UserError(
+            f"{stale} from another manifest, which lacks {len(strange)} of the {len(videos)} videos or has another "
+            f"file or stretch of them, such as {first!r}{again}"
+        )
 
 
 def check_backbone(folder: str, meta: FeatureMeta, backbone: BackboneConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from pyarrow import fs
@@ -437,9 +438,20 @@ def test_other_weights_and_another_manifest_are_refused(
     other = write_weights(tmp_path / "other.safetensors", 2)
     with pytest.raises(UserError, match="computed with other weights of the backbone than this run's"):
         finetune.build_job(override(config, {"model.backbone.weights": other}))
-    storage.write_table(str(tmp_path / "less" / "manifest.parquet"), read_manifest(manifest).slice(1))
-    with pytest.raises(UserError, match="computed from another manifest"):
-        finetune.build_job(override(config, {"manifest": str(tmp_path / "less")}))
+    videos, folder = read_manifest(manifest), tmp_path / "changed"
+    changed = override(config, {"manifest": str(folder)})
+
+    def stored(table: pa.Table) -> None:
+        storage.write_table(str(folder / "manifest.parquet"), table)
+
+    # Fewer videos, in another order and with other splits, are served.
+    stored(videos.take(pa.array(range(len(videos) - 2, -1, -1))))
+    assert finetune.build_job(changed).inputs["features"] == finetune.build_job(config).inputs["features"]
+    longer = pc.add(videos["end_s"], 0.5)
+    stored(videos.set_column(videos.schema.get_field_index("end_s"), videos.schema.field("end_s"), longer))
+    first = min(videos["video_id"].to_pylist())
+    with pytest.raises(UserError, match=rf"which lacks {len(videos)} of the {len(videos)} videos .* such as '{first}'"):
+        finetune.build_job(changed)
 
 
 def test_a_backbone_that_learns_or_has_no_weights_has_no_features(tmp_path: Path) -> None:

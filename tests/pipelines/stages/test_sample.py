@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 
 from pipelines.config import SampleConfig, TrackingConfig
-from pipelines.data.rendering import GOP_SECONDS, STEP_NAMES, VideoPlan, render_video, stored_digest
+from pipelines.data.rendering import (
+    GOP_SECONDS,
+    STEP_NAMES,
+    Scene,
+    VideoPlan,
+    draw_stretch,
+    render_video,
+    step_pixels,
+    stored_digest,
+)
 from pipelines.errors import UserError
 from pipelines.stages import sample
 
@@ -117,6 +126,14 @@ def test_first_videos_stay_the_same_when_the_data_set_grows() -> None:
     assert few[7].path.endswith("/v00007.mp4")
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_the_uninformative_share_is_that_of_the_settings(share: float) -> None:
+    for plan in sample.draw_videos(dataclasses.replace(SMALL, empty_share=share)):
+        empty = sum(stretch.end - stretch.start for stretch in plan.stretches if stretch.step is None)
+        # Each stretch has a frame at least.
+        assert abs(empty / plan.frames - share) < 0.1 + len(plan.stretches) / plan.frames
+
+
 # --- rendering ------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +190,27 @@ def test_hard_backgrounds_move_and_have_texture(tmp_path: Path) -> None:
     )
     assert np.median(np.abs(easy[0] - easy[1])) <= 2
     assert np.median(np.abs(hard[0] - hard[1])) > 2
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "hard"])
+def test_step_pixels_are_where_the_objects_of_steps_are(difficulty: Any) -> None:
+    plan = sample.draw_videos(SampleConfig(videos=1, seconds=10, fps=4, size=64, difficulty=difficulty))[0]
+    shown_THW = step_pixels(plan)
+    rng = np.random.default_rng(plan.seed)
+    scene = Scene.draw(plan, rng)
+    for stretch in plan.stretches:
+        frames = draw_stretch(plan, scene, stretch, rng).astype(int)
+        behind = scene.view(np.arange(stretch.start, stretch.end), plan.size).astype(int)
+        found = shown_THW[stretch.start : stretch.end]
+        changed = (frames != behind).any(-1)
+        if stretch.step is None:
+            assert changed.any()
+            assert not found.any()
+            continue
+        assert found.any((1, 2)).all()
+        # Each pixel of an object shows it, and no other pixel but the faint rim of one differs from the background.
+        assert changed[found].mean() > 0.99
+        assert (changed & ~found).sum() < changed.sum() / 2
 
 
 # --- the stage ------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from pipelines.data.features.importing import (
     segment_frames,
 )
 from pipelines.data.features.reader import FeatureReader
-from pipelines.data.manifest import SCHEMA
+from pipelines.data.manifest import SCHEMA, digest
 from pipelines.errors import UserError
 from s5.config import BackboneConfig, ModelConfig
 from s5.errors import VideoError
@@ -74,6 +74,9 @@ def manifest(*videos: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(videos), SCHEMA)
 
 
+OF_FEATURES, OTHER = manifest(video("a", 4.0)), manifest(video("b", 4.0))
+
+
 def meta_of(fps: float = 1.0, name: str = "vit-l") -> FeatureMeta:
     return FeatureMeta(
         backbone={"name": name},
@@ -82,7 +85,7 @@ def meta_of(fps: float = 1.0, name: str = "vit-l") -> FeatureMeta:
         std=[],
         precision="",
         frames_per_second=fps,
-        manifest="m",
+        manifest=digest(OF_FEATURES),
         tokens=TOKENS,
         width=WIDTH,
         chunk_frames=4,
@@ -98,7 +101,7 @@ def imported(
     shards = rows["shard"].to_pylist()
     for shard in range(shards[-1] + 1):
         import_shard(rows.slice(shards.index(shard), shards.count(shard)), str(out), meta_of(fps))
-    index = finish(str(out), meta_of(fps), shards[-1] + 1, np.zeros((TOKENS, WIDTH), np.float16))
+    index = finish(str(out), meta_of(fps), videos, shards[-1] + 1, np.zeros((TOKENS, WIDTH), np.float16))
     return index.to_pylist(), strangers
 
 
@@ -490,7 +493,7 @@ def test_imported_features_stand_in_for_the_frame_encoder(tmp_path: Path) -> Non
     assert model(torch.zeros(2, 5, TOKENS, WIDTH).half()).logits_BC.shape == (2, 4)
     with pytest.raises(ValueError, match=r"frames are given: the model reads imported features of 'vit-l'; give those"):
         model(torch.zeros(1, 5, 224, 224, 3, dtype=torch.uint8))
-    check_fresh(folder, meta_of(), config, "", "m")
+    check_fresh(folder, meta_of(), config, "", OF_FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -513,13 +516,13 @@ def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: 
 def test_a_model_with_a_frame_encoder_reads_no_imported_features(name: str, frozen: bool, tmp_path: Path) -> None:
     """Nor where name and sizes agree: what made the features may have had other weights."""
     with pytest.raises(UserError, match=rf"imported ones of 'vit-l', .* a frame encoder of its own, '{name}'; give"):
-        check_fresh(features_folder(tmp_path), meta_of(), BackboneConfig(name=name, frozen=frozen), "", "m")
+        check_fresh(features_folder(tmp_path), meta_of(), BackboneConfig(name=name, frozen=frozen), "", OF_FEATURES)
 
 
 def test_another_manifest_and_missing_features_are_refused(tmp_path: Path) -> None:
     folder = features_folder(tmp_path)
     with pytest.raises(UserError, match=r"from another manifest, or it has changed since"):
-        check_fresh(folder, meta_of(), with_imported(BackboneConfig(name="vit-l", frozen=True), folder), "", "other")
+        check_fresh(folder, meta_of(), with_imported(BackboneConfig(name="vit-l", frozen=True), folder), "", OTHER)
     changes = {"model.backbone.frozen": True, "model.backbone.tokens": 3, "model.backbone.width": 8}
     with pytest.raises(UserError, match=r"backbone.tokens is 3: imported features stand in for the frame encoder then"):
         override(FinetuneConfig(), changes)
