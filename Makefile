@@ -1,6 +1,6 @@
 # Everything runs in .venv, which `make setup` fills with the versions that constraints.txt pins.
 .DEFAULT_GOAL := help
-.PHONY: help setup test drills check quickstart simulate clean
+.PHONY: help setup test drills check quickstart simulate study clean
 
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
@@ -73,6 +73,9 @@ bench-%: $(READY)  ## A benchmark: bench-NAME runs tests/bench/NAME.py, ARGS="--
 
 simulate: $(READY)  ## What 8 to 1,024 workers would reach, by tests/bench/simulate.py, beside 1 to 8 processes here (3 min)
 	$(PYTHON) -m tests.bench.simulate $(ARGS)
+
+study: $(READY)  ## What the method does of what it claims, on rendered videos; ARGS=--quick for 10 minutes
+	$(PYTHON) -m tests.bench.study $(ARGS)
 
 clean:  ## Remove what quickstart and the tools made; your runs and .venv stay
 	rm -rf out/quickstart out/videos .mypy_cache .ruff_cache .pytest_cache *.egg-info

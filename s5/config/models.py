@@ -116,9 +116,6 @@ class SelectionConfig:
     """Temperature rho at the start of training: of the sigmoid (`own`) or the Gumbel-softmax (`shared`)."""
     temperature_end: float = 1.0
     """Temperature rho at the end of training; exponential in between."""
-    noise_end: float = 1.0
-    """Scale of the Gumbel noise at the end of training, to which it falls linearly from 1. With 0 training ends on the
-    tokens that evaluation keeps, which has no noise; the paper's is 1."""
     momentum: float = 0.99
     """Momentum of the moving average that makes the momentum S4."""
     momentum_s4: Literal["convolution", "layer"] = "convolution"
@@ -130,7 +127,6 @@ class SelectionConfig:
             require(0 < ratio <= 1, "selection.keep_ratio", ratio, "give values in (0, 1]")
         require(self.temperature > 0, "selection.temperature", self.temperature, "give a positive number")
         require(self.temperature_end > 0, "selection.temperature_end", self.temperature_end, "give a positive number")
-        require_range("selection.noise_end", self.noise_end, 0, 1)
         require_range("selection.momentum", self.momentum, 0, 1)
         forms = ("convolution", "layer")
         require(self.momentum_s4 in forms, "selection.momentum_s4", self.momentum_s4, "give convolution or layer")

@@ -223,7 +223,6 @@ class Selection(nn.Module):
     """
 
     temperature: Tensor
-    noise: Tensor
 
     def __init__(self, config: SelectionConfig, online: SSMLayer) -> None:
         super().__init__()
@@ -239,10 +238,9 @@ class Selection(nn.Module):
             self.generator = TransformerGenerator(online.ssm.width)
         # A tensor, and filled in place: a number would be compiled in again at each change.
         self.register_buffer("temperature", torch.tensor(config.temperature), persistent=False)
-        self.register_buffer("noise", torch.ones(()), persistent=False)
 
     def set_progress(self, progress: float) -> None:
-        """Set temperature (exponential) and scale of the noise (linear) for a share of the training, 0 to 1.
+        """Set the temperature for a share of the training, 0 to 1: exponential from start to end.
 
         Raises:
             ValueError: `progress` is not in [0, 1].
@@ -251,7 +249,6 @@ class Selection(nn.Module):
             raise ValueError(f"progress is {progress}: give the share of the training that is done, 0 to 1")
         start, end = self.config.temperature, self.config.temperature_end
         self.temperature.fill_(start * (end / start) ** progress)
-        self.noise.fill_(1 - progress * (1 - self.config.noise_end))
 
     def logits(self, tokens_BLD: Tensor) -> Tensor:
         """Logits (B, L) of normalised tokens, constant for random selection; no gradient for the tokens."""
@@ -267,8 +264,7 @@ class Selection(nn.Module):
         return logits_BL
 
     def uniform(self, x_BLD: Tensor, seeds_B: Tensor | None, stream: str) -> Tensor | None:
-        """Numbers (B, L) in [0, 1) whose Gumbel noise -log(-log(u)) is that of uniform ones times the noise's scale;
-        None for plain top-K.
+        """Uniform numbers (B, L) for the Gumbel noise; None for plain top-K.
 
         Raises:
             ValueError: there are no seeds in training.
@@ -279,11 +275,7 @@ class Selection(nn.Module):
             if self.training:
                 raise ValueError("seeds_B is None: give a seed a sample, or rng.fresh_seeds, in training")
             seeds_B = torch.zeros(x_BLD.shape[0], dtype=torch.int64, device=x_BLD.device)
-        uniform_BL = rng.uniform(seeds_B, stream, x_BLD.shape[1])
-        if self.generator is None or self.config.noise_end == 1:
-            return uniform_BL
-        # Half of what is next to 0, whose logarithm is infinite.
-        return torch.exp(-((-uniform_BL.clamp_min(2**-25).log()) ** self.noise))
+        return rng.uniform(seeds_B, stream, x_BLD.shape[1])
 
     def forward(self, x_BLD: Tensor, tokens_BLD: Tensor, k: int, seeds_B: Tensor | None, stream: str) -> Selected:
         """Keep K tokens of the block's input.
@@ -310,5 +302,5 @@ class Selection(nn.Module):
         if not self.training or seeds_B is None:
             return None
         length = logits_BL.shape[1]
-        scores_BL = gumbel_scores(logits_BL, self.uniform(logits_BL, seeds_B, f"{stream}.again"))
+        scores_BL = gumbel_scores(logits_BL, rng.uniform(seeds_B, f"{stream}.again", length))
         return overlap(indices_BK, torch.topk(scores_BL, indices_BK.shape[1]).indices, length)

@@ -33,12 +33,14 @@ import pipelines
 from pipelines.config import SampleConfig, override
 from pipelines.config.presets import preset
 from s5 import load_model
+from tests.bench.study_results import FRAMES, write_results
 
-SECONDS_OF_VIDEO, FRAMES = 64, 60
 KEEP_RATIO = "model.decoder.selection.keep_ratio"
 GENERATOR = "model.decoder.selection.generator"
 SHARES = {"5": 0.05, "10": 0.1, "100": 1.0}
 """Per cent of the labels, by the names of their manifests."""
+SIZES = ("name", "frame_size", "depth", "embed_dim", "num_heads")
+"""What says how large the frame encoder is."""
 PRETRAININGS: dict[str, dict[str, Any]] = {
     "lsmcl": {},
     "no-masking": {"lsmcl.mask_ratio": 0.0},
@@ -68,7 +70,7 @@ class Study:
             out=self.path("videos"),
             videos=1440,
             classes="order-only",
-            seconds=SECONDS_OF_VIDEO,
+            seconds=64.0,
             empty_share=0.5,
             val_share=1 / 3,
             test_share=0.0,
@@ -101,9 +103,6 @@ def prepare(study: Study) -> None:
         folder = Path(study.path("labels", name))
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(with_labels(table, share), folder / "manifest.parquet")
-
-
-SIZES = ("name", "frame_size", "depth", "embed_dim", "num_heads")
 
 
 def with_labels(table: pa.Table, share: float) -> pa.Table:
@@ -234,9 +233,6 @@ def main() -> None:
     seeds = options.seeds or (2 if options.quick else 3)
     study = Study(out, seeds, options.steps, options.data_seed, options.quick)
     run(study)
-    # Not needed until here, and matplotlib takes a second.
-    from tests.bench.study_results import write_results
-
     write_results(study)
 
 
