@@ -13,6 +13,8 @@ VIDEOS ?=
 OUT ?= $(if $(VIDEOS),out/videos,out/quickstart)
 RUN := $(PYTHON) -m pipelines
 INSTALL := -c constraints.txt -e '.[pipelines,dev]'
+# As uv does, modules are compiled once they are imported: most never are.
+BY_PIP := install --no-compile --progress-bar off $(INSTALL)
 TESTS ?=
 ARGS ?=
 
@@ -30,8 +32,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c $(NEW_ENOUGH) 2>/dev/null || $(BASE) -m venv --clear .venv >/dev/null 2>&1 \
 		|| $(BASE) -m venv --clear --without-pip .venv
 	@if command -v uv >/dev/null 2>&1 && uv pip install --python $(PYTHON) $(INSTALL); then :; \
-	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m pip install --progress-bar off $(INSTALL); \
-	else $(BASE) -m pip --python $(PYTHON) install --progress-bar off $(INSTALL); fi
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m pip $(BY_PIP); \
+	else $(BASE) -m pip --python $(PYTHON) $(BY_PIP); fi
 	@touch $@
 
 test: $(READY)  ## Run the tests; TESTS=tests/s5 for a part, ARGS="-m 'not slow'" for pytest's options

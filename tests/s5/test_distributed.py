@@ -28,6 +28,8 @@ from s5.training.step import Stepper
 from tests.s5.toys import MODEL, TASK, batch, lsmcl_loop
 
 BATCH, STEPS = 8, 3
+GROUPS = ["two", pytest.param("four", marks=pytest.mark.drill)]
+"""Fixtures of so many workers; four only add minutes of imports."""
 Worker = Callable[[int, int], Any]
 
 
@@ -156,7 +158,7 @@ def in_parts(rank: int, world: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["two", "four"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(request: pytest.FixtureRequest, group: str) -> None:
     """The negatives of each pair are those of all workers and all parts."""
     whole = in_parts(0, 1)
@@ -165,7 +167,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(request: pytest.Fixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["two", "four"])
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("worker", [pretrain, pretrain_unevenly, finetune, finetune_unevenly])
 def test_workers_train_as_one(request: pytest.FixtureRequest, worker: Worker, group: str) -> None:
     """Metrics, gradients, running statistics, weights and momentum branch; also of a batch shared unevenly."""
