@@ -47,6 +47,13 @@ PRETRAININGS: dict[str, dict[str, Any]] = {
     "same-stride": {"clips.short_stride": 2.0},
 }
 """What each pretraining of the pyramid changes of LSMCL."""
+ATTENTION = {
+    "clips.frames": FRAMES // 2,
+    "optim.lr": 1e-3,
+    "model.decoder.attention.features": 64,
+    "model.decoder.attention.prototypes": 32,
+}
+"""What the decoders with attention have of their own."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +177,8 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
             shares = list(SHARES) if name == "lsmcl" else ["5"]
             labels(f"from-{name}", shares, study.path("pretrained", name))
 
-    names = "tsn,vis4mer,s5,lst,performer,orthoformer,vtm"
     all_parts: dict[str, Callable[[], None]] = {
         "prepare": lambda: prepare(study),
-        "decoders": lambda: sweep(study, "decoders", [f"model.decoder.name={names}"]),
         "selection": lambda: sweep(
             study, "selection", [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,random,transformer"]
         ),
@@ -183,6 +188,11 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
             [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,transformer"],
             **{"model.decoder.selection.features": "backbone"},
         ),
+        # Attention costs minutes a trial at 60 frames, and learns nothing at the others' learning rate.
+        "decoders": lambda: sweep(
+            study, "decoders", ["model.decoder.name=tsn,vis4mer,s5,vtm"], **{"clips.frames": FRAMES // 2}
+        ),
+        "attention": lambda: sweep(study, "attention", ["model.decoder.name=lst,performer,orthoformer"], **ATTENTION),
         "pretrain": lambda: pretrain(study),
         "scratch": lambda: labels("scratch", list(SHARES), ""),
         "pretrained": forms,
@@ -199,7 +209,7 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
             **{"model.decoder.selection.features": "backbone"},
         ),
     }
-    left_out = ("backbone-features", "frames", "frames-learned") if study.quick else ()
+    left_out = ("attention", "frames", "frames-learned") if study.quick else ()
     return {name: part for name, part in all_parts.items() if name not in left_out}
 
 

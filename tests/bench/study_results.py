@@ -39,6 +39,7 @@ TELLS = 1 / 16
 DROPPED = (0.0, 0.1, 0.3, 0.6)
 SWEEPS = (
     "decoders",
+    "attention",
     "selection",
     "backbone-features",
     "scratch",
@@ -53,7 +54,7 @@ SWEEPS = (
 def write_results(study: Study) -> None:
     """Write study.json, study.md and study.png below the study's folder, and print the tables."""
     sweeps = {name: trials(study, name) for name in SWEEPS if Path(study.path(name, "sweep.parquet")).exists()}
-    names = [name for name in ("decoders", "selection", "backbone-features") if name in sweeps]
+    names = [name for name in ("selection", "backbone-features") if name in sweeps]
     rows = {name: settings(sweeps[name]) for name in sweeps}
     kept = {name: where_kept(study, sweeps[name]) for name in names}
     robust = {
@@ -232,7 +233,8 @@ def draw(found: Mapping[str, Any]) -> Figure:
     """Draw accuracy against training time of all decoders, and where the kept tokens lie."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for setting, row in found["settings"].get("decoders", {}).items():
+    decoders = found["settings"].get("decoders", {}) | found["settings"].get("attention", {})
+    for setting, row in decoders.items():
         low, high = row["interval"] or (row["mean"], row["mean"])
         left.errorbar(row["seconds"], row["mean"], [[row["mean"] - low], [high - row["mean"]]], fmt="o", capsize=3)
         left.annotate(setting.partition("=")[2], (row["seconds"], row["mean"]), (6, 6), textcoords="offset points")
@@ -240,8 +242,6 @@ def draw(found: Mapping[str, Any]) -> Figure:
     left.set(xscale="log", xlabel="seconds of training, one core", ylabel="accuracy, held-out videos", ylim=(0, 1.05))
     for name, rows in found["kept"].items():
         for setting, row in rows.items():
-            if name == "decoders":
-                continue
             label = f"{name}: {setting.replace('generator=', '').replace('keep_ratio=', 'keep ')}"
             right.plot(row["recall"]["mean"], row["precision"]["mean"], "o")
             at = (row["recall"]["mean"], row["precision"]["mean"])
