@@ -106,8 +106,9 @@ class SelectionConfig:
     generator: Literal["linear", "transformer", "random", "none"] = "linear"
     """Mask generator: one linear layer, one transformer layer, random tokens, or none (all tokens kept). `vtm` has
     saliencies of its own, and merges nothing with none."""
-    features: Literal["s4", "backbone"] = "s4"
-    """What the mask generator sees: momentum S4 features or the block's own input tokens."""
+    features: Literal["s4", "backbone"] = "backbone"
+    """What the mask generator sees. `backbone`: the block's own input tokens. `s4`: momentum S4 features, which the
+    paper found to guide better; on the videos of docs/study.md they guide worse."""
     estimator: Literal["own", "shared"] = "own"
     """How the mask generator gets a gradient. `own`: each kept token is judged in its own place, by the gradient of
     `sigmoid(logit / rho) * token` there; ours. `shared`: one softmax-weighted mean of all tokens is added to every kept
@@ -130,6 +131,10 @@ class SelectionConfig:
         require_range("selection.momentum", self.momentum, 0, 1)
         forms = ("convolution", "layer")
         require(self.momentum_s4 in forms, "selection.momentum_s4", self.momentum_s4, "give convolution or layer")
+        for name in ("momentum", "momentum_s4"):
+            value, remedy = getattr(self, name), "backbone features have no momentum S4; give selection.features s4"
+            unused = self.features != "s4" and value != getattr(SelectionConfig, name)
+            require(not unused, f"selection.{name}", value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ MODEL = ModelConfig(
     backbone=BackboneConfig(
         name="vit_tiny_patch16_224", frame_size=32, depth=1, embed_dim=16, num_heads=2, patch_size=8
     ),
-    decoder=DecoderConfig(blocks=2, ssm=SSMConfig(state=8), selection=SelectionConfig(keep_ratio=(0.5,))),
+    decoder=DecoderConfig(blocks=2, ssm=SSMConfig(state=8), selection=SelectionConfig(features="s4")),
 )
 TASK = LSMCLConfig(hidden=32, dim=16, mask_ratio=0.5, freeze_patches=False)
 STEPS, STEPS_PER_EPOCH, BATCH = 8, 4, 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ from tests.s5.models.test_decoders import NAMES, PYRAMIDS, build, pyramid, token
 def test_momentum_s4_out_of_range_is_named() -> None:
     with pytest.raises(ValueError, match=r"selection.momentum_s4 is 'all': give convolution or layer"):
         SelectionConfig(momentum_s4="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"momentum_s4": "layer"}])
+def test_settings_of_a_momentum_s4_that_is_not_there(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"backbone features have no momentum S4; give selection.features s4"):
+        SelectionConfig(**settings)
 
 
 def test_refuses_wrong_shapes() -> None:

@@ -32,7 +32,7 @@ def build(name: DecoderName, width: int = 16, selection: SelectionConfig | None 
         name=name,
         ssm=SSMConfig(state=8),
         attention=ATTENTION,
-        selection=selection or SelectionConfig(),
+        selection=selection or SelectionConfig(features="s4"),
         blocks=2,
         dropout=0.2,
         positions=30,
@@ -203,7 +203,7 @@ def test_every_parameter_but_the_average_learns(name: DecoderName, generator: Li
 
 
 def test_momentum_follows_training() -> None:
-    decoder = pyramid(selection=SelectionConfig(momentum=0.5))
+    decoder = pyramid(selection=SelectionConfig(features="s4", momentum=0.5))
     block = decoder.blocks[0]
     assert isinstance(block, Block)
     assert block.selection is not None
@@ -218,7 +218,7 @@ def test_momentum_follows_training() -> None:
 
 
 def test_a_whole_layer_follows_and_starts_from_weights_without_selection() -> None:
-    decoder = pyramid(selection=SelectionConfig(momentum=0.5, momentum_s4="layer"))
+    decoder = pyramid(selection=SelectionConfig(features="s4", momentum=0.5, momentum_s4="layer"))
     plain = pyramid("vis4mer")
     decoder.load_state_dict(plain.state_dict(), strict=False)
     decoder.reset_momentum()

@@ -63,10 +63,11 @@ def test_normed_convolution(kind: Literal["s4d", "s4"], bidirectional: bool, len
 
 @pytest.mark.parametrize("k", [1, 9, 20])
 @pytest.mark.parametrize("noisy", [True, False])
-@pytest.mark.parametrize("features", ["s4", "backbone"])
+@pytest.mark.parametrize(
+    ("features", "momentum_s4"), [("s4", "convolution"), ("s4", "layer"), ("backbone", "convolution")]
+)
 @pytest.mark.parametrize("kind", ["s4d", "s4"])
 @pytest.mark.parametrize("estimator", ["own", "shared"])
-@pytest.mark.parametrize("momentum_s4", ["convolution", "layer"])
 def test_selective_convolution(
     momentum_s4: Literal["convolution", "layer"],
     estimator: Estimator,

@@ -179,8 +179,7 @@ def test_scores_are_those_of_the_momentum_features(form: Literal["convolution", 
     torch.testing.assert_close(torch.autograd.grad((fast * upstream).sum(), weight)[0], by_features)
 
 
-@pytest.mark.parametrize("form", ["convolution", "layer"])
-@pytest.mark.parametrize("features", ["s4", "backbone"])
+@pytest.mark.parametrize(("features", "form"), [("s4", "convolution"), ("s4", "layer"), ("backbone", "convolution")])
 @pytest.mark.parametrize("generator", ["linear", "transformer", "random"])
 def test_generators(
     generator: Literal["linear", "transformer", "random"],
@@ -253,7 +252,7 @@ def test_none_is_no_selection() -> None:
 
 def test_bf16_autocast_compares_logits_in_fp32() -> None:
     torch.manual_seed(0)
-    for settings in ({}, {"momentum_s4": "layer"}, {"features": "backbone"}):
+    for settings in ({}, {"features": "s4"}, {"features": "s4", "momentum_s4": "layer"}):
         selection = Selection(SelectionConfig(**settings), build_ssm(SSMConfig(state=8), 8))  # type: ignore[arg-type]
         x = tokens(dtype=torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
