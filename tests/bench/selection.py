@@ -179,8 +179,19 @@ def cases() -> dict[str, Case]:
         found.append(Case(name=f"keep 0.5 shared, {features}", selection=replace(config, estimator="shared")))
     for label, changes in CLIPS.items():
         found += [replace(case, name=f"{label}: {case.name}", **changes) for case in found[:1]]
-        found += [Case(name=f"{label}: keep 0.5 own, s4", **changes)]
-        found += [Case(name=f"{label}: keep 0.5 {kind}, s4", alternative=kind, **changes) for kind in ALTERNATIVES]
+        found += [
+            Case(name=f"{label}: keep 0.5 own, {features}", selection=SelectionConfig(features=features), **changes)  # type: ignore[arg-type]
+            for features in ("s4", "backbone")
+        ]
+        found += [
+            Case(
+                name=f"{label}: keep 0.5 {kind}, s4",
+                selection=SelectionConfig(features="s4"),
+                alternative=kind,
+                **changes,
+            )
+            for kind in ALTERNATIVES
+        ]
     found += [Case(name="1 token: lst", decoder="lst", tokens=1)]
     found += [Case(name=f"1 token: lst, lr {lr:g}", decoder="lst", tokens=1, lr=lr) for lr in (1e-3, 3e-4)]
     return {case.name: case for case in found}
