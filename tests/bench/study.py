@@ -188,14 +188,12 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
             [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,transformer"],
             **{"model.decoder.selection.features": "backbone"},
         ),
-        # Attention costs minutes a trial at 60 frames, and learns nothing at the others' learning rate.
-        "decoders": lambda: sweep(
-            study, "decoders", ["model.decoder.name=tsn,vis4mer,s5,vtm"], **{"clips.frames": FRAMES // 2}
-        ),
-        "attention": lambda: sweep(study, "attention", ["model.decoder.name=lst,performer,orthoformer"], **ATTENTION),
         "pretrain": lambda: pretrain(study),
         "scratch": lambda: labels("scratch", list(SHARES), ""),
         "pretrained": forms,
+        "decoders": lambda: sweep(
+            study, "decoders", ["model.decoder.name=tsn,vis4mer,s5,vtm"], **{"clips.frames": FRAMES // 2}
+        ),
         "frames": lambda: sweep(
             study,
             "frames",
@@ -208,6 +206,8 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
             ["clips.frames=15,30,60", f"{KEEP_RATIO}=[1.0],[0.5],[0.25]"],
             **{"model.decoder.selection.features": "backbone"},
         ),
+        # Attention costs minutes a trial at 60 frames, and learns nothing at the others' learning rate.
+        "attention": lambda: sweep(study, "attention", ["model.decoder.name=lst,performer,orthoformer"], **ATTENTION),
     }
     left_out = ("attention", "frames", "frames-learned") if study.quick else ()
     return {name: part for name, part in all_parts.items() if name not in left_out}
