@@ -36,6 +36,7 @@ from s5 import load_model
 from tests.bench.study_results import FRAMES, write_results
 
 KEEP_RATIO = "model.decoder.selection.keep_ratio"
+FEATURES = "model.decoder.selection.features"
 GENERATOR = "model.decoder.selection.generator"
 SHARES = {"5": 0.05, "10": 0.1, "100": 1.0}
 """Per cent of the labels, by the names of their manifests."""
@@ -180,19 +181,25 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
     all_parts: dict[str, Callable[[], None]] = {
         "prepare": lambda: prepare(study),
         "selection": lambda: sweep(
-            study, "selection", [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,random,transformer"]
+            study,
+            "selection",
+            [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,random,transformer"],
+            **{FEATURES: "s4"},
         ),
         "backbone-features": lambda: sweep(
             study,
             "backbone-features",
             [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,transformer"],
-            **{"model.decoder.selection.features": "backbone"},
+            **{FEATURES: "backbone"},
         ),
         "pretrain": lambda: pretrain(study),
         "scratch": lambda: labels("scratch", list(SHARES), ""),
         "pretrained": forms,
         "decoders": lambda: sweep(
-            study, "decoders", ["model.decoder.name=tsn,vis4mer,s5,vtm"], **{"clips.frames": FRAMES // 2}
+            study,
+            "decoders",
+            ["model.decoder.name=tsn,vis4mer,s5,vtm"],
+            **{FEATURES: "backbone", "clips.frames": FRAMES // 2},
         ),
         "frames": lambda: sweep(
             study,
@@ -204,7 +211,7 @@ def parts(study: Study) -> dict[str, Callable[[], None]]:
             study,
             "frames-learned",
             ["clips.frames=15,30,60", f"{KEEP_RATIO}=[1.0],[0.5],[0.25]"],
-            **{"model.decoder.selection.features": "backbone"},
+            **{FEATURES: "backbone"},
         ),
         # Attention costs minutes a trial at 60 frames, and learns nothing at the others' learning rate.
         "attention": lambda: sweep(study, "attention", ["model.decoder.name=lst,performer,orthoformer"], **ATTENTION),
