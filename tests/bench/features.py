@@ -69,8 +69,9 @@ def make(folder: str, videos: int, minutes: float) -> tuple[pa.Table, int]:
         storage.write_table(shard_path(folder, shard, "parquet"), pa.Table.from_pylist([place | {"reason": ""}], INDEX))
         facts = {"start_s": 0.0, "end_s": 60 * minutes, "duration_s": 60 * minutes, "fps": 25.0, "num_frames": 1}
         rows.append({"video_id": f"v{shard}", "uri": "", "split": "train", "width": 1, "height": 1} | facts)
-    finish(folder, meta, videos, noise[0])
-    return pa.Table.from_pylist(rows, SCHEMA), videos * len(times)
+    manifest = pa.Table.from_pylist(rows, SCHEMA)
+    finish(folder, meta, manifest, videos, noise[0])
+    return manifest, videos * len(times)
 
 
 class Plain:

@@ -55,7 +55,7 @@ def write_index(folder: str, manifest: pa.Table) -> None:
     columns |= {name: pa.array(np.zeros(count, np.int64)) for name in ("shard", "batch", "frames")}
     columns["start_s"] = pa.array(np.zeros(count))
     storage.write_table(shard_path(folder, 0, "parquet"), pa.table(columns).select(INDEX.names).cast(INDEX))
-    finish(folder, meta, 1, np.zeros((1, 1), np.float16))
+    finish(folder, meta, manifest, 1, np.zeros((1, 1), np.float16))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

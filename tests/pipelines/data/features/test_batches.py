@@ -56,11 +56,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, pa.Table, Fl
                     chunk = slice(first, first + CHUNK)
                     writer.add(times_T[chunk], tokens_VTND[video, chunk])
         storage.write_table(shard_path(folder, shard, "parquet"), pa.Table.from_pylist(rows, INDEX))
-    finish(folder, meta, VIDEOS // 2, np.full((TOKENS, WIDTH), 7, np.float16))
     facts = {"uri": "", "split": "train", "width": 1, "height": 1, "start_s": 0.0, "end_s": float(FRAMES)}
     facts |= {"duration_s": float(FRAMES), "fps": 25.0, "num_frames": 25 * FRAMES}
-    videos = [{"video_id": f"v{video}"} | facts for video in range(VIDEOS)]
-    return folder, pa.Table.from_pylist(videos, SCHEMA), tokens_VTND
+    manifest = pa.Table.from_pylist([{"video_id": f"v{video}"} | facts for video in range(VIDEOS)], SCHEMA)
+    finish(folder, meta, manifest, VIDEOS // 2, np.full((TOKENS, WIDTH), 7, np.float16))
+    return folder, manifest, tokens_VTND
 
 
 def source(folder: str, prefetch: int) -> CachedClips:
