@@ -1,7 +1,7 @@
 """The study: does the method do on videos what it claims? Through the project's own stages and sweeps.
 
-    make study                       # about half an hour on 2 CPU cores
-    make study ARGS="--quick"        # two seeds, the main sweeps alone, about 10 minutes
+    make study                       # somewhat over an hour on 2 CPU cores
+    make study ARGS="--quick"        # two seeds, and fewer sweeps
 
 Videos of six classes that are the six orders of the same three steps, half of each without any step. A small frame
 encoder is pretrained on them by LSMCL, without labels, and frozen; its tokens are computed once. All decoders learn
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, help="seeds of each setting; 0 for 3, quick 2")
     parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning")
     parser.add_argument("--data-seed", type=int, default=2026, help="seed of the videos")
-    parser.add_argument("--quick", action="store_true", help="the main sweeps alone, about 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer sweeps")
     options = parser.parse_args()
     out = Path(options.out).absolute()
     seeds = options.seeds or (2 if options.quick else 3)
