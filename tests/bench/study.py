@@ -250,7 +250,7 @@ def main() -> None:
     seeds = options.seeds or (2 if options.quick else 3)
     study = Study(out, seeds, options.steps, options.data_seed, options.quick)
     run(study)
-    write_results(study)
+    write_results(study.out, study.sample)
 
 
 if __name__ == "__main__":

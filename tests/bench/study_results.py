@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,8 +18,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pipelines.config import SampleConfig
 from pipelines.data.features.reader import FeatureReader
 from pipelines.data.rendering import VideoPlan, step_pixels
+from pipelines.reporting.table import Table, markdown
 from pipelines.running.intervals import interval
 from pipelines.stages.sample import draw_videos
 from s5 import load_model
@@ -27,16 +29,19 @@ from s5.config import ClipConfig
 from s5.video.clip_times import protocol_times
 from tests.bench.record import commit, machine
 
-if TYPE_CHECKING:
-    from tests.bench.study import Study
-
 FRAMES = 60
 """Frames of the clips, of all sweeps but those over frames."""
-VIDEOS = 120
-"""Held-out videos of which the kept tokens are looked at."""
+EVERY = 4
+"""Of each so many held-out videos, which are listed class by class, the tokens of one are looked at."""
 TELLS = 1 / 16
 """Share of a token's pixels that show the object of a step, from which on the token counts as informative."""
 DROPPED = (0.0, 0.1, 0.3, 0.6)
+"""Shares of the tokens that are missing in evaluation."""
+BATCH = 30
+"""Videos that a model sees at once."""
+PROBES = ("knn/top1", "linear/top1", "train/embedding_spread")
+SELECTING = ("selection", "backbone-features")
+"""Sweeps whose trials all select."""
 SWEEPS = (
     "decoders",
     "attention",
@@ -51,37 +56,41 @@ SWEEPS = (
 )
 
 
-def write_results(study: Study) -> None:
-    """Write study.json, study.md and study.png below the study's folder, and print the tables."""
-    sweeps = {name: trials(study, name) for name in SWEEPS if Path(study.path(name, "sweep.parquet")).exists()}
-    names = [name for name in ("selection", "backbone-features") if name in sweeps]
-    rows = {name: settings(sweeps[name]) for name in sweeps}
-    kept = {name: where_kept(study, sweeps[name]) for name in names}
+def write_results(out: Path, sample: SampleConfig) -> None:
+    """Write study.json, study.md and study.png below the study's folder, and print the tables.
+
+    Args:
+        out: the study's folder.
+        sample: what its videos were rendered from.
+    """
+    sweeps = {name: trials(out, name) for name in SWEEPS if (out / name / "sweep.parquet").exists()}
+    videos = held_out(out, sample)
     robust = {
-        name: dropped(study, [trial for trial in sweeps[name] if trial["setting"] == "labels=100"])
+        name: dropped(videos, [trial for trial in sweeps[name] if trial["setting"] == "labels=100"])
         for name in ("scratch", "from-lsmcl")
         if name in sweeps
     }
     found = {
         "machine": machine(torch.device("cpu")),
         "commit": commit(),
-        "seconds": json.loads(Path(study.path("seconds.json")).read_text()),
-        "training_seconds": sum(t["train/seconds"] for each in sweeps.values() for t in each),
-        "settings": rows,
-        "kept": kept,
-        "probes": {path.parent.name: probes(path) for path in sorted(study.out.glob("pretrained/*/result.json"))},
+        "seconds": json.loads((out / "seconds.json").read_text()),
+        "training_seconds": sum(trial["train/seconds"] for rows in sweeps.values() for trial in rows),
+        "settings": {name: settings(rows) for name, rows in sweeps.items()},
+        "telling": videos.tells_VL.float().mean().item(),
+        "kept": {name: where_kept(videos, sweeps[name]) for name in SELECTING if name in sweeps},
+        "probes": {path.parent.name: probes(path) for path in sorted(out.glob("pretrained/*/result.json"))},
         "dropped": robust,
     }
-    Path(study.path("study.json")).write_text(json.dumps(found, indent=2) + "\n")
-    text = "\n\n".join(tables(found))
-    Path(study.path("study.md")).write_text(text + "\n")
-    draw(found).savefig(study.path("study.png"), dpi=110)
-    print(f"\n{text}\n\nwrote {study.path('study.md')}")
+    (out / "study.json").write_text(json.dumps(found, indent=2) + "\n")
+    text = markdown("Study", in_words(found), tables(found))
+    (out / "study.md").write_text(text)
+    draw(found).savefig(out / "study.png", dpi=110)
+    print(f"\n{text}\nwrote study.json, study.md and study.png in {out}")
 
 
-def trials(study: Study, name: str) -> list[dict[str, Any]]:
+def trials(out: Path, name: str) -> list[dict[str, Any]]:
     """Return the finished trials of a sweep, as `sweep.parquet` has them; a manifest by its share of the labels."""
-    rows = pq.read_table(study.path(name, "sweep.parquet")).to_pylist()
+    rows = pq.read_table(out / name / "sweep.parquet").to_pylist()
     named = [row | {"setting": f"labels={Path(row['manifest']).name}"} if "manifest" in row else row for row in rows]
     return [row for row in named if row["status"] == "finished"]
 
@@ -104,30 +113,39 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 def probes(path: Path) -> dict[str, float]:
     """Return the accuracies of the probes of a pretraining."""
     metrics = json.loads(path.read_text())["metrics"]
-    return {name: metrics[name] for name in ("knn/top1", "linear/top1", "train/embedding_spread") if name in metrics}
+    return {name: metrics[name] for name in PROBES}
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-@cache
-def held_out(study: Study) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of the first held-out videos the tokens (V, U, N, D), the labels (V,), and which tokens (V, L) tell."""
-    reader = FeatureReader(study.path("features"))
-    plans = {plan.path: plan for plan in draw_videos(study.sample)}
-    table = pq.read_table(study.path("index", "manifest.parquet"))
-    videos = [row for row in table.to_pylist() if row["split"] == "val"][:VIDEOS]
-    config = ClipConfig(frames=FRAMES)
+@dataclass(frozen=True)
+class Videos:
+    """Held-out videos, as the models see them."""
+
+    clips: Tensor
+    """Cached tokens (V, U, N, D)."""
+    labels_V: Tensor
+    tells_VL: Tensor
+    """Which tokens tell."""
+
+
+def held_out(out: Path, sample: SampleConfig) -> Videos:
+    """Return some held-out videos of every class."""
+    reader = FeatureReader(str(out / "features"))
+    plans = {plan.path.removesuffix(".mp4"): plan for plan in draw_videos(sample)}
+    table = pq.read_table(out / "index" / "manifest.parquet")
+    rows = [row for row in table.to_pylist() if row["split"] == "val"][::EVERY]
     tokens, tells = [], []
-    for row in videos:
-        (times_U,) = protocol_times("whole", config, row["start_s"], row["end_s"], row["fps"], 1)
+    for row in rows:
+        (times_U,) = protocol_times("whole", ClipConfig(frames=FRAMES), row["start_s"], row["end_s"], row["fps"], 1)
         frames_U = reader.frames(row["video_id"], times_U)
         own = np.empty((FRAMES, reader.meta.tokens, reader.meta.width), np.float16)
         reader.read(row["video_id"], frames_U, own)
         tokens.append(torch.from_numpy(own))
-        plan = next(plan for path, plan in plans.items() if path.startswith(row["video_id"]))
-        tells.append(torch.from_numpy(telling(plan, frames_U / reader.meta.frames_per_second, reader.meta.tokens)))
-    return torch.stack(tokens), torch.tensor([row["label"] for row in videos]), torch.stack(tells)
+        shown_U = frames_U / reader.meta.frames_per_second
+        tells.append(torch.from_numpy(telling(plans[row["video_id"]], shown_U, reader.meta.tokens)))
+    return Videos(torch.stack(tokens), torch.tensor([row["label"] for row in rows]), torch.stack(tells))
 
 
 def telling(plan: VideoPlan, times_U: Any, tokens: int) -> Any:
@@ -140,93 +158,72 @@ def telling(plan: VideoPlan, times_U: Any, tokens: int) -> Any:
 
 
 @torch.no_grad()
-def where_kept(study: Study, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return by setting, of trials that select: the share of kept tokens that tell, of telling tokens that are kept,
-    and both for a random choice."""
+def where_kept(videos: Videos, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return by setting, of trials that select, the share of kept tokens that tell (`precision`) and of telling tokens
+    that are kept (`recall`)."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         model = load_model(row["trained_checkpoint"]).model
-        clips, _, tells_VL = held_out(study)
-        kept = [model.encode(part.float()).kept for part in clips.split(30)]
-        if not kept[0]:
-            continue
-        kept_VK = torch.cat([each[0] for each in kept])
-        kept_VL = torch.zeros_like(tells_VL).scatter_(1, kept_VK, True)
-        both_V = (kept_VL & tells_VL).sum(1)
-        each = found.setdefault(row["setting"], {"precision": [], "recall": [], "telling": [], "keep": []})
-        each["precision"].append((both_V / kept_VL.sum(1)).mean().item())
-        each["recall"].append((both_V / tells_VL.sum(1)).mean().item())
-        each["telling"].append(tells_VL.float().mean().item())
-        each["keep"].append(kept_VL.float().mean().item())
+        kept_VK = torch.cat([model.encode(part.float()).kept[0] for part in videos.clips.split(BATCH)])
+        hits_V = videos.tells_VL.gather(1, kept_VK).sum(1)
+        each = found.setdefault(row["setting"], {"precision": [], "recall": []})
+        each["precision"].append((hits_V / kept_VK.shape[1]).mean().item())
+        each["recall"].append((hits_V / videos.tells_VL.sum(1)).mean().item())
     return {setting: {key: summary(values) for key, values in each.items()} for setting, each in sorted(found.items())}
 
 
 @torch.no_grad()
-def dropped(study: Study, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def dropped(videos: Videos, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return the accuracy where so large a share of the tokens, drawn at random, is missing in evaluation."""
-    clips, labels_V, tells_VL = held_out(study)
-    found = {}
-    for share in DROPPED:
-        accuracies = []
-        for row in rows:
-            model = load_model(row["trained_checkpoint"]).model
-            generator = torch.Generator().manual_seed(0)
-            order_VL = torch.rand(tells_VL.shape, generator=generator).argsort(1)
+    order_VL = torch.rand(videos.tells_VL.shape, generator=torch.Generator().manual_seed(0)).argsort(1)
+    accuracies: dict[float, list[float]] = {share: [] for share in DROPPED}
+    for row in rows:
+        model = load_model(row["trained_checkpoint"]).model
+        assert model.head is not None
+        for share, reached in accuracies.items():
             keep_VK = order_VL[:, round(share * order_VL.shape[1]) :].sort(1).values
-            assert model.head is not None
             hits = 0
-            for part in torch.arange(len(clips)).split(30):
-                tokens = model.tokens(clips[part].float(), keep_BK=keep_VK[part])
-                out = model.decode(tokens, None, clips.shape[1], keep_VK[part])
-                hits += int((model.head(out.features_BD).argmax(1) == labels_V[part]).sum())
-            accuracies.append(hits / len(clips))
-        found[str(share)] = summary(accuracies)
-    return found
+            for part in torch.arange(len(keep_VK)).split(BATCH):
+                tokens = model.tokens(videos.clips[part].float(), keep_BK=keep_VK[part])
+                out = model.decode(tokens, None, FRAMES, keep_VK[part])
+                hits += int((model.head(out.features_BD).argmax(1) == videos.labels_V[part]).sum())
+            reached.append(hits / len(keep_VK))
+    return {str(share): summary(reached) for share, reached in accuracies.items()}
 
 
 # --- showing --------------------------------------------------------------------------------------------------------
 
 
-def tables(found: Mapping[str, Any]) -> list[str]:
-    """Return the tables in Markdown, each with a heading."""
+def in_words(found: Mapping[str, Any]) -> str:
+    """Return what the study took, and the share of tokens that tell."""
+    seconds, machine = found["seconds"], found["machine"]
+    return (
+        f"{sum(seconds.values()) / 60:.0f} minutes ({', '.join(f'{k} {v:.0f} s' for k, v in seconds.items())}), "
+        f"{found['training_seconds'] / 60:.0f} minutes of training in the sweeps' trials, {machine['cores']} cores of "
+        f"{machine['cpu']}, commit {found['commit']}. {found['telling']:.3f} of the tokens tell."
+    )
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of the accuracies, of what is kept, of the probes, and of dropped tokens."""
     parts = []
     for name, rows in found["settings"].items():
-        kept = found["kept"].get(name, {})
-        lines = [
-            [setting, cell(row), f"{row['seconds']:.1f}"]
-            + ([cell(kept[setting]["precision"]), cell(kept[setting]["recall"])] if setting in kept else ["", ""])
-            for setting, row in rows.items()
-        ]
-        header = ["setting", "accuracy", "training s", "kept that tell", "telling kept"]
-        parts.append(f"### {name}\n\n" + markdown(header, lines))
-    if found["kept"]:
-        share = fmean(v for name in found["kept"].values() for row in name.values() for v in row["telling"]["values"])
-        parts.append(f"Share of tokens that tell: {share:.3f}.")
-    probes = [[name, *(f"{row.get(key, float('nan')):.3f}" for key in PROBES)] for name, row in found["probes"].items()]
-    parts.append("### probes\n\n" + markdown(["pretraining", *PROBES], probes))
-    lines = [[name, *(cell(row[str(share)]) for share in DROPPED)] for name, row in found["dropped"].items()]
-    parts.append("### tokens dropped\n\n" + markdown(["all labels", *(f"{share:g}" for share in DROPPED)], lines))
-    seconds = found["seconds"]
-    parts.append(
-        f"{sum(seconds.values()) / 60:.0f} minutes ({', '.join(f'{k} {v:.0f} s' for k, v in seconds.items())}); "
-        f"{found['training_seconds'] / 60:.0f} minutes of training in the sweeps' trials, {found['machine']['cores']} "
-        f"cores of {found['machine']['cpu']}, commit {found['commit']}"
-    )
+        lines = [(setting, cell(row), f"{row['seconds']:.1f}") for setting, row in rows.items()]
+        parts.append(Table(name, ("setting", "accuracy", "seconds of training"), tuple(lines)))
+    for name, rows in found["kept"].items():
+        lines = [(setting, cell(row["precision"]), cell(row["recall"])) for setting, row in rows.items()]
+        parts.append(Table(f"{name}: tokens", ("setting", "kept ones that tell", "telling ones kept"), tuple(lines)))
+    probes = [(name, *(f"{row[key]:.3f}" for key in PROBES)) for name, row in found["probes"].items()]
+    parts.append(Table("probes", ("pretraining", *PROBES), tuple(probes)))
+    robust = [(name, *(cell(row[str(share)]) for share in DROPPED)) for name, row in found["dropped"].items()]
+    parts.append(Table("tokens dropped", ("all labels", *(f"{share:g}" for share in DROPPED)), tuple(robust)))
     return parts
-
-
-PROBES = ("knn/top1", "linear/top1", "train/embedding_spread")
 
 
 def cell(row: Mapping[str, Any]) -> str:
     """Return a mean with its interval."""
     bounds = row["interval"]
     return f"{row['mean']:.3f}" + (f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def draw(found: Mapping[str, Any]) -> Figure:
@@ -246,6 +243,6 @@ def draw(found: Mapping[str, Any]) -> Figure:
             right.plot(row["recall"]["mean"], row["precision"]["mean"], "o")
             at = (row["recall"]["mean"], row["precision"]["mean"])
             right.annotate(label, at, (5, 4), textcoords="offset points", fontsize=7)
-            right.axhline(row["telling"]["mean"], color="grey", linestyle=":")
+    right.axhline(found["telling"], color="grey", linestyle=":")
     right.set(xlabel="telling tokens kept", ylabel="kept tokens that tell", xlim=(0, 1.3), ylim=(0, 1))
     return figure
