@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import time
@@ -225,7 +226,7 @@ def run(study: Study) -> None:
     study.out.mkdir(parents=True, exist_ok=True)
     notes = study.out / "seconds.json"
     seconds: dict[str, float] = json.loads(notes.read_text()) if notes.exists() else {}
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level="warning")
+    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level=logging.WARNING)
     try:
         for name, part in parts(study).items():
             began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the study found: tables with intervals over seeds, where the kept tokens lie, and a figure.
+"""What the study found: tables with intervals over seeds, where the kept tokens lie, and figures.
 
 Shapes: V videos, U time steps, N tokens of a step, L = U x N, K kept, D width.
 """
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pipelines.config import SampleConfig
 from pipelines.data.features.reader import FeatureReader
 from pipelines.data.rendering import VideoPlan, step_pixels
+from pipelines.plots.drawing import Drawing
+from pipelines.plots.sweeps import tradeoff
 from pipelines.reporting.table import Table, markdown
 from pipelines.running.intervals import interval
 from pipelines.stages.sample import draw_videos
@@ -40,8 +41,9 @@ DROPPED = (0.0, 0.1, 0.3, 0.6)
 BATCH = 30
 """Videos that a model sees at once."""
 PROBES = ("knn/top1", "linear/top1", "train/embedding_spread")
-SELECTING = ("selection", "backbone-features")
-"""Sweeps whose trials all select."""
+DECODERS = ("decoders", "attention")
+SELECTING = {"selection": "S4 features", "backbone-features": "backbone features"}
+"""Sweeps whose trials all select, and what guides them."""
 SWEEPS = (
     "decoders",
     "attention",
@@ -57,7 +59,7 @@ SWEEPS = (
 
 
 def write_results(out: Path, sample: SampleConfig) -> None:
-    """Write study.json, study.md and study.png below the study's folder, and print the tables.
+    """Write study.json, study.md and figures below the study's folder, and print the tables.
 
     Args:
         out: the study's folder.
@@ -84,8 +86,9 @@ def write_results(out: Path, sample: SampleConfig) -> None:
     (out / "study.json").write_text(json.dumps(found, indent=2) + "\n")
     text = markdown("Study", in_words(found), tables(found))
     (out / "study.md").write_text(text)
-    draw(found).savefig(out / "study.png", dpi=110)
-    print(f"\n{text}\nwrote study.json, study.md and study.png in {out}")
+    for name, drawing in drawings(found).items():
+        (out / f"{name}.png").write_bytes(drawing.png)
+    print(f"\n{text}\nwrote study.json, study.md, costs.png and kept.png in {out}")
 
 
 def trials(out: Path, name: str) -> list[dict[str, Any]]:
@@ -226,23 +229,22 @@ def cell(row: Mapping[str, Any]) -> str:
     return f"{row['mean']:.3f}" + (f" ({bounds[0]:.2f} to {bounds[1]:.2f})" if bounds else "")
 
 
-def draw(found: Mapping[str, Any]) -> Figure:
-    """Draw accuracy against training time of all decoders, and where the kept tokens lie."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    decoders = found["settings"].get("decoders", {}) | found["settings"].get("attention", {})
-    for setting, row in decoders.items():
-        low, high = row["interval"] or (row["mean"], row["mean"])
-        left.errorbar(row["seconds"], row["mean"], [[row["mean"] - low], [high - row["mean"]]], fmt="o", capsize=3)
-        left.annotate(setting.partition("=")[2], (row["seconds"], row["mean"]), (6, 6), textcoords="offset points")
-    left.axhline(1 / 6, color="grey", linestyle=":")
-    left.set(xscale="log", xlabel="seconds of training, one core", ylabel="accuracy, held-out videos", ylim=(0, 1.05))
+def drawings(found: Mapping[str, Any]) -> dict[str, Drawing]:
+    """Draw, with a point a seed, the accuracy of all decoders against their seconds, and where kept tokens lie."""
+    decoders = [pair for name in DECODERS for pair in found["settings"].get(name, {}).items()]
+    costs = {
+        setting.partition("=")[2]: [(row["seconds"], accuracy) for accuracy in row["values"]]
+        for setting, row in decoders
+    }
+    kept: dict[str, list[tuple[float, float]]] = {}
     for name, rows in found["kept"].items():
         for setting, row in rows.items():
-            label = f"{name}: {setting.replace('generator=', '').replace('keep_ratio=', 'keep ')}"
-            right.plot(row["recall"]["mean"], row["precision"]["mean"], "o")
-            at = (row["recall"]["mean"], row["precision"]["mean"])
-            right.annotate(label, at, (5, 4), textcoords="offset points", fontsize=7)
-    right.axhline(found["telling"], color="grey", linestyle=":")
-    right.set(xlabel="telling tokens kept", ylabel="kept tokens that tell", xlim=(0, 1.3), ylim=(0, 1))
-    return figure
+            generator = setting.partition(",")[0].removeprefix("generator=")
+            pairs = zip(row["recall"]["values"], row["precision"]["values"], strict=True)
+            kept.setdefault(f"{generator}, {SELECTING[name]}", []).extend(pairs)
+    drawn = {}
+    if costs:
+        drawn["costs"] = tradeoff(costs, "Seconds of training, one core", "Accuracy, held-out videos")
+    if kept:
+        drawn["kept"] = tradeoff(kept, "Telling tokens kept", "Kept tokens that tell")
+    return drawn
