@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pipelines.plots.drawing import COLOURS, INK, SIZE, STYLE, Drawing, finished, short
+from pipelines.plots.drawing import COLOURS, INK, SIZE, STYLE, Drawing, finished, legend_below, short
 
 Points = Sequence[tuple[float, float]]
 
@@ -76,9 +76,8 @@ def learning_curves(
         axes.set_xlabel(along)
         _finish(axes, panel, runs)
         if len(runs) > 1:
-            names = [short(label) for label in runs]
-            handles = [Line2D([], [], color=colour, label=name) for colour, name in zip(COLOURS, names, strict=False)]
-            figure.legend(handles=handles, loc="outside lower center", ncols=2 if max(map(len, names)) < 30 else 1)
+            names = [short(label) for label in runs][: len(COLOURS)]
+            legend_below(figure, [Line2D([], [], color=colour) for colour in COLOURS[: len(names)]], names)
         return finished(figure)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -38,6 +39,8 @@ LOG_FROM = 30
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 NAME_CHARACTERS = 44
 """Of a name in a legend."""
+LEGEND_CHARACTERS, MARK_CHARACTERS = 66, 6
+"""Of a legend's line below a figure of `SIZE`, and of the room of a mark and the gaps beside it."""
 NAMES = {
     "val/accuracy": "Validation accuracy",
     "val/mse": "Validation error (MSE)",
@@ -93,6 +96,12 @@ def number(text: str) -> float | None:
 def short(name: str) -> str:
     """Return the end of a long name, which tells most, so that a legend has room for it."""
     return name if len(name) <= NAME_CHARACTERS else "…" + name[1 - NAME_CHARACTERS :]
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    """Draw a legend below a figure, in as many columns as fit beside each other."""
+    columns = LEGEND_CHARACTERS // (max(map(len, names)) + MARK_CHARACTERS)
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, min(columns, len(names))))
 
 
 def size_order(value: str) -> tuple[bool, float, str]:

@@ -20,6 +20,7 @@ from pipelines.plots.drawing import (
     STYLE,
     Drawing,
     finished,
+    legend_below,
     number,
     ordered,
     set_scale,
@@ -222,5 +223,5 @@ def tradeoff(points: Mapping[str, Sequence[tuple[float, float]]], across: str, u
         axes.set_ylabel(upwards)
         axes.grid(linewidth=0.4, alpha=0.4)
         if len(points) > 1:
-            figure.legend(loc="outside lower center", ncols=4)
+            legend_below(figure, *axes.get_legend_handles_labels())
         return finished(figure)

@@ -241,7 +241,8 @@ def drawings(found: Mapping[str, Any]) -> dict[str, Drawing]:
         for setting, row in rows.items():
             generator = setting.partition(",")[0].removeprefix("generator=")
             pairs = zip(row["recall"]["values"], row["precision"]["values"], strict=True)
-            kept.setdefault(f"{generator}, {SELECTING[name]}", []).extend(pairs)
+            group = generator if generator == "random" else f"{generator}, {SELECTING[name]}"
+            kept.setdefault(group, []).extend(pairs)
     drawn = {}
     if costs:
         drawn["costs"] = tradeoff(costs, "Seconds of training, one core", "Accuracy, held-out videos")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
+from pipelines.plots.sweeps import tradeoff
 from pipelines.recipes.published import published
 from pipelines.reporting.beside import published_tables
 from pipelines.reporting.by_stage import stage_tables
@@ -217,3 +221,12 @@ def test_names_come_once_and_are_harmless_in_markdown() -> None:
     assert "<script" not in text
     assert "x\\|y | &lt;b>" in text
     assert "\n# other" not in text
+
+
+@pytest.mark.parametrize("characters", [3, 10, 12, 16, 27, 30, 44, 80])
+def test_a_legend_is_not_cut_off(characters: int) -> None:
+    names = [f"{letter}{'x' * (characters - 1)}" for letter in "abcde"]
+    drawing = tradeoff({name: [(0.1, 0.2)] for name in names}, "across", "upwards")
+    picture = np.asarray(Image.open(io.BytesIO(drawing.png)).convert("L"))
+    assert (picture[:, [0, -1]] == 255).all()
+    assert (picture[-1] == 255).all()
