@@ -222,6 +222,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require_shared(self.loop.batch_size, self.scale.world_size)
+        if self.model.decoder.name == "s5":
+            self.model.decoder.selection.require_used()
         require_features(self.model.backbone, self.features)
         # Fails unless tubelets divide the clip.
         self.model.backbone.steps(self.clips.frames)

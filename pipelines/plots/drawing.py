@@ -39,8 +39,7 @@ LOG_FROM = 30
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 NAME_CHARACTERS = 44
 """Of a name in a legend."""
-LEGEND_CHARACTERS, MARK_CHARACTERS = 66, 6
-"""Of a legend's line below a figure of `SIZE`, and of the room of a mark and the gaps beside it."""
+LEGEND_COLUMNS = 4
 NAMES = {
     "val/accuracy": "Validation accuracy",
     "val/mse": "Validation error (MSE)",
@@ -100,8 +99,12 @@ def short(name: str) -> str:
 
 def legend_below(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
     """Draw a legend below a figure, in as many columns as fit beside each other."""
-    columns = LEGEND_CHARACTERS // (max(map(len, names)) + MARK_CHARACTERS)
-    figure.legend(handles, names, loc="outside lower center", ncols=max(1, min(columns, len(names))))
+    renderer: Any = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    for columns in range(LEGEND_COLUMNS, 0, -1):
+        legend = figure.legend(handles, names, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def size_order(value: str) -> tuple[bool, float, str]:

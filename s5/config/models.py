@@ -131,6 +131,9 @@ class SelectionConfig:
         require_range("selection.momentum", self.momentum, 0, 1)
         forms = ("convolution", "layer")
         require(self.momentum_s4 in forms, "selection.momentum_s4", self.momentum_s4, "give convolution or layer")
+
+    def require_used(self) -> None:
+        """Raise `ValueError` where settings of a momentum S4 are given that nothing looks at."""
         for name in ("momentum", "momentum_s4"):
             value, remedy = getattr(self, name), "backbone features have no momentum S4; give selection.features s4"
             unused = self.features != "s4" and value != getattr(SelectionConfig, name)

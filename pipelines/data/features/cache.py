@@ -2,7 +2,7 @@
 
 FEATURES/features.json         `FeatureMeta`; written last, so that features without it are known to be unfinished
 FEATURES/index.parquet         a row of INDEX per video of the manifest, in its order
-FEATURES/videos.parquet        the same videos as the manifest has them: id, file and stretch
+FEATURES/videos.parquet        what the manifest says of these videos, labels and splits apart
 FEATURES/padding.npy           tokens (N, D) of a black frame, used beyond the end of a video
 FEATURES/shards/00012.arrow    frames of some videos: `time_s` and `tokens`; a record batch is a chunk of one video
 FEATURES/shards/00012.parquet  their rows of the index; written last, so that a shard without it is recomputed
@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from pipelines import storage
-from pipelines.data.manifest import digest
-from pipelines.errors import UserError
+from pipelines.data.manifest import SCHEMA, digest
+from pipelines.errors import UserError, last_line
 from pipelines.running.run_folder import SHARDS
 from s5.config import SEGMENTS, BackboneConfig
 from s5.video.clip_times import TOLERANCE_S
@@ -41,8 +42,8 @@ FloatArray = npt.NDArray[np.float64]
 
 FORMAT = 1
 META, INDEX_FILE, PADDING, VIDEOS = "features.json", "index.parquet", "padding.npy", "videos.parquet"
-STRETCH = ("video_id", "uri", "start_s", "end_s")
-"""Columns of a manifest that features depend on."""
+OF_VIDEO = tuple(name for name in SCHEMA.names if name not in ("dataset", "split", "label", "class_name", "target"))
+"""Columns of a manifest that features may depend on."""
 INDEX = pa.schema(
     [
         ("video_id", pa.string()),
@@ -58,6 +59,8 @@ INDEX = pa.schema(
 none (`reason`)."""
 # Settings of the backbone that do not change its tokens, or that the digest of its weights covers.
 NOT_COMPARED = ("weights", "frozen", "tokens", "width", "made_by")
+AGAIN = "recompute or import them again"
+"""What helps where features do not fit a manifest."""
 IMPORTED = "imported: "
 """Begins what stands for the digest of the weights where the features come from files of another program."""
 
@@ -180,7 +183,7 @@ def finish(folder: str, meta: FeatureMeta, manifest: pa.Table, shards: int, padd
     """Write the files that complete the features, and return the index."""
     index = pa.concat_tables([storage.read_table(shard_path(folder, shard, "parquet")) for shard in range(shards)])
     storage.write_table(storage.join(folder, INDEX_FILE), index)
-    storage.write_table(storage.join(folder, VIDEOS), manifest.select(STRETCH))
+    storage.write_table(storage.join(folder, VIDEOS), unlabelled(manifest))
     buffer = io.BytesIO()
     np.save(buffer, padding_ND)
     storage.write_bytes(storage.join(folder, PADDING), buffer.getvalue())
@@ -269,18 +272,40 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
         )
     if meta.manifest == digest(manifest):
         return
-    again = "; recompute or import them again"
+    strange = pc.filter(manifest["video_id"], pc.invert(pc.is_in(_keys(unlabelled(manifest)), _keys(_stored(folder)))))
+    if len(strange):
+        raise UserError(
+            f"{stale} from another manifest, which lacks {len(strange)} of the {len(manifest)} videos or has other "
+            f"facts of them, such as {pc.min(strange).as_py()!r}; {AGAIN}"
+        )
+
+
+def unlabelled(manifest: pa.Table) -> pa.Table:
+    """Return a manifest without labels and splits, and without what gives access to its files."""
+    table = manifest.select(OF_VIDEO)
+    uris = pa.array([storage.redacted(uri) for uri in table["uri"].to_pylist()], pa.string())
+    return table.set_column(table.schema.get_field_index("uri"), "uri", uris)
+
+
+def _keys(videos: pa.Table) -> pa.ChunkedArray:
+    """Return all columns of each video in one text, in which a null is one too."""
+    texts = [pc.cast(column, pa.string()) for column in videos.columns]
+    return pc.binary_join_element_wise(*texts, "\x00", null_handling="replace", null_replacement="\x01")
+
+
+def _stored(folder: str) -> pa.Table:
+    """Return the videos that features are of.
+
+    Raises:
+        UserError: they are of a version that did not store them, or damaged.
+    """
     path = storage.join(storage.absolute(folder), VIDEOS)
     if not storage.exists(path):
-        raise UserError(f"{stale} from another manifest, or it has changed since{again}")
-    videos = manifest.select(STRETCH)
-    strange = videos.join(storage.read_table(path), list(STRETCH), join_type="left anti")
-    if len(strange):
-        first = min(strange["video_id"].to_pylist())
-        raise UserError(
-            f"{stale} from another manifest, which lacks {len(strange)} of the {len(videos)} videos or has another "
-            f"file or stretch of them, such as {first!r}{again}"
-        )
+        raise UserError(f"features is {folder!r}: computed from another manifest, or it has changed since; {AGAIN}")
+    try:
+        return storage.read_table(path).select(OF_VIDEO)
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        raise UserError(f"features is {folder!r}: {VIDEOS} is damaged ({last_line(str(error))}); {AGAIN}") from None
 
 
 def check_backbone(folder: str, meta: FeatureMeta, backbone: BackboneConfig) -> None:

@@ -447,11 +447,12 @@ def test_other_weights_and_another_manifest_are_refused(
     # Fewer videos, in another order and with other splits, are served.
     stored(videos.take(pa.array(range(len(videos) - 2, -1, -1))))
     assert finetune.build_job(changed).inputs["features"] == finetune.build_job(config).inputs["features"]
-    longer = pc.add(videos["end_s"], 0.5)
-    stored(videos.set_column(videos.schema.get_field_index("end_s"), videos.schema.field("end_s"), longer))
     first = min(videos["video_id"].to_pylist())
-    with pytest.raises(UserError, match=rf"which lacks {len(videos)} of the {len(videos)} videos .* such as '{first}'"):
-        finetune.build_job(changed)
+    for name, values in (("end_s", pc.add(videos["end_s"], 0.5)), ("decoder", pa.array(["other"] * len(videos)))):
+        stored(videos.set_column(videos.schema.get_field_index(name), videos.schema.field(name), values))
+        lacks = rf"which lacks {len(videos)} of the {len(videos)} videos .* such as '{first}'"
+        with pytest.raises(UserError, match=lacks):
+            finetune.build_job(changed)
 
 
 def test_a_backbone_that_learns_or_has_no_weights_has_no_features(tmp_path: Path) -> None:

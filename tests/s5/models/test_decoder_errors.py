@@ -20,7 +20,8 @@ def test_momentum_s4_out_of_range_is_named() -> None:
 @pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"momentum_s4": "layer"}])
 def test_settings_of_a_momentum_s4_that_is_not_there(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"backbone features have no momentum S4; give selection.features s4"):
-        SelectionConfig(**settings)
+        SelectionConfig(**settings).require_used()
+    SelectionConfig(features="s4", **settings).require_used()
 
 
 def test_refuses_wrong_shapes() -> None:

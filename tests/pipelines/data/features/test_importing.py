@@ -19,9 +19,13 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from pipelines import storage
-from pipelines.config import FeaturesConfig, FinetuneConfig, override
 from pipelines.data.features.arrays import FORMATS, check_formats, open_array
-from pipelines.data.features.cache import IMPORTED, FeatureMeta, ShardWriter, check_fresh, finish, with_imported
+from pipelines.data.features.cache import (
+    IMPORTED,
+    FeatureMeta,
+    ShardWriter,
+    finish,
+)
 from pipelines.data.features.importing import (
     FeatureFile,
     common_shape,
@@ -33,11 +37,9 @@ from pipelines.data.features.importing import (
     segment_frames,
 )
 from pipelines.data.features.reader import FeatureReader
-from pipelines.data.manifest import SCHEMA, digest
+from pipelines.data.manifest import SCHEMA
 from pipelines.errors import UserError
-from s5.config import BackboneConfig, ModelConfig
 from s5.errors import VideoError
-from s5.models.video_model import VideoModel
 
 Array = npt.NDArray[Any]
 TOKENS, WIDTH = 3, 8
@@ -74,9 +76,6 @@ def manifest(*videos: dict[str, Any]) -> pa.Table:
     return pa.Table.from_pylist(list(videos), SCHEMA)
 
 
-OF_FEATURES, OTHER = manifest(video("a", 4.0)), manifest(video("b", 4.0))
-
-
 def meta_of(fps: float = 1.0, name: str = "vit-l") -> FeatureMeta:
     return FeatureMeta(
         backbone={"name": name},
@@ -85,7 +84,7 @@ def meta_of(fps: float = 1.0, name: str = "vit-l") -> FeatureMeta:
         std=[],
         precision="",
         frames_per_second=fps,
-        manifest=digest(OF_FEATURES),
+        manifest="m",
         tokens=TOKENS,
         width=WIDTH,
         chunk_frames=4,
@@ -474,57 +473,3 @@ def test_folders_without_features_are_named(tmp_path: Path) -> None:
         common_shape(rows, "in")
     with pytest.raises(UserError, match=r"no file below it ends in .npy; give one"):
         list_files(str(tmp_path), "npy")
-
-
-# --- models on them -------------------------------------------------------------------------------------------------
-
-
-def features_folder(tmp_path: Path) -> str:
-    storage.write_json(str(tmp_path / "features.json"), meta_of().__dict__)
-    return str(tmp_path)
-
-
-def test_imported_features_stand_in_for_the_frame_encoder(tmp_path: Path) -> None:
-    folder = features_folder(tmp_path)
-    config = with_imported(BackboneConfig(name="vit-l", frozen=True), folder)
-    assert (config.tokens, config.width) == (TOKENS, WIDTH)
-    model = VideoModel(ModelConfig(backbone=config), 4)
-    assert not any(name.startswith("backbone") for name in model.state_dict())
-    assert model(torch.zeros(2, 5, TOKENS, WIDTH).half()).logits_BC.shape == (2, 4)
-    with pytest.raises(ValueError, match=r"frames are given: the model reads imported features of 'vit-l'; give those"):
-        model(torch.zeros(1, 5, 224, 224, 3, dtype=torch.uint8))
-    check_fresh(folder, meta_of(), config, "", OF_FEATURES)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": "swin"}, r"imported from 'vit-l', not 'swin'; give --model.backbone.name vit-l, or other features"),
-        ({"tokens": TOKENS, "width": 9}, r"model.backbone.width is 8 there, not 9; give 8"),
-        ({"cls_token": True}, r"imported features are taken as they are; give --model.backbone.no-cls-token$"),
-        ({"cls_token": True, "tubelet": 2}, r"give --model.backbone.no-cls-token and --model.backbone.tubelet 1$"),
-    ],
-)
-def test_features_of_another_kind_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"name": "vit-l", "frozen": True}
-    with pytest.raises(UserError, match=message):
-        with_imported(BackboneConfig(**(settings | changes)), features_folder(tmp_path))
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("name", ["vit-l", "swin"])
-def test_a_model_with_a_frame_encoder_reads_no_imported_features(name: str, frozen: bool, tmp_path: Path) -> None:
-    """Nor where name and sizes agree: what made the features may have had other weights."""
-    with pytest.raises(UserError, match=rf"imported ones of 'vit-l', .* a frame encoder of its own, '{name}'; give"):
-        check_fresh(features_folder(tmp_path), meta_of(), BackboneConfig(name=name, frozen=frozen), "", OF_FEATURES)
-
-
-def test_another_manifest_and_missing_features_are_refused(tmp_path: Path) -> None:
-    folder = features_folder(tmp_path)
-    with pytest.raises(UserError, match=r"from another manifest, or it has changed since"):
-        check_fresh(folder, meta_of(), with_imported(BackboneConfig(name="vit-l", frozen=True), folder), "", OTHER)
-    changes = {"model.backbone.frozen": True, "model.backbone.tokens": 3, "model.backbone.width": 8}
-    with pytest.raises(UserError, match=r"backbone.tokens is 3: imported features stand in for the frame encoder then"):
-        override(FinetuneConfig(), changes)
-    with pytest.raises(UserError, match=r"backbone is '': name what made the features of --import"):
-        override(FeaturesConfig(), {"import_": folder})
