@@ -31,7 +31,8 @@ class SampleConfig:
     seconds: float = 64.0
     """Mean length of a video."""
     empty_share: float = 0.3
-    """Mean share of a video that shows no step but distractors; that of each video is up to 0.1 more or less."""
+    """Mean share of a video that shows no step but distractors; that of each video is up to 0.1 more or less, and where
+    it has few frames nearer to a half, since each stretch has one at least."""
     fps: int = 8
     """Frames a second."""
     size: int = 64

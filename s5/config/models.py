@@ -108,7 +108,7 @@ class SelectionConfig:
     saliencies of its own, and merges nothing with none."""
     features: Literal["s4", "backbone"] = "backbone"
     """What the mask generator sees. `backbone`: the block's own input tokens. `s4`: momentum S4 features, which the
-    paper found to guide better; on the videos of docs/study.md they guide worse."""
+    paper found to guide better; on the videos of docs/study.md they guide a linear generator worse."""
     estimator: Literal["own", "shared"] = "own"
     """How the mask generator gets a gradient. `own`: each kept token is judged in its own place, by the gradient of
     `sigmoid(logit / rho) * token` there; ours. `shared`: one softmax-weighted mean of all tokens is added to every kept

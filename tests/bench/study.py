@@ -49,6 +49,8 @@ PRETRAININGS: dict[str, dict[str, Any]] = {
     "same-stride": {"clips.short_stride": 2.0},
 }
 """What each pretraining of the pyramid changes of LSMCL."""
+UNTRAINED = {"loop.steps": 1, "optim.lr": 1e-9}
+"""What leaves the pyramid as it was drawn, for the probes to be compared with."""
 ATTENTION = {
     "clips.frames": FRAMES // 2,
     "optim.lr": 1e-3,
@@ -162,7 +164,7 @@ def pretrain(study: Study) -> None:
         "probe": "both",
         "scale.num_workers": 0,
     }
-    for name, changes in PRETRAININGS.items():
+    for name, changes in {"untrained": UNTRAINED, **PRETRAININGS}.items():
         own = {"out": study.path("pretrained", name)}
         pipelines.run("pretrain", override(config, settings | backbone(study) | own | changes))
 
