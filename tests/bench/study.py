@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 import pipelines
 from pipelines.config import SampleConfig, override
 from pipelines.config.presets import preset
+from pipelines.errors import StageError, UserError
 from s5 import load_model
 from tests.bench.study_results import FRAMES, write_results
 
@@ -252,7 +254,10 @@ def main() -> None:
     out = Path(options.out).absolute()
     seeds = options.seeds or (2 if options.quick else 3)
     study = Study(out, seeds, options.steps, options.data_seed, options.quick)
-    run(study)
+    try:
+        run(study)
+    except (UserError, StageError) as error:
+        sys.exit(f"error: {error}")
     write_results(study.out, study.sample)
 
 
