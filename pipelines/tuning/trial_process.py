@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,9 @@ from pipelines.tuning.search_space import text_of
 from pipelines.tuning.trial_queue import FAILED_IN, FAILURE, PRETRAINED, SECONDS, TRIAL
 from pipelines.tuning.trials import Objective, TrialSettings
 from s5.checkpoints.history import checkpoint_name
+
+REPORT_SECONDS = 1.0
+"""Least time between reports that only say that a trial trains; by the answer it hears of the sweep's end."""
 
 RunStage = Callable[..., dict[str, Any]]
 """A stage's `run`: called with its settings, `parent_run` and `on_row`, it returns its result."""
@@ -97,6 +101,7 @@ class StagesOfTrial:
         self._trial = trial
         self._followed = followed
         self._epoch = 0.0
+        self._reported = 0.0
         self.stage = ""
         """The stage that runs, or ran last."""
 
@@ -108,8 +113,7 @@ class StagesOfTrial:
             for stage, settings in self._trial.stages.items():
                 self.stage = stage
                 is_last = stage == list(self._trial.stages)[-1]
-                on_row = self._report if is_last and self._followed else None
-                result = runners[stage](settings, parent_run=record.run_id, on_row=on_row)
+                result = runners[stage](settings, parent_run=record.run_id, on_row=self._report)
                 # The best checkpoint of a member's part may be the one that it began from.
                 is_part = self._trial.epoch > 0
                 checkpoint = last_checkpoint(settings.out, result) if is_part else result["checkpoint"]
@@ -128,13 +132,21 @@ class StagesOfTrial:
         return replace(record, status="finished")
 
     def _report(self, step: int, row: dict[str, float]) -> None:
-        """Tell Tune's early stopping the metric of an evaluation."""
+        """Tell Tune that the trial trains, and its early stopping the metric of an evaluation.
+
+        Raises:
+            SystemExit: Tune ends the trial.
+        """
+        last, settings = list(self._trial.stages.items())[-1]
         # Each evaluation has a row of the training just before it.
         self._epoch = row.get("train/epoch", self._epoch)
-        loop = list(self._trial.stages.values())[-1].loop
-        is_last = step >= loop.steps if loop.steps else self._epoch >= loop.epochs
-        if self._followed in row and not is_last:
-            tune.report({self._followed: row[self._followed], "epoch": round(self._epoch / loop.evaluate_every)})
+        is_end = step >= settings.loop.steps if settings.loop.steps else self._epoch >= settings.loop.epochs
+        if self.stage == last and self._followed in row and not is_end:
+            epoch = round(self._epoch / settings.loop.evaluate_every)
+            tune.report({self._followed: row[self._followed], "epoch": epoch})
+        elif time.monotonic() - self._reported >= REPORT_SECONDS:
+            tune.report({"step": step})
+            self._reported = time.monotonic()
 
 
 def last_checkpoint(out: str, result: Mapping[str, Any]) -> str:

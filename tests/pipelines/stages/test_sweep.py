@@ -418,7 +418,9 @@ def test_a_stopped_sweep_goes_on_with_what_is_left(manifest: str, tmp_path: Path
         assert time.monotonic() < deadline, "the stopped trial's workers still hold CPUs"
         time.sleep(0.5)
 
+    saved = max(int(folder.name.removeprefix("step_")) for folder in (second / CHECKPOINTS).iterdir())
     before = (first / "result.json").stat().st_mtime_ns
     assert sweep.run(config)["counts"] == {"trials": 2, "failed": 0}
     assert (first / "result.json").stat().st_mtime_ns == before
+    assert storage.read_json(str(second / "result.json"))["counts"]["resumed_at"] == saved
     assert {run.status for run in logged(tmp_path)} == {"FINISHED"}
