@@ -76,7 +76,7 @@ bench-%: $(READY)  ## A benchmark: bench-NAME runs tests/bench/NAME.py, ARGS="--
 simulate: $(READY)  ## What 8 to 1,024 workers would reach, by tests/bench/simulate.py, beside 1 to 8 processes here (3 min)
 	$(PYTHON) -m tests.bench.simulate $(ARGS)
 
-study: $(READY)  ## What the method does of what it claims, on rendered videos, in over an hour; ARGS=--quick for less
+study: $(READY)  ## What the method does of what it claims, on rendered videos, in an hour; ARGS=--quick for less
 	$(PYTHON) -m tests.bench.study $(ARGS)
 
 clean:  ## Remove what quickstart and the tools made; your runs and .venv stay

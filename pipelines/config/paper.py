@@ -41,6 +41,7 @@ DECODER: dict[str, Any] = {
     "model.decoder.selection.keep_ratio": (0.5,),
     "model.decoder.selection.generator": "linear",
     "model.decoder.selection.features": "s4",
+    "model.decoder.selection.noise": "training",
     "model.decoder.selection.estimator": "shared",
 }
 CONTRASTIVE: dict[str, Any] = {

@@ -113,6 +113,10 @@ class SelectionConfig:
     """How the mask generator gets a gradient. `own`: each kept token is judged in its own place, by the gradient of
     `sigmoid(logit / rho) * token` there; ours. `shared`: one softmax-weighted mean of all tokens is added to every kept
     place, the straight-through Gumbel-softmax of the paper; it learns to discard what tells (docs/selection.md)."""
+    noise: Literal["always", "training"] = "always"
+    """When Gumbel noise decides along with the logits. `always`: evaluation draws as training does, from one fixed
+    seed, so that the state space sees choices of the kind it learned from; ours. `training`: evaluation keeps the
+    highest logits, as the paper does; less accurate (docs/selection.md)."""
     temperature: float = 1.0
     """Temperature rho at the start of training: of the sigmoid (`own`) or the Gumbel-softmax (`shared`)."""
     temperature_end: float = 1.0
@@ -129,6 +133,7 @@ class SelectionConfig:
         require(self.temperature > 0, "selection.temperature", self.temperature, "give a positive number")
         require(self.temperature_end > 0, "selection.temperature_end", self.temperature_end, "give a positive number")
         require_range("selection.momentum", self.momentum, 0, 1)
+        require(self.noise in ("always", "training"), "selection.noise", self.noise, "give always or training")
         forms = ("convolution", "layer")
         require(self.momentum_s4 in forms, "selection.momentum_s4", self.momentum_s4, "give convolution or layer")
 

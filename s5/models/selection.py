@@ -211,8 +211,7 @@ class Selection(nn.Module):
     """Mask generator over momentum S4 or backbone features, and the selection that follows from it.
 
     Neither kind of features carries a gradient back to the tokens, so that only the generator learns what to keep. The
-    logits have no bias, to which softmax and top-K are blind. Random selection draws noise in evaluation as well, from
-    fixed seeds where there are none.
+    logits have no bias, to which softmax and top-K are blind. In evaluation, noise is the same for every clip.
 
     Args:
         config: settings; `generator` is not `none`.
@@ -269,12 +268,13 @@ class Selection(nn.Module):
         Raises:
             ValueError: there are no seeds in training.
         """
-        if not self.training and self.generator is not None:
-            return None
-        if seeds_B is None:
-            if self.training:
-                raise ValueError("seeds_B is None: give a seed a sample, or rng.fresh_seeds, in training")
+        if not self.training:
+            if self.generator is not None and self.config.noise == "training":
+                return None
+            # Whoever evaluates a clip, in whatever batch, gets the same answer.
             seeds_B = torch.zeros(x_BLD.shape[0], dtype=torch.int64, device=x_BLD.device)
+        elif seeds_B is None:
+            raise ValueError("seeds_B is None: give a seed a sample, or rng.fresh_seeds, in training")
         return rng.uniform(seeds_B, stream, x_BLD.shape[1])
 
     def forward(self, x_BLD: Tensor, tokens_BLD: Tensor, k: int, seeds_B: Tensor | None, stream: str) -> Selected:

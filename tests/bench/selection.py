@@ -16,8 +16,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from statistics import mean
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from s5.config import DecoderConfig, OptimConfig, SelectionConfig
 from s5.models.decoders import build_decoder
+from s5.models.selection import Selection
 from s5.training import optim
 from tests.bench.estimators import ALTERNATIVES, replace_selections
 from tests.bench.record import Row, table, write
@@ -36,6 +38,8 @@ from tests.bench.record import Row, table, write
 WIDTH, NOISE = 128, 0.3
 STEPS_OF_CLASS, DISTRACTORS = 3, 3
 TEST_CLIPS = 300
+SHOWN = ("accuracy", "telling", "distractors", "accuracy, highest logits", "telling, highest logits")
+"""What is shown of each case, by mean and worst seed; the last two where evaluation draws no noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,31 @@ def train(case: Case, seed: int, device: torch.device, watch: Callable[[int, dic
             watch(step, evaluate(model, case, test))
 
 
+@contextmanager
+def highest_logits(model: nn.Module) -> Iterator[bool]:
+    """Have evaluation keep the highest logits, without noise; tells whether there is a learned selection."""
+    learned = [part for part in model.modules() if isinstance(part, Selection) and part.generator is not None]
+    configs = [selection.config for selection in learned]
+    for selection in learned:
+        selection.config = replace(selection.config, noise="training")
+    try:
+        yield bool(learned)
+    finally:
+        for selection, config in zip(learned, configs, strict=True):
+            selection.config = config
+
+
 @torch.no_grad()
 def evaluate(model: nn.ModuleDict, case: Case, test: Clips) -> dict[str, float]:
+    """Return accuracy and the shares kept on the test clips, with noise as in training, and of the highest logits."""
+    found = judged(model, case, test)
+    with highest_logits(model) as is_learned:
+        if is_learned:
+            found |= {f"{key}, highest logits": value for key, value in judged(model, case, test).items()}
+    return found
+
+
+def judged(model: nn.ModuleDict, case: Case, test: Clips) -> dict[str, float]:
     """Return accuracy and the shares kept on the test clips."""
     hits, kept = 0, []
     for first in range(0, TEST_CLIPS, 50):
@@ -221,14 +248,14 @@ def show(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
     for name, runs in found.items():
         last = [run["history"][max(run["history"])] for run in runs]
         texts = []
-        for key in ("accuracy", "telling", "distractors"):
+        for key in SHOWN:
             values = [each[key] for each in last if key in each]
             texts.append(f"{mean(values):.3f} ({min(values):.3f})" if values else "")
             rows += (
                 [Row(f"{name}: {key}, mean", mean(values)), Row(f"{name}: {key}, worst", min(values))] if values else []
             )
         lines.append([name, str(len(runs)), *texts])
-    table(["case", "seeds", "accuracy, mean (worst)", "telling tokens kept", "distractors kept"], lines)
+    table(["case", "seeds", *SHOWN], lines)
     return rows
 
 

@@ -1,7 +1,7 @@
 """The study: does the method do on videos what it claims? Through the project's own stages and sweeps.
 
-    make study                       # somewhat over an hour on 2 CPU cores
-    make study ARGS="--quick"        # two seeds, and fewer sweeps
+    make study                       # an hour on 2 CPU cores
+    make study ARGS="--quick"        # two seeds, and fewer settings
 
 Videos of six classes that are the six orders of the same three steps, half of each without any step. A small frame
 encoder is pretrained on them by LSMCL, without labels, and frozen; its tokens are computed once. All decoders learn
@@ -36,9 +36,8 @@ from pipelines.config import SampleConfig, override
 from pipelines.config.presets import preset
 from pipelines.errors import StageError, UserError
 from s5 import load_model
-from tests.bench.study_results import FRAMES, write_results
+from tests.bench.study_results import FRAMES, KEEP_RATIO, write_results
 
-KEEP_RATIO = "model.decoder.selection.keep_ratio"
 FEATURES = "model.decoder.selection.features"
 GENERATOR = "model.decoder.selection.generator"
 SHARES = {"5": 0.05, "10": 0.1, "100": 1.0}
@@ -54,7 +53,6 @@ PRETRAININGS: dict[str, dict[str, Any]] = {
 UNTRAINED = {"loop.steps": 1, "optim.lr": 1e-9}
 """What leaves the pyramid as it was drawn, for the probes to be compared with."""
 ATTENTION = {
-    "clips.frames": FRAMES // 2,
     "optim.lr": 1e-3,
     "model.decoder.attention.features": 64,
     "model.decoder.attention.prototypes": 32,
@@ -151,7 +149,7 @@ def sweep(study: Study, name: str, space: list[str], **changes: Any) -> None:
 
 
 def pretrain(study: Study) -> None:
-    """Pretrain the pyramid on cached tokens, in each of the forms that are compared."""
+    """Pretrain the pyramid on cached tokens, in each of the forms that are compared; a quick study in one."""
     config = preset("quickstart").pretrain
     settings = {
         "manifest": study.path("index"),
@@ -166,62 +164,46 @@ def pretrain(study: Study) -> None:
         "probe": "both",
         "scale.num_workers": 0,
     }
-    for name, changes in {"untrained": UNTRAINED, **PRETRAININGS}.items():
+    forms = {"lsmcl": {}} if study.quick else {"untrained": UNTRAINED, **PRETRAININGS}
+    for name, changes in forms.items():
         own = {"out": study.path("pretrained", name)}
         pipelines.run("pretrain", override(config, settings | backbone(study) | own | changes))
 
 
 def parts(study: Study) -> dict[str, Callable[[], None]]:
-    """Return what the study does, in order, by name; a quick one leaves out the last three."""
+    """Return what the study does, in order, by name; a quick one leaves out the last two, and most settings."""
+    frames = [FRAMES] if study.quick else [FRAMES // 4, FRAMES // 2, FRAMES]
+    shares = {"scratch": list(SHARES), **{f"from-{name}": ["5"] for name in PRETRAININGS}, "from-lsmcl": list(SHARES)}
+    if study.quick:
+        shares = {"scratch": ["10"], "from-lsmcl": ["10"]}
+    lengths = f"clips.frames={','.join(map(str, frames))}"
 
-    def labels(name: str, shares: list[str], checkpoint: str) -> None:
-        manifests = ",".join(study.path("labels", share) for share in shares)
-        sweep(study, name, [f"manifest={manifests}"], checkpoint=checkpoint, **{GENERATOR: "none"})
+    def labels() -> None:
+        for name, of in shares.items():
+            folder = study.path("pretrained", name.removeprefix("from-"))
+            manifests = ",".join(study.path("labels", share) for share in of)
+            checkpoint = "" if name == "scratch" else folder
+            sweep(study, name, [f"manifest={manifests}"], checkpoint=checkpoint, **{GENERATOR: "none"})
 
-    def forms() -> None:
-        for name in PRETRAININGS:
-            shares = list(SHARES) if name == "lsmcl" else ["5"]
-            labels(f"from-{name}", shares, study.path("pretrained", name))
+    def decoders(name: str, of: str, **changes: Any) -> None:
+        sweep(study, name, [f"model.decoder.name={of}"], **{"clips.frames": FRAMES // 2} | changes)
 
     all_parts: dict[str, Callable[[], None]] = {
         "prepare": lambda: prepare(study),
-        "selection": lambda: sweep(
-            study,
-            "selection",
-            [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,random,transformer"],
-            **{FEATURES: "s4"},
+        "masking": lambda: sweep(
+            study, "masking", [lengths, f"{KEEP_RATIO}=[1.0],[0.5],[0.25]"], **{GENERATOR: "random"}
         ),
-        "backbone-features": lambda: sweep(
-            study,
-            "backbone-features",
-            [f"{KEEP_RATIO}=[0.5],[0.25]", f"{GENERATOR}=linear,transformer"],
-            **{FEATURES: "backbone"},
+        "selection": lambda: sweep(
+            study, "selection", [lengths, f"{KEEP_RATIO}=[0.5],[0.25]", f"{FEATURES}=backbone,s4"]
         ),
         "pretrain": lambda: pretrain(study),
-        "scratch": lambda: labels("scratch", list(SHARES), ""),
-        "pretrained": forms,
-        "decoders": lambda: sweep(
-            study,
-            "decoders",
-            ["model.decoder.name=tsn,vis4mer,s5,vtm"],
-            **{FEATURES: "backbone", "clips.frames": FRAMES // 2},
-        ),
-        "frames": lambda: sweep(
-            study,
-            "frames",
-            ["clips.frames=15,30,60", f"{KEEP_RATIO}=[1.0],[0.5],[0.25]"],
-            **{GENERATOR: "random"},
-        ),
-        "frames-learned": lambda: sweep(
-            study,
-            "frames-learned",
-            ["clips.frames=15,30,60", f"{KEEP_RATIO}=[1.0],[0.5],[0.25]"],
-            **{FEATURES: "backbone"},
-        ),
-        # Attention costs minutes a trial at 60 frames, and learns nothing at the others' learning rate.
-        "attention": lambda: sweep(study, "attention", ["model.decoder.name=lst,performer,orthoformer"], **ATTENTION),
+        "labels": labels,
+        "decoders": lambda: decoders("decoders", "tsn,vis4mer,s5,vtm"),
+        # Minutes a trial. Attention learns nothing at the others' learning rate.
+        "attention": lambda: decoders("attention", "lst,performer,orthoformer", **ATTENTION),
+        "transformer": lambda: sweep(study, "transformer", [f"{FEATURES}=backbone,s4"], **{GENERATOR: "transformer"}),
     }
-    left_out = ("attention", "frames", "frames-learned") if study.quick else ()
+    left_out = ("attention", "transformer") if study.quick else ()
     return {name: part for name, part in all_parts.items() if name not in left_out}
 
 
@@ -249,7 +231,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, help="seeds of each setting; 0 for 3, quick 2")
     parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning")
     parser.add_argument("--data-seed", type=int, default=2026, help="seed of the videos")
-    parser.add_argument("--quick", action="store_true", help="fewer sweeps")
+    parser.add_argument("--quick", action="store_true", help="fewer settings")
     options = parser.parse_args()
     out = Path(options.out).absolute()
     seeds = options.seeds or (2 if options.quick else 3)

@@ -27,8 +27,10 @@ from pipelines.running.intervals import interval
 from pipelines.stages.sample import draw_videos
 from s5 import load_model
 from s5.config import ClipConfig
+from s5.models.video_model import VideoModel
 from s5.video.clip_times import protocol_times
 from tests.bench.record import commit, machine
+from tests.bench.selection import highest_logits
 
 FRAMES = 60
 """Frames of the clips, of all sweeps but those over frames."""
@@ -40,21 +42,28 @@ DROPPED = (0.0, 0.1, 0.3, 0.6)
 """Shares of the tokens that are missing in evaluation."""
 BATCH = 30
 """Videos that a model sees at once."""
+KEEP_RATIO = "model.decoder.selection.keep_ratio"
 PROBES = ("knn/top1", "linear/top1", "train/embedding_spread")
 DECODERS = ("decoders", "attention")
-SELECTING = {"selection": "S4 features", "backbone-features": "backbone features"}
-"""Sweeps whose trials all select, and what guides them."""
+KEPT = {
+    "precision": "kept ones that tell",
+    "recall": "telling ones kept",
+    "accuracy": "accuracy, some videos",
+    "highest logits": "of the highest logits",
+}
+"""What is shown of trials that select."""
+SELECTING = {"masking": "random", "selection": "linear", "transformer": "transformer"}
+"""Sweeps whose trials select, and the generator they have."""
 SWEEPS = (
-    "decoders",
-    "attention",
+    "masking",
     "selection",
-    "backbone-features",
+    "transformer",
     "scratch",
     "from-lsmcl",
     "from-no-masking",
     "from-same-stride",
-    "frames",
-    "frames-learned",
+    "decoders",
+    "attention",
 )
 
 
@@ -79,7 +88,7 @@ def write_results(out: Path, sample: SampleConfig) -> None:
         "training_seconds": sum(trial["train/seconds"] for rows in sweeps.values() for trial in rows),
         "settings": {name: settings(rows) for name, rows in sweeps.items()},
         "telling": videos.tells_VL.float().mean().item(),
-        "kept": {name: where_kept(videos, sweeps[name]) for name in SELECTING if name in sweeps},
+        "kept": {name: where_kept(videos, whole(sweeps[name])) for name in SELECTING if name in sweeps},
         "probes": {path.parent.name: probes(path) for path in sorted(out.glob("pretrained/*/result.json"))},
         "dropped": robust,
     }
@@ -96,6 +105,11 @@ def trials(out: Path, name: str) -> list[dict[str, Any]]:
     rows = pq.read_table(out / name / "sweep.parquet").to_pylist()
     named = [row | {"setting": f"labels={Path(row['manifest']).name}"} if "manifest" in row else row for row in rows]
     return [row for row in named if row["status"] == "finished"]
+
+
+def whole(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the trials on clips of all frames that do not keep all tokens."""
+    return [row for row in rows if row.get("clips.frames", FRAMES) == FRAMES and row.get(KEEP_RATIO, [0.0]) != [1.0]]
 
 
 def settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -162,17 +176,28 @@ def telling(plan: VideoPlan, times_U: Any, tokens: int) -> Any:
 
 @torch.no_grad()
 def where_kept(videos: Videos, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return by setting, of trials that select, the share of kept tokens that tell (`precision`) and of telling tokens
-    that are kept (`recall`)."""
+    """Return by setting, of trials that select, the share of kept tokens that tell (`precision`), of telling tokens
+    that are kept (`recall`), and the accuracy with noise as in training and of the highest logits."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         model = load_model(row["trained_checkpoint"]).model
-        kept_VK = torch.cat([model.encode(part.float()).kept[0] for part in videos.clips.split(BATCH)])
+        accuracy, kept_VK = answers(model, videos)
+        with highest_logits(model):
+            plain, _ = answers(model, videos)
         hits_V = videos.tells_VL.gather(1, kept_VK).sum(1)
-        each = found.setdefault(row["setting"], {"precision": [], "recall": []})
-        each["precision"].append((hits_V / kept_VK.shape[1]).mean().item())
-        each["recall"].append((hits_V / videos.tells_VL.sum(1)).mean().item())
+        shares = {"precision": hits_V / kept_VK.shape[1], "recall": hits_V / videos.tells_VL.sum(1)}
+        values = {key: share_V.mean().item() for key, share_V in shares.items()}
+        each = found.setdefault(row["setting"], {})
+        for key, value in (values | {"accuracy": accuracy, "highest logits": plain}).items():
+            each.setdefault(key, []).append(value)
     return {setting: {key: summary(values) for key, values in each.items()} for setting, each in sorted(found.items())}
+
+
+def answers(model: VideoModel, videos: Videos) -> tuple[float, Tensor]:
+    """Return the accuracy on videos, and the tokens (V, K) that the first block keeps."""
+    found = [model(part.float()) for part in videos.clips.split(BATCH)]
+    hits_V = torch.cat([each.logits_BC.argmax(1) for each in found]) == videos.labels_V
+    return hits_V.float().mean().item(), torch.cat([each.kept[0] for each in found])
 
 
 @torch.no_grad()
@@ -214,8 +239,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         lines = [(setting, cell(row), f"{row['seconds']:.1f}") for setting, row in rows.items()]
         parts.append(Table(name, ("setting", "accuracy", "seconds of training"), tuple(lines)))
     for name, rows in found["kept"].items():
-        lines = [(setting, cell(row["precision"]), cell(row["recall"])) for setting, row in rows.items()]
-        parts.append(Table(f"{name}: tokens", ("setting", "kept ones that tell", "telling ones kept"), tuple(lines)))
+        lines = [(setting, *(cell(row[key]) for key in KEPT)) for setting, row in rows.items()]
+        parts.append(Table(f"{name}: tokens", ("setting", *KEPT.values()), tuple(lines)))
     probes = [(name, *(f"{row[key]:.3f}" for key in PROBES)) for name, row in found["probes"].items()]
     parts.append(Table("probes", ("pretraining", *PROBES), tuple(probes)))
     robust = [(name, *(cell(row[str(share)]) for share in DROPPED)) for name, row in found["dropped"].items()]
@@ -239,9 +264,9 @@ def drawings(found: Mapping[str, Any]) -> dict[str, Drawing]:
     kept: dict[str, list[tuple[float, float]]] = {}
     for name, rows in found["kept"].items():
         for setting, row in rows.items():
-            generator = setting.partition(",")[0].removeprefix("generator=")
+            features = setting.partition(",")[0].removeprefix("features=")
+            group = "random" if name == "masking" else f"{SELECTING[name]} on {features} features"
             pairs = zip(row["recall"]["values"], row["precision"]["values"], strict=True)
-            group = generator if generator == "random" else f"{generator}, {SELECTING[name]}"
             kept.setdefault(group, []).extend(pairs)
     drawn = {}
     if costs:

@@ -206,13 +206,21 @@ def test_generators(
     assert (selection.momentum is not None) == (features == "s4" and generator != "random")
 
 
-def test_evaluation_is_plain_top_k() -> None:
-    selection = Selection(SelectionConfig(), online()).double().eval()
-    x = tokens()
-    selected = selection(x, x, 5, torch.arange(3), "noise")
+def test_evaluation_draws_as_training_does_or_keeps_the_highest_logits() -> None:
+    selection = Selection(SelectionConfig(), online()).double()
+    x, seeds = tokens(), torch.arange(3)
+    drawn = selection(x, x, 5, torch.zeros_like(seeds), "noise").indices
+    selection.eval()
+    for given in (seeds, None):
+        assert torch.equal(selection(x, x, 5, given, "noise").indices, drawn)
+
+    plain = Selection(SelectionConfig(noise="training"), online()).double()
+    plain.load_state_dict(selection.state_dict())
+    assert torch.equal(plain(x, x, 5, torch.zeros_like(seeds), "noise").indices, drawn)
     best = selection.logits(x).topk(5, dim=1).indices.sort(dim=1).values
-    assert torch.equal(selected.indices, best)
-    assert torch.equal(selection(x, x, 5, None, "noise").indices, best)
+    for given in (seeds, None):
+        assert torch.equal(plain.eval()(x, x, 5, given, "noise").indices, best)
+    assert not torch.equal(drawn, best)
 
 
 def test_training_draws_by_seed() -> None:
@@ -232,7 +240,7 @@ def test_random_selection_is_random_and_repeatable_in_evaluation() -> None:
     unseeded = selection(x, x, 5, None, "noise").indices
     assert unseeded[0].tolist() != [0, 1, 2, 3, 4]
     assert torch.equal(unseeded, selection(x, x, 5, None, "noise").indices)
-    assert not torch.equal(unseeded, selection(x, x, 5, torch.arange(5, 8), "noise").indices)
+    assert torch.equal(unseeded, selection(x, x, 5, torch.arange(5, 8), "noise").indices)
 
 
 def test_temperature_schedule() -> None:
