@@ -22,7 +22,7 @@ from tests.clusters.local_cluster import LocalCluster, client_environment, desce
 from tests.clusters.test_submit import ROOT, SUBMIT
 from tests.pipelines.conftest import bucket as bucket
 from tests.pipelines.conftest import s3_service as s3_service
-from tests.pipelines.tracking.test_tracker import Server
+from tests.pipelines.tracking.test_server import Server
 from tests.tiny import HEADS, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.drill]

@@ -17,7 +17,7 @@ from pipelines.data.manifest import digest
 from pipelines.errors import UserError
 from s5.config import BackboneConfig, ModelConfig
 from s5.models.video_model import VideoModel
-from tests.pipelines.data.features.test_importing import TOKENS, WIDTH, manifest, meta_of, video
+from tests.pipelines.data.features.imported import TOKENS, WIDTH, manifest, meta_of, video
 
 OF_FEATURES, OTHER = manifest(video("a", 4.0)), manifest(video("b", 4.0))
 META = replace(meta_of(), manifest=digest(OF_FEATURES))
