@@ -66,7 +66,7 @@ HOMES = {
     "jinja2": ("pipelines/reporting/",),
     "tyro": ("pipelines/usage.py",),
 }
-MODULES_A_ROOM = 14
+MODULES_A_ROOM = 13
 S5_NEEDS = ("torch", "timm", "einops", "numpy", "safetensors", "torchvision")
 BLOCKED = ("ray", "mlflow", "decord", "av", "pyarrow", "tyro", "pydantic", "sklearn", "pipelines", "clusters")
 

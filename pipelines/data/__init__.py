@@ -8,12 +8,7 @@
     clip_source       the interface of what delivers batches in that order, with two implementations:
       clip_batches      decodes frames in Ray Data tasks
       features/         cached features, and what reads them in threads
-    decode_tasks      what a Ray Data task does: read the clips of a chunk of videos
-      video_process     the child process that decodes, so that a hanging decoder costs one video
-      video_progress    does that process make progress, or hang
-      known_timeouts    which videos timed out, known to all of a job's processes
-      video_requests    what task and child send each other
-    transcode_tasks   what stage `transcode` runs; encoding re-encodes one video in the child process
+    decoding/         what the tasks of Ray Data do: read clips, or re-encode videos, in a child process
     rendering         draws one video of the sample data set
 
     annotations + videos -> manifest -> clip order -> clip source -> `s5.batch.ClipBatch` -> training

@@ -24,9 +24,9 @@ from ray.data import ExecutionOptions, ExecutionResources, TaskPoolStrategy
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from pipelines.config import DataConfig
-from pipelines.data import known_timeouts
 from pipelines.data.clip_order import ClipOrder, OrderRows
-from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk
+from pipelines.data.decoding import known_timeouts
+from pipelines.data.decoding.decode_tasks import CANDIDATE, ClipSpec, decode_chunk
 from s5.batch import ClipBatch
 from s5.config import ClipConfig, EvaluationProtocol, ViewsConfig
 from s5.distributed import share_of

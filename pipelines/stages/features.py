@@ -23,7 +23,9 @@ import ray.exceptions
 from pipelines import storage
 from pipelines.config import FeaturesConfig
 from pipelines.data.clip_batches import in_chunks, limit
-from pipelines.data.decode_tasks import retried_once
+from pipelines.data.decoding.decode_tasks import retried_once
+from pipelines.data.decoding.video_process import VideoProcess
+from pipelines.data.decoding.video_requests import ClipRequest
 from pipelines.data.features.cache import (
     INDEX,
     FeatureMeta,
@@ -38,8 +40,6 @@ from pipelines.data.features.cache import (
 )
 from pipelines.data.features.encoding import Encoded, FrameEncoder, encode, on_host, store
 from pipelines.data.manifest import digest, read_manifest
-from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import ClipRequest
 from pipelines.errors import StageError, last_line
 from pipelines.running.resources import check_cluster, node_cpus
 from pipelines.running.stage import Stage, finished, stage_run

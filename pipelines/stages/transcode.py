@@ -22,9 +22,9 @@ import ray
 
 from pipelines import storage
 from pipelines.config import TranscodeConfig
+from pipelines.data.decoding.transcode_tasks import encode_chunk, pair_seconds
 from pipelines.data.indexing.probing import in_tasks
 from pipelines.data.manifest import MANIFEST, classes, description, digest, metadata, read_manifest, splits
-from pipelines.data.transcode_tasks import encode_chunk, pair_seconds
 from pipelines.errors import StageError
 from pipelines.running.resources import ensure_ray
 from pipelines.running.run_folder import VIDEOS

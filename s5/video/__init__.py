@@ -6,11 +6,7 @@ reader         the interface of the decoders, and which frame is on screen at a 
 choice         which decoder reads a file: decord where it is proven right, PyAV elsewhere
 decord_reader  fast, and right for most files
 pyav_reader    FFmpeg: everything else; seeks, and checks that key frames are such
-frames         FFmpeg's frames in order, each with its time; lost and damaged ones are known
-scan           what is in a file, from its packets, or from its frames where packets do not say it
-packets        what the bytes of a packet say: hidden frames, key frames, holes
-outline        is a file fragmented, or were several joined byte by byte
-opening        open a file, and choose its video stream
+containers/    what is in a file: streams, packets, frames, and what is missing
 pictures       how a frame is displayed: turned, mirrored, of square pixels
 crops          random resized crops: which part of a picture, and cutting it out of a decoded frame
 

@@ -15,10 +15,10 @@ from contextlib import closing
 import numpy as np
 
 from s5.errors import VideoError
+from s5.video.containers.scan import Contents
 from s5.video.decord_reader import DecordReader
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FloatArray, FrameArray, IntArray, Source
-from s5.video.scan import Contents
 
 PROVEN = {
     "mov": ("h264", "vp9", "mpeg4", "mjpeg", "prores"),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from s5.errors import VideoError
-from s5.video.opening import av_error, short_reason
+from s5.video.containers.opening import av_error, short_reason
 from s5.video.pictures import Turn
 from s5.video.reader import FrameArray
 

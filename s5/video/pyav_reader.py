@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from s5.errors import VideoError
+from s5.video.containers.frames import MAY_PAIR, Shown, counted, is_entry, timed
+from s5.video.containers.opening import av_error, opened, packets_of, short_reason, video_stream
 from s5.video.crops import Box, Cropper
-from s5.video.frames import MAY_PAIR, Shown, counted, is_entry, timed
-from s5.video.opening import av_error, opened, packets_of, short_reason, video_stream
 from s5.video.pictures import Turn, aspect_of, display_size, turn_of
 from s5.video.reader import FloatArray, FrameArray, Source, tolerance
 

@@ -18,13 +18,13 @@ import numpy as np
 
 from s5.errors import VideoError
 from s5.video.choice import choose, stream_of
+from s5.video.containers.scan import scan
 from s5.video.crops import Box
 from s5.video.decord_reader import DecordReader
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FloatArray as FloatArray
 from s5.video.reader import FrameArray as FrameArray
 from s5.video.reader import Reader, Source
-from s5.video.scan import scan
 
 Decoder = str
 """`decord`, `pyav`, or `pyav:N` for stream N of a file with several video streams (`choice.choose`)."""

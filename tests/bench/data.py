@@ -30,9 +30,9 @@ import torch
 from pipelines.config import DataConfig
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
+from pipelines.data.decoding.video_process import VideoProcess
+from pipelines.data.decoding.video_requests import ClipRequest
 from pipelines.data.manifest import SCHEMA
-from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import ClipRequest
 from pipelines.running.resources import ENVIRONMENT
 from s5.config import ViewsConfig
 from s5.video.clip_times import clip_seed

@@ -57,7 +57,8 @@ build = pretrain.build
 
 def recorded(job, context):
     import ray
-    from pipelines.data import clip_batches, decode_tasks
+    from pipelines.data import clip_batches
+    from pipelines.data.decoding import decode_tasks
     from ray.train.v2._internal.execution.context import get_train_context
     from pipelines.training.heartbeat import WORKER_PROCESS
 

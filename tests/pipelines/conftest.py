@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from pipelines import tracking
 from pipelines.config import TrackingConfig
-from pipelines.data import decode_tasks
+from pipelines.data.decoding import decode_tasks
 from pipelines.storage import filesystems
 
 SECRET = "wJalrXUtnFEMI"

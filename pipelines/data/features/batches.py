@@ -23,7 +23,7 @@ from pipelines import storage
 from pipelines.config import DataConfig
 from pipelines.data.clip_batches import CANDIDATE_COLUMNS
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.decode_tasks import NO_LABEL, ClipSpec
+from pipelines.data.decoding.decode_tasks import NO_LABEL, ClipSpec
 from pipelines.data.features.cache import TokenArray, check_fresh, read_meta
 from pipelines.data.features.reader import FeatureReader
 from pipelines.errors import UserError

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipelines import storage
 from pipelines.config import DecodeConfig
 from pipelines.data.clip_batches import in_chunks, limit
-from pipelines.data.decode_tasks import PROBED, probe_chunk
+from pipelines.data.decoding.decode_tasks import PROBED, probe_chunk
 from pipelines.errors import UserError
 from pipelines.running.resources import resources
 from pipelines.running.stage import Stage

@@ -15,8 +15,8 @@ from contextlib import closing
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.data.encoding import fitted, write_pictures
-from pipelines.data.video_requests import EncodeRequest
+from pipelines.data.decoding.encoding import fitted, write_pictures
+from pipelines.data.decoding.video_requests import EncodeRequest
 from s5.evaluation.prediction import KeptTokens
 from s5.video.choice import stream_of
 from s5.video.pyav_reader import PyAVReader

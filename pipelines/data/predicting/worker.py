@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from pipelines import storage
-from pipelines.data.decode_tasks import retried_once
+from pipelines.data.decoding.decode_tasks import retried_once
+from pipelines.data.decoding.video_process import VideoProcess
+from pipelines.data.decoding.video_requests import FramesRequest
 from pipelines.data.predicting.rows import reject_of, row_of
-from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import FramesRequest
 from s5.errors import VideoError
 from s5.evaluation.prediction import Predictor, VideoPrediction
 from s5.evaluation.streaming import Seconds

@@ -17,9 +17,9 @@ import torch
 
 from pipelines.config import DataConfig
 from pipelines.data import clip_batches as clips_module
-from pipelines.data import decode_tasks
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
+from pipelines.data.decoding import decode_tasks
 from pipelines.data.manifest import SCHEMA
 from s5.batch import ClipBatch
 from s5.config import ClipConfig, ViewsConfig

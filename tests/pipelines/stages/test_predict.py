@@ -20,11 +20,11 @@ import s5
 from pipelines import storage
 from pipelines.command_line import main, parse
 from pipelines.config import EvaluateConfig, PredictConfig, override
+from pipelines.data.decoding.video_process import VideoProcess
+from pipelines.data.decoding.video_requests import FramesRequest
 from pipelines.data.manifest import MANIFEST, SCHEMA, Description, metadata
 from pipelines.data.predicting import overlay
 from pipelines.data.predicting.rows import clock
-from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import FramesRequest
 from pipelines.stages import evaluate, predict
 from s5.errors import VideoError
 from s5.evaluation.prediction import KeptTokens

@@ -14,16 +14,16 @@ import pytest
 
 from pipelines import storage
 from pipelines.config import DecodeConfig, TrackingConfig, TranscodeConfig
-from pipelines.data.encoding import encode, fitted
+from pipelines.data.decoding.encoding import encode, fitted
+from pipelines.data.decoding.video_process import VideoProcess, VideoTimeoutError
+from pipelines.data.decoding.video_requests import EncodeRequest
 from pipelines.data.manifest import SCHEMA, Description, classes, description, metadata, read_manifest
-from pipelines.data.video_process import VideoProcess, VideoTimeoutError
-from pipelines.data.video_requests import EncodeRequest
 from pipelines.errors import UserError
 from pipelines.stages import transcode
 from s5.config import ClipConfig
 from s5.errors import VideoError
+from s5.video.containers.scan import scan
 from s5.video.reading import probe, read_frames
-from s5.video.scan import scan
 from tests.s5.videos import code, truncate, write_coded, write_video
 
 CLIPS = ClipConfig(frames=4, long_stride=1.0, short_stride=0.5)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
-from pipelines.data.decode_tasks import CANDIDATE, ClipSpec, decode_chunk, probe_chunk
-from pipelines.data.video_process import _whole
+from pipelines.data.decoding.decode_tasks import CANDIDATE, ClipSpec, decode_chunk, probe_chunk
+from pipelines.data.decoding.video_process import _whole
 from s5.config import ClipConfig
 from s5.video.reading import probe, read_frames
 from tests.pipelines.conftest import SECRET

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import storage
-from pipelines.data.decode_tasks import probe_chunk
+from pipelines.data.decoding.decode_tasks import probe_chunk
 from pipelines.errors import UserError
 from pipelines.storage import filesystems
 from tests.pipelines.conftest import SECRET

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from s5.errors import VideoError
-from s5.video import asf
 from s5.video.choice import choose
+from s5.video.containers import asf
+from s5.video.containers.scan import scan
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reading import probe, read_clips
-from s5.video.scan import scan
 from tests.s5.odd_videos import FPS, damage
 from tests.s5.videos import code, write_coded
 

@@ -13,9 +13,9 @@ import pytest
 from s5.errors import VideoError
 from s5.video import pyav_reader
 from s5.video.choice import stream_of
+from s5.video.containers.scan import scan
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reading import probe, read_clips
-from s5.video.scan import scan
 from tests.s5.odd_videos import (
     FPS,
     MATRICES,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from s5.errors import VideoError
-from s5.video.outline import has_index
+from s5.video.containers.outline import has_index
+from s5.video.containers.scan import scan
 from s5.video.reading import probe, read_clips
-from s5.video.scan import scan
 from tests.s5.odd_videos import FPS
 from tests.s5.videos import blocks, code, write_coded
 

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pytest
 
 from s5.errors import VideoError
-from s5.video import opening
+from s5.video.containers import opening
+from s5.video.containers.scan import scan
 from s5.video.decord_reader import DecordReader
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FrameArray
 from s5.video.reading import Decoder, probe, read_clips, read_frames
-from s5.video.scan import scan
 from tests.s5.videos import code, numbers, write_coded, write_video
 
 FRAMES, FPS = 90, 25

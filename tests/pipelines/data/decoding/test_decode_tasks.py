@@ -18,13 +18,13 @@ import pytest
 
 from pipelines.config import DataConfig
 from pipelines.data import clip_batches as clips_module
-from pipelines.data import decode_tasks
 from pipelines.data.clip_batches import DecodedClips
 from pipelines.data.clip_order import ClipOrder
-from pipelines.data.decode_tasks import CANDIDATE, PROBED, ClipSpec, decode_chunk, probe_chunk
+from pipelines.data.decoding import decode_tasks
+from pipelines.data.decoding.decode_tasks import CANDIDATE, PROBED, ClipSpec, decode_chunk, probe_chunk
+from pipelines.data.decoding.video_process import VideoProcess, VideoTimeoutError
+from pipelines.data.decoding.video_requests import ClipRequest
 from pipelines.data.manifest import SCHEMA
-from pipelines.data.video_process import VideoProcess, VideoTimeoutError
-from pipelines.data.video_requests import ClipRequest
 from s5.config import ClipConfig, ViewsConfig
 from s5.errors import VideoError
 from s5.video.reading import probe, read_clips
@@ -178,7 +178,7 @@ def test_a_child_whose_parent_is_killed_ends_itself(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 sys.path[:] = {sys.path!r}
-from pipelines.data.video_process import *
+from pipelines.data.decoding.video_process import *
 process = VideoProcess()
 process._connected().send(VideoRequest({path!r}, ClipRequest([np.zeros(1)], 8, (64, 64), "decord"), 3600))
 print(process._child.pid, flush=True)

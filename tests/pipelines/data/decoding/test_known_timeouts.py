@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipelines.data import decode_tasks, known_timeouts
-from pipelines.data.decode_tasks import ClipSpec
-from pipelines.data.video_process import STALLED, TIMED_OUT, VideoProcess
-from pipelines.data.video_requests import ClipRequest
+from pipelines.data.decoding import decode_tasks, known_timeouts
+from pipelines.data.decoding.decode_tasks import ClipSpec
+from pipelines.data.decoding.video_process import STALLED, TIMED_OUT, VideoProcess
+from pipelines.data.decoding.video_requests import ClipRequest
 from s5.errors import Failure
-from tests.pipelines.data.test_decode_tasks import SPEC, _candidate, _rows
-from tests.pipelines.data.test_decode_tasks import fake_decord as fake_decord
+from tests.pipelines.data.decoding.test_decode_tasks import SPEC, _candidate, _rows
+from tests.pipelines.data.decoding.test_decode_tasks import fake_decord as fake_decord
 from tests.s5.videos import write_video
 
 

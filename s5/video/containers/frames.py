@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-from s5.video.opening import av_error, rate_of
-from s5.video.packets import look_for
+from s5.video.containers.opening import av_error, rate_of
+from s5.video.containers.packets import look_for
 
 Shown = tuple[int, Any]
 """A place, and the frame (av.VideoFrame) that comes on screen there; None for one that is lost or damaged."""

@@ -14,11 +14,20 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from s5.errors import VideoError
-from s5.video.asf import lost_objects, missing_share
-from s5.video.frames import RESYNC_S
-from s5.video.opening import av_error, complaints, films, opened, packets_of, rate_of, short_reason, video_stream
-from s5.video.outline import Hollow, Outline, outline
-from s5.video.packets import Look, Seen, look_for, unread
+from s5.video.containers.asf import lost_objects, missing_share
+from s5.video.containers.frames import RESYNC_S
+from s5.video.containers.opening import (
+    av_error,
+    complaints,
+    films,
+    opened,
+    packets_of,
+    rate_of,
+    short_reason,
+    video_stream,
+)
+from s5.video.containers.outline import Hollow, Outline, outline
+from s5.video.containers.packets import Look, Seen, look_for, unread
 from s5.video.pictures import Turn
 from s5.video.pyav_reader import ASPECT_CHANGE, PyAVReader
 from s5.video.reader import FloatArray, IntArray, Source

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.data import decode_tasks
-from pipelines.data.decode_tasks import decode_chunk
-from pipelines.data.video_process import VideoProcess
-from tests.pipelines.data.test_decode_tasks import SPEC, _candidate, _rows
-from tests.pipelines.data.test_decode_tasks import fake_decord as fake_decord
+from pipelines.data.decoding import decode_tasks
+from pipelines.data.decoding.decode_tasks import decode_chunk
+from pipelines.data.decoding.video_process import VideoProcess
+from tests.pipelines.data.decoding.test_decode_tasks import SPEC, _candidate, _rows
+from tests.pipelines.data.decoding.test_decode_tasks import fake_decord as fake_decord
 from tests.s5.videos import write_video
 
 

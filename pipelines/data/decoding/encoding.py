@@ -14,7 +14,7 @@ from typing import Any
 
 import av
 
-from pipelines.data.video_requests import EncodeRequest
+from pipelines.data.decoding.video_requests import EncodeRequest
 from s5.errors import VideoError
 from s5.video.pyav_reader import PyAVReader
 from s5.video.reader import FrameArray, Source

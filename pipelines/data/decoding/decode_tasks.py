@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data import known_timeouts
-from pipelines.data.video_process import STALLED_S, VideoProcess, VideoTimeoutError
-from pipelines.data.video_requests import ClipRequest
+from pipelines.data.decoding import known_timeouts
+from pipelines.data.decoding.video_process import STALLED_S, VideoProcess, VideoTimeoutError
+from pipelines.data.decoding.video_requests import ClipRequest
 from s5.config import ClipConfig, EvaluationProtocol, ViewsConfig
 from s5.errors import VideoError
 from s5.video.clip_times import beyond, long_short_times, protocol_times, training_times

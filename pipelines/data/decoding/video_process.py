@@ -27,10 +27,10 @@ from typing import IO, cast
 
 import numpy as np
 
-from pipelines.data.video_progress import Counted, progress_of, stalled_at
-from pipelines.data.video_requests import ClipRequest, EncodeRequest, FramesRequest, VideoReply, VideoRequest
+from pipelines.data.decoding.video_progress import Counted, progress_of, stalled_at
+from pipelines.data.decoding.video_requests import ClipRequest, EncodeRequest, FramesRequest, VideoReply, VideoRequest
 from s5.errors import VideoError
-from s5.video.outline import has_index
+from s5.video.containers.outline import has_index
 from s5.video.reader import FrameArray, Source
 from s5.video.reading import Decoder, SquareReader, VideoFacts, probe, read_clips
 
@@ -268,7 +268,7 @@ def _written(clips: list[FrameArray], memory: IO[bytes]) -> VideoReply:
 
 def _encoded(source: Source, encoding: EncodeRequest) -> VideoReply:
     # Imported here: reading by decord needs no PyAV.
-    from pipelines.data.encoding import encode
+    from pipelines.data.decoding.encoding import encode
 
     try:
         return VideoReply(facts=encode(source, encoding))

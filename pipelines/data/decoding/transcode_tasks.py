@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.data.video_process import VideoProcess
-from pipelines.data.video_requests import ClipRequest, EncodeRequest
+from pipelines.data.decoding.video_process import VideoProcess
+from pipelines.data.decoding.video_requests import ClipRequest, EncodeRequest
 from s5.config import ClipConfig
 from s5.errors import VideoError
 from s5.video.clip_times import long_short_times

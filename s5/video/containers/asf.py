@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from s5.video.outline import ASF_DATA, ASF_DATA_HEADER_BYTES, ASF_HEADER, asf_object, opened_file, parts_of
+from s5.video.containers.outline import ASF_DATA, ASF_DATA_HEADER_BYTES, ASF_HEADER, asf_object, opened_file, parts_of
 from s5.video.reader import Source
 
 FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from pipelines.data.video_process import STALLED, TIMED_OUT
+from pipelines.data.decoding.video_process import STALLED, TIMED_OUT
 from s5.errors import Failure
 
 ACTOR, REPLY_S = "timed_out_videos", 2.0
