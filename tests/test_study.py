@@ -13,7 +13,7 @@ from pipelines.config import SampleConfig
 from pipelines.data.rendering import step_pixels
 from pipelines.stages.sample import draw_videos
 from tests.bench.study import PRETRAININGS, Study, parts, with_labels
-from tests.bench.study_results import KEPT, TELLS, settings, tables, telling
+from tests.bench.study_results import KEPT, TELLS, drawings, settings, tables, telling
 
 STUDY = Study(Path("out"), seeds=2, steps=1, data_seed=0, quick=True)
 
@@ -63,10 +63,11 @@ def test_tables_show_what_is_there() -> None:
     row = {"values": [0.5], "mean": 0.5, "interval": None, "seconds": 3.0}
     found = {
         "settings": {"selection": {"keep=0.5": row}},
-        "kept": {"selection": {"keep=0.5": dict.fromkeys(KEPT, row)}},
+        "kept": {"selection": {"keep=0.5": dict.fromkeys(KEPT, row) | {"features": "s4"}}},
         "probes": {},
         "dropped": {},
     }
+    assert list(drawings(found)) == ["kept"]
     accuracies, tokens, *empty = tables(found)
     assert accuracies.rows == (("keep=0.5", "0.500", "3.0"),)
     assert tokens.rows == (("keep=0.5", *["0.500"] * len(KEPT)),)

@@ -1,5 +1,6 @@
 """Settings of the stages, dotted keys and presets."""
 
+from pipelines.config.dotted import BEFORE as BEFORE
 from pipelines.config.dotted import INPUTS as INPUTS
 from pipelines.config.dotted import RUN as RUN
 from pipelines.config.dotted import flatten as flatten

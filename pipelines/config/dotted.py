@@ -20,6 +20,8 @@ Config = TypeVar("Config")
 
 RENAMED = {"lsmcl.jitter": "views.jitter"}
 """Settings of earlier versions, and what they are called."""
+BEFORE = {"model.decoder.selection.noise": "training"}
+"""What settings were before there was a choice, where that is not their default."""
 RUN = "run.json"
 """The file in a stage's --out that holds its settings."""
 INPUTS = "inputs"

@@ -215,11 +215,13 @@ class Moving(NamedTuple):
     colour: NDArray[np.float32]
     """RGB [3], 0 to 255."""
     y: NDArray[np.int64]
+    """Top [T], in pixels."""
     x: NDArray[np.int64]
+    """Left [T], in pixels."""
 
 
 def objects(plan: VideoPlan, stretch: Stretch, rng: np.random.Generator) -> Iterator[Moving]:
-    """Draw the two or three moving digits, or distractors, of a stretch."""
+    """Draw the two or three moving digits, or distractors, of a stretch; take all before anything else is drawn."""
     times = np.arange(stretch.start, stretch.end)
     for _ in range(rng.integers(2, 4)):
         side = round(plan.size * rng.uniform(*OBJECT_SIDES[plan.difficulty]))

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import storage
-from pipelines.config import INPUTS, RUN, StageConfig, leaves_of, to_json
+from pipelines.config import BEFORE, INPUTS, RUN, StageConfig, leaves_of, to_json
 from pipelines.config.recipes import GROUPS
 from pipelines.errors import UserError
 
@@ -146,8 +146,9 @@ class RunFolder:
     def _check_same(self, earlier: dict[str, Any]) -> None:
         """Raise `UserError` where the earlier run differs from this one in what it computes."""
         out = self.config.out
-        # A run of an earlier version lacks the settings that came later: it had what is their default.
+        # A run of an earlier version lacks the settings that came later: it had what is their default, or was before.
         defaults = leaves_of(to_json(self.stage, type(self.config)()))
+        defaults |= {key: value for key in defaults for end, value in BEFORE.items() if key.endswith(end)}
         before, now = _fixed(defaults | leaves_of(earlier)), _fixed(leaves_of(self._settings()))
         for key in sorted((before.keys() | now.keys()) - set(EXTENDED.get(self.stage, ()))):
             if before.get(key) == now.get(key):

@@ -5,6 +5,7 @@ A tracking database in a file keeps the processes of trials on the node of the s
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
@@ -67,6 +68,9 @@ def run_trials(
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
     # A trial that failed has no metric.
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    # Each of the many reports would add all settings to files that nobody reads; at the end Tune warns of their lack.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     stopper = StopOnRequest()
     lines = TrialLines(stage.name, plan, stopper)
     scales = [getattr(config, name).scale for name in stages(config)]
@@ -207,7 +211,7 @@ class TrialLines(tune.Callback):
         """Print the metric that a trial reached, or why it failed."""
         settings: TrialSettings = trial.config[TRIAL]
         record = records.read(records.path_of(settings))
-        value = (record.metrics or trial.last_result).get(self._metric)
+        value = record.metrics.get(self._metric, trial.metric_analysis.get(self._metric, {}).get("last"))
         if record.status == "running" and not self._stopper.requested:
             found = {self._metric: value} if isinstance(value, float) else {}
             record = records.write(settings, replace(record, status="stopped", metrics=found))

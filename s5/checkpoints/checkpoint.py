@@ -228,7 +228,12 @@ def read_model(folder: Path) -> tuple[VideoModel, Meta]:
     weights = encoder_weights(folder)
     outputs = {"class": len(meta.classes), "distant": len(meta.classes), "regression": 1}.get(meta.kind)
     # The checkpoint holds all weights: the file that the backbone started from may be gone.
-    config = from_json(ModelConfig, meta.model | {"backbone": meta.model["backbone"] | {"weights": ""}})
+    decoder = meta.model["decoder"]
+    # Before it was a setting, evaluation drew no noise.
+    decoder = decoder | {"selection": {"noise": "training"} | decoder["selection"]}
+    config = from_json(
+        ModelConfig, meta.model | {"backbone": meta.model["backbone"] | {"weights": ""}, "decoder": decoder}
+    )
     model = VideoModel(config, outputs)
     if meta.kind == "lsmcl":
         model.load_pretrained(weights)

@@ -116,7 +116,7 @@ class SelectionConfig:
     noise: Literal["always", "training"] = "always"
     """When Gumbel noise decides along with the logits. `always`: evaluation draws as training does, from one fixed
     seed, so that the state space sees choices of the kind it learned from; ours. `training`: evaluation keeps the
-    highest logits, as the paper does; less accurate (docs/selection.md)."""
+    highest logits, as the paper does (docs/selection.md). `random` always draws; `vtm` draws in training alone."""
     temperature: float = 1.0
     """Temperature rho at the start of training: of the sigmoid (`own`) or the Gumbel-softmax (`shared`)."""
     temperature_end: float = 1.0
@@ -139,10 +139,10 @@ class SelectionConfig:
 
     def require_used(self) -> None:
         """Raise `ValueError` where settings of a momentum S4 are given that nothing looks at."""
+        has_momentum = self.features == "s4" and self.generator in ("linear", "transformer")
         for name in ("momentum", "momentum_s4"):
-            value, remedy = getattr(self, name), "backbone features have no momentum S4; give selection.features s4"
-            unused = self.features != "s4" and value != getattr(SelectionConfig, name)
-            require(not unused, f"selection.{name}", value, remedy)
+            value, remedy = getattr(self, name), "there is no momentum S4; give selection.features s4 and a generator"
+            require(has_momentum or value == getattr(SelectionConfig, name), f"selection.{name}", value, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ class Selected(NamedTuple):
     entropy: Tensor
     """Normalised entropy of p, 0 to 1, without gradient."""
     overlap_B: Tensor | None = None
-    """Share of the tokens that other noise would keep as well; None where there is no noise."""
+    """Share of the tokens that other noise would keep as well; in training alone."""
 
 
 def describe(selected: Selected, length: int, frames: int) -> dict[str, Tensor]:
@@ -211,7 +211,8 @@ class Selection(nn.Module):
     """Mask generator over momentum S4 or backbone features, and the selection that follows from it.
 
     Neither kind of features carries a gradient back to the tokens, so that only the generator learns what to keep. The
-    logits have no bias, to which softmax and top-K are blind. In evaluation, noise is the same for every clip.
+    logits have no bias, to which softmax and top-K are blind. In evaluation, noise is the
+    same for every clip, whatever its seed, or there is none.
 
     Args:
         config: settings; `generator` is not `none`.
@@ -298,7 +299,7 @@ class Selection(nn.Module):
 
     @torch.no_grad()
     def overlap(self, logits_BL: Tensor, indices_BK: Tensor, seeds_B: Tensor | None, stream: str) -> Tensor | None:
-        """Share (B,) of the kept tokens that other noise keeps as well; None without noise, in evaluation."""
+        """Share (B,) of the kept tokens that other noise keeps as well; None in evaluation."""
         if not self.training or seeds_B is None:
             return None
         length = logits_BL.shape[1]

@@ -61,7 +61,7 @@ class VideoModel(nn.Module):
 
         Args:
             clips: frames (B, T, H, W, C), 0 to 255, or the tokens (B, U, N, D) that the backbone makes of them.
-            seeds_B: seeds of dropout and Gumbel noise, one a clip; None draws from torch's generator.
+            seeds_B: seeds of dropout and Gumbel noise in training, one a clip; None draws them from torch's generator.
             keep_BUK: patches of frames that masking leaves, None for all.
 
         Raises:

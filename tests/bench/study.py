@@ -35,10 +35,11 @@ import pipelines
 from pipelines.config import SampleConfig, override
 from pipelines.config.presets import preset
 from pipelines.errors import StageError, UserError
+from pipelines.tuning.ready_spaces import KEEP_RATIO
 from s5 import load_model
-from tests.bench.study_results import FRAMES, KEEP_RATIO, write_results
+from s5.errors import CheckpointError
+from tests.bench.study_results import FEATURES, FRAMES, write_results
 
-FEATURES = "model.decoder.selection.features"
 GENERATOR = "model.decoder.selection.generator"
 SHARES = {"5": 0.05, "10": 0.1, "100": 1.0}
 """Per cent of the labels, by the names of their manifests."""
@@ -103,9 +104,9 @@ def prepare(study: Study) -> None:
     changes = {"manifest": index, "out": study.path("encoder"), "loop.epochs": 5, "loop.evaluate_every": 0}
     pipelines.run("pretrain", override(config.pretrain, changes | {"scale.num_workers": 0}))
     weights = Path(study.path("backbone.safetensors"))
-    if not weights.exists():
-        state = load_model(study.path("encoder")).model.backbone.vit.state_dict()
-        save_file({key: value.contiguous() for key, value in state.items()}, weights)
+    state = load_model(study.path("encoder")).model.backbone.vit.state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights.with_suffix(".part"))
+    weights.with_suffix(".part").replace(weights)
     settings = {f"model.backbone.{key}": getattr(config.pretrain.model.backbone, key) for key in SIZES}
     settings |= {"model.backbone.weights": str(weights), "manifest": index, "out": study.path("features")}
     pipelines.run("features", override(config.features, settings | {"data.cpus_per_decode": 0.5}))
@@ -216,9 +217,11 @@ def run(study: Study) -> None:
     try:
         for name, part in parts(study).items():
             began = time.monotonic()
-            part()
-            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
-            notes.write_text(json.dumps(seconds, indent=2) + "\n")
+            try:
+                part()
+            finally:
+                seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
+                notes.write_text(json.dumps(seconds, indent=2) + "\n")
             print(f"==> {name}: {seconds[name]:.0f} s", flush=True)
     finally:
         ray.shutdown()
@@ -237,10 +240,12 @@ def main() -> None:
     seeds = options.seeds or (2 if options.quick else 3)
     study = Study(out, seeds, options.steps, options.data_seed, options.quick)
     try:
+        if options.steps < 1:
+            raise UserError(f"--steps is {options.steps}: give 1 or more")
         run(study)
-    except (UserError, StageError) as error:
+        write_results(study.out, study.sample)
+    except (UserError, StageError, CheckpointError) as error:
         sys.exit(f"error: {error}")
-    write_results(study.out, study.sample)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pipelines.plots.sweeps import tradeoff
 from pipelines.reporting.table import Table, markdown
 from pipelines.running.intervals import interval
 from pipelines.stages.sample import draw_videos
+from pipelines.tuning.ready_spaces import KEEP_RATIO
 from s5 import load_model
 from s5.config import ClipConfig
 from s5.models.video_model import VideoModel
@@ -42,7 +43,7 @@ DROPPED = (0.0, 0.1, 0.3, 0.6)
 """Shares of the tokens that are missing in evaluation."""
 BATCH = 30
 """Videos that a model sees at once."""
-KEEP_RATIO = "model.decoder.selection.keep_ratio"
+FEATURES = "model.decoder.selection.features"
 PROBES = ("knn/top1", "linear/top1", "train/embedding_spread")
 DECODERS = ("decoders", "attention")
 KEPT = {
@@ -77,9 +78,9 @@ def write_results(out: Path, sample: SampleConfig) -> None:
     sweeps = {name: trials(out, name) for name in SWEEPS if (out / name / "sweep.parquet").exists()}
     videos = held_out(out, sample)
     robust = {
-        name: dropped(videos, [trial for trial in sweeps[name] if trial["setting"] == "labels=100"])
+        name: dropped(videos, of_all)
         for name in ("scratch", "from-lsmcl")
-        if name in sweeps
+        if (of_all := [trial for trial in sweeps.get(name, ()) if trial["setting"] == "labels=100"])
     }
     found = {
         "machine": machine(torch.device("cpu")),
@@ -177,20 +178,25 @@ def telling(plan: VideoPlan, times_U: Any, tokens: int) -> Any:
 @torch.no_grad()
 def where_kept(videos: Videos, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return by setting, of trials that select, the share of kept tokens that tell (`precision`), of telling tokens
-    that are kept (`recall`), and the accuracy with noise as in training and of the highest logits."""
+    that are kept (`recall`), the accuracy with noise as in training and of the highest logits, and what guides."""
     found: dict[str, dict[str, list[float]]] = {}
+    features: dict[str, str] = {}
     for row in rows:
         model = load_model(row["trained_checkpoint"]).model
         accuracy, kept_VK = answers(model, videos)
-        with highest_logits(model):
-            plain, _ = answers(model, videos)
+        with highest_logits(model) as is_learned:
+            plain = {"highest logits": answers(model, videos)[0]} if is_learned else {}
         hits_V = videos.tells_VL.gather(1, kept_VK).sum(1)
         shares = {"precision": hits_V / kept_VK.shape[1], "recall": hits_V / videos.tells_VL.sum(1)}
         values = {key: share_V.mean().item() for key, share_V in shares.items()}
         each = found.setdefault(row["setting"], {})
-        for key, value in (values | {"accuracy": accuracy, "highest logits": plain}).items():
+        features[row["setting"]] = row.get(FEATURES) or ""
+        for key, value in (values | {"accuracy": accuracy} | plain).items():
             each.setdefault(key, []).append(value)
-    return {setting: {key: summary(values) for key, values in each.items()} for setting, each in sorted(found.items())}
+    return {
+        setting: {key: summary(values) for key, values in each.items()} | {"features": features[setting]}
+        for setting, each in sorted(found.items())
+    }
 
 
 def answers(model: VideoModel, videos: Videos) -> tuple[float, Tensor]:
@@ -239,7 +245,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         lines = [(setting, cell(row), f"{row['seconds']:.1f}") for setting, row in rows.items()]
         parts.append(Table(name, ("setting", "accuracy", "seconds of training"), tuple(lines)))
     for name, rows in found["kept"].items():
-        lines = [(setting, *(cell(row[key]) for key in KEPT)) for setting, row in rows.items()]
+        lines = [(setting, *(cell(row[key]) if key in row else "" for key in KEPT)) for setting, row in rows.items()]
         parts.append(Table(f"{name}: tokens", ("setting", *KEPT.values()), tuple(lines)))
     probes = [(name, *(f"{row[key]:.3f}" for key in PROBES)) for name, row in found["probes"].items()]
     parts.append(Table("probes", ("pretraining", *PROBES), tuple(probes)))
@@ -263,9 +269,8 @@ def drawings(found: Mapping[str, Any]) -> dict[str, Drawing]:
     }
     kept: dict[str, list[tuple[float, float]]] = {}
     for name, rows in found["kept"].items():
-        for setting, row in rows.items():
-            features = setting.partition(",")[0].removeprefix("features=")
-            group = "random" if name == "masking" else f"{SELECTING[name]} on {features} features"
+        for row in rows.values():
+            group = f"{SELECTING[name]} on {row['features']} features" if row["features"] else SELECTING[name]
             pairs = zip(row["recall"]["values"], row["precision"]["values"], strict=True)
             kept.setdefault(group, []).extend(pairs)
     drawn = {}

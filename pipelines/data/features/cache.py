@@ -272,11 +272,13 @@ def check_fresh(folder: str, meta: FeatureMeta, backbone: BackboneConfig, weight
         )
     if meta.manifest == digest(manifest):
         return
-    strange = pc.filter(manifest["video_id"], pc.invert(pc.is_in(_keys(unlabelled(manifest)), _keys(_stored(folder)))))
+    stored, videos = _stored(folder), unlabelled(manifest)
+    strange = videos.filter(pc.invert(pc.is_in(_keys(videos), _keys(stored)))).sort_by("video_id")
     if len(strange):
+        (first,) = strange.slice(0, 1).to_pylist()
         raise UserError(
             f"{stale} from another manifest, which lacks {len(strange)} of the {len(manifest)} videos or has other "
-            f"facts of them, such as {pc.min(strange).as_py()!r}; {AGAIN}"
+            f"facts of them, such as {first['video_id']!r}{_difference(first, stored)}; {AGAIN}"
         )
 
 
@@ -285,6 +287,14 @@ def unlabelled(manifest: pa.Table) -> pa.Table:
     table = manifest.select(OF_VIDEO)
     uris = pa.array([storage.redacted(uri) for uri in table["uri"].to_pylist()], pa.string())
     return table.set_column(table.schema.get_field_index("uri"), "uri", uris)
+
+
+def _difference(video: dict[str, Any], stored: pa.Table) -> str:
+    """Return in which fact a video differs from the one of its id that features are of, if there is one."""
+    for other in stored.filter(pc.equal(stored["video_id"], video["video_id"])).to_pylist():
+        name = next(name for name in OF_VIDEO if repr(video[name]) != repr(other[name]))
+        return f" (its {name} is {video[name]!r}, there {other[name]!r})"
+    return ""
 
 
 def _keys(videos: pa.Table) -> pa.ChunkedArray:

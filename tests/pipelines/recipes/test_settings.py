@@ -75,6 +75,9 @@ def test_settings_are_the_papers(name: str) -> None:
         decoder, backbone = model.decoder, model.backbone
         assert (decoder.name, decoder.blocks, decoder.dropout, decoder.width) == ("s5", 3, 0.2, None)
         assert (decoder.ssm.kind, decoder.ssm.state, decoder.selection.keep_ratio) == ("s4", 64, (0.5,))
+        selection = decoder.selection
+        assert (selection.generator, selection.features, selection.noise) == ("linear", "s4", "training")
+        assert selection.estimator == "shared"
         assert (backbone.frozen, backbone.weights, backbone.frame_size) == (True, "timm", 224)
         swin = name in ("paper-breakfast", "paper-coin")
         assert backbone.name == ("swin_base_patch4_window7_224" if swin else "vit_large_patch16_224.augreg_in21k")

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines import storage
 from pipelines.command_line import parse
-from pipelines.config import EvaluateConfig, PretrainConfig, TrackingConfig, override
+from pipelines.config import EvaluateConfig, FinetuneConfig, PretrainConfig, TrackingConfig, override
 from pipelines.errors import StageError, StoppedError, UserError
 from pipelines.running.stage import finished, stage_run
 from pipelines.tracking.history import read_runs
@@ -85,6 +85,19 @@ def test_other_settings_or_inputs_are_refused_once_something_is_trained(tmp_path
     with pytest.raises(UserError, match="holds a run on another manifest"):
         finished("pretrain", config, {"manifest": "b"})
     assert finished("pretrain", override(config, {"scale.num_workers": 2, "loop.log_every": 1}), inputs) is None
+
+
+def test_a_run_without_a_choice_had_what_was_before(tmp_path: Path) -> None:
+    config = FinetuneConfig(out=str(tmp_path / "out"), tracking=TrackingConfig(uri="off"))
+    with stage_run("finetune", config):
+        pass
+    path = str(tmp_path / "out" / "run.json")
+    saved = storage.read_json(path)
+    del saved["model"]["decoder"]["selection"]["noise"]
+    storage.write_json(path, saved)
+    assert finished("finetune", override(config, {"model.decoder.selection.noise": "training"}), {}) is not None
+    with pytest.raises(UserError, match=r"a run with model.decoder.selection.noise 'training', not 'always'"):
+        finished("finetune", config, {})
 
 
 def test_a_run_of_an_earlier_version_resumes(tmp_path: Path) -> None:

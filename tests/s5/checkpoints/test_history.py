@@ -208,13 +208,15 @@ def test_a_checkpoint_of_the_documented_format_is_resumed(tmp_path: Path, make: 
     half = make(context, stopping(context, 5))
     half.run()
     meta = half.inputs.meta(5, half.state.metrics)
+    del meta.model["decoder"]["selection"]["noise"]
     values = {"kind": meta.kind, "step": 5, "model": meta.model, "classes": meta.classes, "metrics": meta.metrics}
     write_format_2(tmp_path / "step_00000005", half.task, half.optimizer, values | {"extra": {}})
     again = make(SoloContext(tmp_path))
     assert again.run().started_at == 5
     torch.testing.assert_close(again.task.state_dict(), straight.task.state_dict(), rtol=0, atol=0)
-    for name in ("step_00000005", f"step_{STEPS:08d}"):
-        assert checkpoint.read_model(tmp_path / name)[1].kind == meta.kind
+    for name, noise in (("step_00000005", "training"), (f"step_{STEPS:08d}", "always")):
+        model, found = checkpoint.read_model(tmp_path / name)
+        assert (found.kind, model.config.decoder.selection.noise) == (meta.kind, noise)
 
 
 def _resume_together(rank: int, folder: str) -> None:

@@ -19,8 +19,9 @@ def test_momentum_s4_out_of_range_is_named() -> None:
 
 @pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"momentum_s4": "layer"}])
 def test_settings_of_a_momentum_s4_that_is_not_there(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"backbone features have no momentum S4; give selection.features s4"):
-        SelectionConfig(**settings).require_used()
+    for unused in (SelectionConfig(**settings), SelectionConfig(features="s4", generator="random", **settings)):
+        with pytest.raises(ValueError, match=r"there is no momentum S4; give selection.features s4 and a generator"):
+            unused.require_used()
     SelectionConfig(features="s4", **settings).require_used()
 
 

@@ -24,6 +24,7 @@ def parts(
     bidirectional: bool = False,
     estimator: Estimator = "own",
     momentum_s4: Literal["convolution", "layer"] = "convolution",
+    noise: Literal["always", "training"] = "always",
 ) -> tuple[nn.LayerNorm, LinearSSM, Selection]:
     """A norm, a state space and a selection in float64, whose momentum S4 is not the online one."""
     torch.manual_seed(0)
@@ -31,7 +32,9 @@ def parts(
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     config = SSMConfig(kind=kind, state=8, bidirectional=bidirectional)
-    settings = SelectionConfig(features=features, temperature=0.7, estimator=estimator, momentum_s4=momentum_s4)
+    settings = SelectionConfig(
+        features=features, temperature=0.7, estimator=estimator, momentum_s4=momentum_s4, noise=noise
+    )
     selection = Selection(settings, build_ssm(config, WIDTH))
     return norm.double(), build_ssm(config, WIDTH).ssm.double(), selection.double()
 
@@ -62,7 +65,7 @@ def test_normed_convolution(kind: Literal["s4d", "s4"], bidirectional: bool, len
 
 
 @pytest.mark.parametrize("k", [1, 9, 20])
-@pytest.mark.parametrize("noisy", [True, False])
+@pytest.mark.parametrize(("training", "noise"), [(True, "always"), (False, "always"), (False, "training")])
 @pytest.mark.parametrize(
     ("features", "momentum_s4"), [("s4", "convolution"), ("s4", "layer"), ("backbone", "convolution")]
 )
@@ -73,11 +76,12 @@ def test_selective_convolution(
     estimator: Estimator,
     kind: Literal["s4d", "s4"],
     features: Literal["s4", "backbone"],
-    noisy: bool,
+    training: bool,
+    noise: Literal["always", "training"],
     k: int,
 ) -> None:
-    norm, ssm, selection = parts(kind, features, estimator=estimator, momentum_s4=momentum_s4)
-    selection.train(noisy)
+    norm, ssm, selection = parts(kind, features, estimator=estimator, momentum_s4=momentum_s4, noise=noise)
+    selection.train(training)
     x, seeds = tokens(), torch.arange(3)
     selected, y = selective_convolution(x, norm, ssm, selection, k, seeds, "noise")
     expected = selection(x, norm(x), k, seeds, "noise")
@@ -86,7 +90,7 @@ def test_selective_convolution(
     assert torch.equal(selected.tokens, expected.tokens)
     torch.testing.assert_close(selected.entropy, expected.entropy)
     torch.testing.assert_close(selected.overlap_B, expected.overlap_B)
-    assert (selected.overlap_B is not None) == noisy
+    assert (selected.overlap_B is not None) == training
     torch.testing.assert_close(y, expected_y)
     assert selection.generator is not None
     inputs = [x, *norm.parameters(), *ssm.parameters(), *selection.generator.parameters()]

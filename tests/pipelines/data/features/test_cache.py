@@ -86,8 +86,12 @@ def test_facts_of_videos_are_compared_without_labels_and_secrets(tmp_path: Path)
     assert "secret" not in str(storage.read_table(str(tmp_path / VIDEOS)).to_pylist())
     check(folder, manifest(secret | {"split": "test", "label": 3}, video("b", 4.0)))
     for facts in ({"fps": 24.0}, {"width": 2}, {"codec": "h264"}, {"decoder": "pyav"}, {"end_s": 3.5}, {"uri": "/c"}):
-        with pytest.raises(UserError, match="which lacks 1 of the 1 videos or has other facts of them, such as 'b'"):
+        ((name, value),) = facts.items()
+        message = rf"lacks 1 of the 1 videos or has other facts of them, such as 'b' \(its {name} is {value!r}, there "
+        with pytest.raises(UserError, match=message):
             check(folder, manifest(video("b", 4.0) | facts))
+    with pytest.raises(UserError, match=r"lacks 2 of the 3 videos or has other facts of them, such as 'c'; recompute"):
+        check(folder, manifest(video("d", 4.0), video("c", 4.0), video("b", 4.0)))
 
 
 def test_a_damaged_list_of_videos_is_a_sentence(tmp_path: Path) -> None:
