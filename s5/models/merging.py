@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s5 import rng
-from s5.models.selection import Selected, normalized_entropy
+from s5.models.selection import Selected, normalized_entropy, undecided
 from s5.models.top_k import gumbel
 
 _SIMILARITIES = 2**24
@@ -123,7 +123,7 @@ class Merging(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.saliency = nn.Linear(width, 1, bias=False)
+        self.saliency = undecided(width)
 
     def forward(self, x_BLD: Tensor, tokens_BLD: Tensor, k: int, seeds_B: Tensor | None, stream: str) -> Selected:
         """Merge the block's input into K tokens.

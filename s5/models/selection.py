@@ -159,6 +159,16 @@ class MomentumLayer(MomentumSSM):
 MOMENTUM_S4 = {"convolution": MomentumSSM, "layer": MomentumLayer}
 
 
+def undecided(width: int) -> nn.Linear:
+    """Return a linear layer to one score, without bias, that scores all tokens alike until it has learned.
+
+    Kept tokens alone are judged: what a random direction discards at first may never be kept again (docs/selection.md).
+    """
+    linear = nn.Linear(width, 1, bias=False)
+    nn.init.zeros_(linear.weight)
+    return linear
+
+
 def _score(features_BLD: Tensor, linear: nn.Linear) -> Tensor:
     """Logits (B, L) of a linear layer, in its own type under autocast too: bf16 would round them to ties."""
     weight_D = linear.weight[0]
@@ -175,7 +185,7 @@ class TransformerGenerator(nn.Module):
         self.layer = nn.TransformerEncoderLayer(
             width, math.gcd(width, 8), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.score = nn.Linear(width, 1, bias=False)
+        self.score = undecided(width)
 
     def forward(self, features_BLD: Tensor) -> Tensor:
         """Logits (B, L)."""
@@ -233,7 +243,7 @@ class Selection(nn.Module):
         self.momentum = MOMENTUM_S4[config.momentum_s4](online, config.momentum) if uses_momentum else None
         self.generator: nn.Linear | TransformerGenerator | None = None
         if config.generator == "linear":
-            self.generator = nn.Linear(online.ssm.width, 1, bias=False)
+            self.generator = undecided(online.ssm.width)
         elif config.generator == "transformer":
             self.generator = TransformerGenerator(online.ssm.width)
         # A tensor, and filled in place: a number would be compiled in again at each change.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from s5.batch import ClipBatch
 from s5.checkpoints.checkpoint import Meta
@@ -21,12 +22,15 @@ from s5.config import (
     SelectionConfig,
     SSMConfig,
 )
+from s5.models.merging import Merging
+from s5.models.selection import Selection, TransformerGenerator
 from s5.models.video_model import VideoModel
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.context import SoloContext
 from s5.training.loop import TrainingInputs, TrainingLoop
 
+Module = TypeVar("Module", bound=nn.Module)
 MODEL = ModelConfig(
     backbone=BackboneConfig(
         name="vit_tiny_patch16_224", frame_size=32, depth=1, embed_dim=16, num_heads=2, patch_size=8
@@ -35,6 +39,19 @@ MODEL = ModelConfig(
 )
 TASK = LSMCLConfig(hidden=32, dim=16, mask_ratio=0.5, freeze_patches=False)
 STEPS, STEPS_PER_EPOCH, BATCH = 8, 4, 4
+
+
+def decided(module: Module) -> Module:
+    """Return a module whose tokens differ in their scores, as after some training."""
+    for part in module.modules():
+        score: nn.Module | None = None
+        if isinstance(part, Selection):
+            score = part.generator.score if isinstance(part.generator, TransformerGenerator) else part.generator
+        elif isinstance(part, Merging):
+            score = part.saliency
+        if isinstance(score, nn.Linear):
+            score.reset_parameters()
+    return module
 
 
 def batch(step: int, size: int = BATCH, frames: int = 3, first: int = 0, stop: int | None = None) -> ClipBatch:

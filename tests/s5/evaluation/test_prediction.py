@@ -203,12 +203,11 @@ def test_videos_that_cannot_be_read_say_why(tmp_path: Path, video: Path) -> None
     ):
         with pytest.raises(VideoError, match=reason):
             loaded.predict(path)
-    # PyAV reads open files, and rounds colours another way than decord, which noise may turn into other tokens kept.
-    selection = replace(MODEL.decoder.selection, noise="training")
-    model = replace(MODEL, decoder=replace(MODEL.decoder, selection=selection))
-    loaded = s5.load_model(trained(tmp_path / "highest", model=model))
+    # PyAV reads open files, and rounds colours another way than decord, which selection may turn into other tokens.
+    plain = replace(MODEL, decoder=replace(MODEL.decoder, name="vis4mer"))
+    loaded = s5.load_model(trained(tmp_path / "all", model=plain))
     with video.open("rb") as file:
-        assert loaded.predict(file).values == pytest.approx(loaded.predict(video).values, abs=1e-3)
+        assert loaded.predict(file).values == pytest.approx(loaded.predict(video).values, abs=5e-3)
 
 
 def test_the_checkpoint_of_a_run(tmp_path: Path) -> None:

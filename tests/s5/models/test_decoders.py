@@ -17,7 +17,7 @@ from s5.models.video_model import VideoModel, check_model
 from s5.tasks.lsmcl import LSMCL
 from s5.tasks.supervised import Supervised
 from s5.training.optim import parameter_groups
-from tests.s5.toys import MODEL, TASK, batch
+from tests.s5.toys import MODEL, TASK, batch, decided
 
 NAMES: tuple[DecoderName, ...] = get_args(DecoderName)
 PYRAMIDS = [name for name in NAMES if name != "tsn"]
@@ -37,7 +37,7 @@ def build(name: DecoderName, width: int = 16, selection: SelectionConfig | None 
         dropout=0.2,
         positions=30,
     )
-    return build_decoder(config, width)
+    return decided(build_decoder(config, width))
 
 
 def pyramid(name: DecoderName = "s5", width: int = 16, selection: SelectionConfig | None = None) -> Pyramid:

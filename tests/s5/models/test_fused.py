@@ -14,6 +14,7 @@ from s5.models.selection import Selection
 from s5.models.top_k import Estimator
 from s5.ssm.convolution import convolve_score
 from s5.ssm.layers import LinearSSM, build_ssm
+from tests.s5.toys import decided
 
 WIDTH = 6
 
@@ -35,7 +36,7 @@ def parts(
     settings = SelectionConfig(
         features=features, temperature=0.7, estimator=estimator, momentum_s4=momentum_s4, noise=noise
     )
-    selection = Selection(settings, build_ssm(config, WIDTH))
+    selection = decided(Selection(settings, build_ssm(config, WIDTH)))
     return norm.double(), build_ssm(config, WIDTH).ssm.double(), selection.double()
 
 

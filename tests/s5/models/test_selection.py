@@ -11,6 +11,7 @@ from s5.config import SelectionConfig, SSMConfig
 from s5.models.selection import MOMENTUM_S4, Selection, frame_spread, normalized_entropy
 from s5.models.top_k import Estimator, gumbel, keep_count, select, select_reference
 from s5.ssm.layers import SSMLayer, build_ssm
+from tests.s5.toys import decided
 
 
 def tokens(batch: int = 3, length: int = 20, width: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -188,7 +189,9 @@ def test_generators(
 ) -> None:
     torch.manual_seed(0)
     ssm = online()
-    selection = Selection(SelectionConfig(generator=generator, features=features, momentum_s4=form), ssm).double()
+    selection = decided(
+        Selection(SelectionConfig(generator=generator, features=features, momentum_s4=form), ssm)
+    ).double()
     x = tokens().requires_grad_()
     logits = selection.logits(x)
     assert logits.shape == (3, 20)
@@ -206,8 +209,18 @@ def test_generators(
     assert (selection.momentum is not None) == (features == "s4" and generator != "random")
 
 
+def test_all_tokens_are_alike_until_the_generator_has_learned() -> None:
+    x = tokens()
+    for generator in ("linear", "transformer"):
+        selection = Selection(SelectionConfig(generator=generator), online()).double()  # type: ignore[arg-type]
+        random = Selection(SelectionConfig(generator="random"), online()).double()
+        seeds = torch.arange(3)
+        assert not selection.logits(x).any()
+        assert torch.equal(selection(x, x, 5, seeds, "noise").indices, random(x, x, 5, seeds, "noise").indices)
+
+
 def test_evaluation_draws_as_training_does_or_keeps_the_highest_logits() -> None:
-    selection = Selection(SelectionConfig(), online()).double()
+    selection = decided(Selection(SelectionConfig(), online())).double()
     x, seeds = tokens(), torch.arange(3)
     drawn = selection(x, x, 5, torch.zeros_like(seeds), "noise").indices
     selection.eval()
